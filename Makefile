@@ -1,0 +1,50 @@
+# specblockd: `make run` and `make test` do all the set-up they need on a bare machine.
+SHELL  := /bin/bash
+PY     ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+TORCH  ?= torch==2.13.0
+CONFIG ?= configs/local.yaml
+ROOTS  := bandit cuda_ext daemon drafter verifier
+
+.DEFAULT_GOAL := help
+.PHONY: help setup run test test-fast lint types ci demo bench gpu-check clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: $(VENV)/.ready  ## system packages, virtual environment, editable install (idempotent)
+
+$(VENV)/.ready: pyproject.toml setup.py scripts/setup.sh
+	@PY='$(PY)' VENV='$(VENV)' TORCH='$(TORCH)' ROOTS='$(ROOTS)' bash scripts/setup.sh
+	@touch $@
+
+run: setup  ## set up and start the daemon on the embedded default (Ctrl-C drains and stops)
+	@$(BIN)/specblockd serve -c $(CONFIG)
+
+test: setup  ## set up and run every test that needs no GPU
+	$(BIN)/python -m pytest -m "not gpu"
+
+test-fast: setup  ## unit tests only: no Ray, no Redis
+	$(BIN)/python -m pytest -m "not gpu and not integration"
+
+lint: setup  ## ruff: style, imports, banned bare names
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup  ## mypy --strict
+	$(BIN)/mypy
+
+ci: lint types test  ## exactly what CI runs
+
+demo: setup  ## traffic shift against a self-started daemon; ends with an HTML page
+	$(BIN)/specblockd demo -c configs/demo.yaml --out build/demo
+
+bench: setup  ## transformers generate, plain decoding and SpecBlock side by side
+	$(BIN)/specblockd bench speed --small
+
+gpu-check:  ## GPU tests and measurements; needs torch, transformers, numpy, safetensors only
+	@$(PY) scripts/gpu_check.py
+
+clean:  ## remove the virtual environment and everything built
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,67 @@
+"""Counter-based Gumbel noise: the same bits on every device, in any batch, in any order.
+
+Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) maps a 128-bit counter and a
+64-bit key to 128 random bits without state. The counter here is (token // 4, position, choice, stream), the key is
+the request's seed, so the noise of one (seed, choice, position, token) never depends on what else is being computed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+_WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
+_ROUNDS = 10
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """Philox4x32-10 on broadcastable int64 tensors that hold unsigned 32-bit values.
+
+    Args:
+        counter: four int64 tensors, each value in [0, 2**32).
+        key: two int64 tensors, each value in [0, 2**32).
+
+    Returns:
+        Four int64 tensors of random 32-bit words, of the broadcast shape.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64, so the two 32-bit halves are exact.
+        product_0, product_1 = c0 * _MULTIPLIER_0, c2 * _MULTIPLIER_1
+        c0, c1, c2, c3 = (
+            ((product_1 >> 32) & _MASK32) ^ c1 ^ k0,
+            product_1 & _MASK32,
+            ((product_0 >> 32) & _MASK32) ^ c3 ^ k1,
+            product_0 & _MASK32,
+        )
+        k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
+    return list(torch.broadcast_tensors(c0, c1, c2, c3))
+
+
+def gumbel(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise for every token at one position per row.
+
+    Args:
+        seed: int64 [N], the request's seed (all 64 bits are used).
+        choice: int64 [N], index of the parallel completion of the request.
+        position: int64 [N], absolute position of the token that is being chosen.
+        vocab_size: number of tokens V.
+
+    Returns:
+        float64 [N, V] on the device of ``seed``.
+
+    Source: design section 4.1; Gumbel-max trick (Maddison, Tarlow, Minka, NeurIPS 2014).
+    """
+    blocks = torch.arange((vocab_size + 3) // 4, device=seed.device, dtype=torch.int64)
+    seed, choice, position = seed[:, None], choice[:, None], position[:, None]
+    words = philox4x32(
+        (blocks[None, :], position & _MASK32, choice & _MASK32, torch.zeros_like(position)),
+        (seed & _MASK32, (seed >> 32) & _MASK32),
+    )
+    bits = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
+    # The centre of each of the 2**32 cells: never 0 or 1, so both logarithms are finite.
+    uniform = (bits.to(torch.float64) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log(uniform))

@@ -1,0 +1,149 @@
+"""Vectorised draft-tree operations; ``reference.py`` defines what each must return.
+
+No Python loop runs over nodes, and nothing here reads a value back from the device. Legend: B requests, M raw
+candidates, R = budget + 1 rows, D tree depth.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specblock.cuda_ext.tree import Candidates, DraftTree
+
+_HASH_ROOT, _HASH_MULTIPLIER = 0x27D4EB2F165667C5, -7046029254386353131  # odd 64-bit constants (wrap-around product)
+
+
+def _path_hash(candidates: Candidates, max_depth: int) -> Tensor:
+    """int64 [B, M]: equal exactly when the token paths from the root are equal (up to 64-bit collisions)."""
+    parent = candidates.parent.clamp(min=0)
+    from_root = candidates.parent < 0
+    hashed = torch.full_like(candidates.token, _HASH_ROOT)
+    for _ in range(max_depth):  # after d rounds every node of depth <= d holds its final value
+        above = torch.where(from_root, _HASH_ROOT, hashed.gather(1, parent))
+        mixed = (above ^ (candidates.token + 1)) * _HASH_MULTIPLIER
+        hashed = mixed ^ (mixed >> 29)
+    return hashed
+
+
+def build_tree(root_token: Tensor, candidates: Candidates, budget: int, max_depth: int) -> DraftTree:
+    """Merges duplicate paths, keeps the best ``budget`` nodes, and lays them out for verification.
+
+    Nodes with the same token path from the root are one node: the best score survives and adopts the children of the
+    others. The kept set is closed under parents because scores never increase along a path and ties go to the
+    shallower node, then to the lower index.
+
+    A duplicate is found by one sort over 64-bit path hashes instead of a pass per level. A collision (about 1e-14 per
+    tree) could only drop a proposal: acceptance compares tokens with the target's own choice, so text never depends on it.
+
+    Args:
+        root_token: int64 [B], the last committed token.
+        candidates: raw proposals [B, M].
+        budget: largest number of draft nodes kept, root excluded.
+        max_depth: largest depth among the candidates.
+
+    Returns:
+        A tree with R = min(budget, M) + 1 rows.
+
+    Source: method reference 4.3 (merge all levels, remove losers physically), 4.4.
+    """
+    batch, num_raw = candidates.token.shape
+    keep = min(budget, num_raw)
+    score = candidates.score.to(torch.float32).masked_fill(~candidates.valid, -torch.inf)
+
+    # Best first: score, then depth, then index.
+    by_depth = torch.argsort(candidates.depth, dim=1, stable=True)
+    by_score = torch.argsort(score.gather(1, by_depth), dim=1, descending=True, stable=True)
+    best_first = by_depth.gather(1, by_score)
+
+    # Group equal paths; the first of a group in best-first order is its survivor. Padding is alone in its group.
+    hashed = _path_hash(candidates, max_depth)
+    hashed_sorted, position = torch.sort(hashed.gather(1, best_first), dim=1, stable=True)
+    valid_sorted = candidates.valid.gather(1, best_first).gather(1, position)
+    leads = torch.ones_like(valid_sorted)
+    leads[:, 1:] = (hashed_sorted[:, 1:] != hashed_sorted[:, :-1]) | ~valid_sorted[:, 1:]
+    place = torch.arange(num_raw, device=score.device).expand(batch, -1)
+    leader_place = torch.cummax(torch.where(leads, place, 0), dim=1).values
+    members = best_first.gather(1, position)
+    survivor = torch.empty_like(members).scatter_(1, members, members.gather(1, leader_place))
+
+    # The best `keep` survivors, in best-first order, then by depth.
+    survives = (survivor == place) & candidates.valid
+    lost = (~survives.gather(1, best_first)).to(torch.int64)
+    chosen = best_first.gather(1, torch.argsort(lost, dim=1, stable=True)[:, :keep])
+    real = survives.gather(1, chosen)
+    depth = torch.where(real, candidates.depth.gather(1, chosen), max_depth + 1)
+    order = torch.argsort(depth, dim=1, stable=True)
+    chosen, real, depth = chosen.gather(1, order), real.gather(1, order), depth.gather(1, order)
+
+    # Row numbers of survivors, to translate parents (through their survivors) into rows.
+    rows = torch.arange(1, keep + 1, device=score.device).expand(batch, -1)
+    row_of = torch.zeros_like(members).scatter_(1, chosen, rows)
+    raw_parent = candidates.parent.gather(1, chosen)
+    parent = row_of.gather(1, survivor.gather(1, raw_parent.clamp(min=0)))
+    parent = torch.where(raw_parent < 0, 0, parent)
+
+    def with_root(values: Tensor, root: Tensor | int | float, padding: Tensor | int | float) -> Tensor:
+        body = torch.where(real, values, padding)
+        head = root[:, None] if isinstance(root, Tensor) else torch.full_like(body[:, :1], root)
+        return torch.cat([head.to(body.dtype), body], dim=1)
+
+    return DraftTree(
+        token=with_root(candidates.token.gather(1, chosen), root_token, 0),
+        parent=with_root(parent, 0, rows),
+        depth=with_root(depth, 0, 0),
+        score=with_root(score.gather(1, chosen), 0.0, -torch.inf),
+        block=with_root(candidates.block.gather(1, chosen), -1, -1),
+        slot=with_root(candidates.slot.gather(1, chosen), -1, -1),
+        size=1 + real.sum(dim=1),
+    )
+
+
+def ancestor_mask(tree: DraftTree, max_depth: int) -> Tensor:
+    """bool [B, R, R]: row r sees itself and its ancestors (padding rows see only themselves)."""
+    rows = tree.num_rows
+    own = torch.eye(rows, dtype=torch.bool, device=tree.token.device).expand(tree.token.shape[0], -1, -1)
+    mask = own
+    parent = tree.parent[:, :, None].expand(-1, -1, rows)
+    for _ in range(max_depth):
+        mask = own | mask.gather(1, parent)
+    return mask
+
+
+def find_child(tree: DraftTree, row: Tensor, token: Tensor) -> Tensor:
+    """int64 [B]: the child of ``row`` [B] that carries ``token`` [B], or -1."""
+    match = (tree.parent == row[:, None]) & (tree.token == token[:, None]) & (tree.depth > 0)
+    found, index = match.max(dim=1)
+    return torch.where(found, index, -1)
+
+
+def follow_path(tree: DraftTree, path: Tensor) -> Tensor:
+    """How many leading tokens of a known continuation a tree covers: int64 [B] from ``path`` int64 [B, D].
+
+    Entries of ``path`` below 0 stop the walk. This is acceptance when the target's choices are already known.
+    """
+    row = torch.zeros_like(tree.size)
+    accepted = torch.zeros_like(tree.size)
+    alive = torch.ones_like(tree.size, dtype=torch.bool)
+    for d in range(path.shape[1]):
+        child = find_child(tree, row, path[:, d])
+        alive &= (child >= 0) & (path[:, d] >= 0)
+        row = torch.where(alive, child, row)
+        accepted += alive
+    return accepted
+
+
+def commit_rows(storage: Tensor, slots: Tensor, start: Tensor, rows: Tensor) -> None:
+    """Moves the key or value rows of accepted nodes behind the committed prefix, in place.
+
+    Args:
+        storage: [layers, slots, kv_heads, capacity, head_dim].
+        slots: int64 [B], slot of each request.
+        start: int64 [B], committed length; tree row r was written at position ``start + r``.
+        rows: int64 [B, A], accepted tree rows in path order; rows[:, j] moves to position ``start + j``. Pad with j.
+    """
+    source = start[:, None] + rows
+    target = start[:, None] + torch.arange(rows.shape[1], device=rows.device)
+    # Reading everything before writing makes overlapping moves safe.
+    moved = storage[:, slots[:, None], :, source]
+    storage[:, slots[:, None], :, target] = moved

@@ -1,0 +1,139 @@
+"""Sampling parameters and the processed target distribution they define.
+
+They live here because both sides need them: the verifier to choose, the drafter to rank its proposals by the
+distribution that will be chosen from. Legend: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Values follow the OpenAI and vLLM conventions.
+
+    Attributes:
+        temperature: 0 is plain arg-max (lowest token id on ties).
+        top_p: nucleus mass, in (0, 1].
+        top_k: number of most probable tokens kept; 0 keeps all.
+        min_p: tokens below ``min_p`` times the largest probability are dropped, in [0, 1].
+        repetition_penalty: > 0; divides positive and multiplies negative logits of every seen token (prompt included).
+        presence_penalty: subtracted once from the logit of every *generated* token, in [-2, 2].
+        frequency_penalty: subtracted once per occurrence among *generated* tokens, in [-2, 2].
+        logit_bias: (token id, bias) pairs added to the logits; kept as pairs so that the object stays hashable.
+        seed: 64-bit seed of the Gumbel noise.
+        choice: index of the parallel completion.
+
+    Raises:
+        ValueError: a value is out of range; the message starts with the parameter's name.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = field(default=())
+    seed: int = 0
+    choice: int = 0
+
+    def __post_init__(self) -> None:
+        checks: Mapping[str, bool] = {
+            "temperature: must be a finite number >= 0": math.isfinite(self.temperature) and self.temperature >= 0,
+            "top_p: must be in (0, 1]": 0 < self.top_p <= 1,
+            "top_k: must be an integer >= 0 (0 keeps every token)": self.top_k >= 0,
+            "min_p: must be in [0, 1]": 0 <= self.min_p <= 1,
+            "repetition_penalty: must be a finite number > 0": math.isfinite(self.repetition_penalty)
+            and self.repetition_penalty > 0,
+            "presence_penalty: must be in [-2, 2]": -2 <= self.presence_penalty <= 2,
+            "frequency_penalty: must be in [-2, 2]": -2 <= self.frequency_penalty <= 2,
+            "logit_bias: token ids must be >= 0 and biases finite": all(
+                token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias
+            ),
+            "seed: must fit in 64 bits": -(2**63) <= self.seed < 2**63,
+            "choice: must be in [0, 2**32)": 0 <= self.choice < 2**32,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ValueError(message)
+
+    @property
+    def needs_history(self) -> bool:
+        """True when the distribution depends on which tokens came before (penalties)."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """Sampling parameters of N rows as tensors: temperature, top_p, min_p float64 [N]; top_k, seed, choice int64 [N]."""
+
+    temperature: Tensor
+    top_p: Tensor
+    top_k: Tensor
+    min_p: Tensor
+    seed: Tensor
+    choice: Tensor
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> SamplingBatch:
+        """Stacks the parameters of several requests."""
+
+        def floats(name: str) -> Tensor:
+            return torch.tensor([getattr(p, name) for p in params], dtype=torch.float64, device=device)
+
+        def ints(name: str) -> Tensor:
+            return torch.tensor([getattr(p, name) for p in params], dtype=torch.int64, device=device)
+
+        return cls(floats("temperature"), floats("top_p"), ints("top_k"), floats("min_p"), ints("seed"), ints("choice"))
+
+    def rows(self, index: Tensor) -> SamplingBatch:
+        """The batch for rows ``index`` (int64 [M], repeats allowed)."""
+        return SamplingBatch(
+            self.temperature[index],
+            self.top_p[index],
+            self.top_k[index],
+            self.min_p[index],
+            self.seed[index],
+            self.choice[index],
+        )
+
+
+def processed_log_probs(logits_NV: Tensor, sampling: SamplingBatch) -> Tensor:
+    """Log-probabilities after temperature, top-k, top-p and min-p, in that order.
+
+    The filters keep the set that transformers' logits warpers keep: top-p keeps the smallest set of most probable
+    tokens whose mass reaches ``top_p``. Rows with temperature 0 become a point mass on the arg-max (lowest id on ties).
+    Tokens of equal probability are ordered by id, so the kept set is the same in any batch.
+
+    Args:
+        logits_NV: [N, V], any float type, penalties and biases already applied.
+        sampling: parameters of the N rows.
+
+    Returns:
+        float64 [N, V]; -inf for removed tokens; each row sums to one in probability.
+    """
+    logits_NV = logits_NV.to(torch.float64)
+    greedy_N = sampling.temperature == 0
+    scaled_NV = logits_NV / torch.where(greedy_N, 1.0, sampling.temperature)[:, None]
+    top_k_N = torch.where(greedy_N, 1, sampling.top_k)
+    if bool(((top_k_N > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)).any()):
+        sorted_NV, order_NV = torch.sort(scaled_NV, dim=-1, descending=True, stable=True)
+        rank_V = torch.arange(scaled_NV.shape[-1], device=scaled_NV.device)
+        keep_NV = (top_k_N[:, None] == 0) | (rank_V < top_k_N[:, None])
+        # top-p and min-p act on what the filters before them left, renormalised.
+        probs_NV = torch.softmax(sorted_NV.masked_fill(~keep_NV, -torch.inf), dim=-1)
+        before_NV = torch.cumsum(probs_NV, dim=-1) - probs_NV
+        keep_NV &= (before_NV < sampling.top_p[:, None]) | (sampling.top_p[:, None] >= 1)
+        keep_NV &= probs_NV >= sampling.min_p[:, None] * probs_NV[:, :1]
+        keep_NV[:, 0] = True
+        keep_NV = torch.zeros_like(keep_NV).scatter_(-1, order_NV, keep_NV)
+        scaled_NV = scaled_NV.masked_fill(~keep_NV, -torch.inf)
+    return torch.log_softmax(scaled_NV, dim=-1)
