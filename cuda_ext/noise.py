@@ -65,3 +65,42 @@ def gumbel(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> T
     # The centre of each of the 2**32 cells: never 0 or 1, so both logarithms are finite.
     uniform = (bits.to(torch.float64) + 0.5) * 2.0**-32
     return -torch.log(-torch.log(uniform))
+
+
+class NoiseWindow:
+    """Gumbel rows of the next few positions of every slot, each computed once and used by drafter and verifier alike.
+
+    A cycle looks at positions ``first .. first + width - 1`` and moves on by the tokens it committed, so most rows
+    are already there. Rows of slots with temperature 0 are never read and never computed.
+    """
+
+    def __init__(self, num_slots: int, width: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self._rows = torch.zeros(num_slots, width, vocab_size, dtype=torch.float64, device=device)
+        self._next = [0] * num_slots  # first position not yet computed
+        self._width = width
+
+    def reset(self, slot: int) -> None:
+        """Forgets everything about a slot (a new request moved in)."""
+        self._next[slot] = 0
+
+    def advance(self, slots: list[int], first: list[int], seeds: list[int], choices: list[int]) -> None:
+        """Makes positions ``first[b] .. first[b] + width - 1`` of every given slot available.
+
+        Args:
+            slots: slots that sample at temperature > 0.
+            first: first position needed per slot; must not decrease between resets.
+            seeds: 64-bit seed per slot.
+            choices: choice index per slot.
+        """
+        wanted: list[tuple[int, int, int, int]] = []
+        for slot, start, seed, choice in zip(slots, first, seeds, choices, strict=True):
+            for position in range(max(start, self._next[slot]), start + self._width):
+                wanted.append((slot, position, seed, choice))
+            self._next[slot] = max(self._next[slot], start + self._width)
+        if wanted:
+            slot, position, seed, choice = torch.tensor(wanted, dtype=torch.int64, device=self._rows.device).unbind(1)
+            self._rows[slot, position % self._width] = gumbel(seed, choice, position, self._rows.shape[2])
+
+    def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
+        """float64 [..., V]: noise rows for ``slots`` and ``positions`` (int64, broadcastable)."""
+        return self._rows[slots, positions % self._width]
