@@ -38,7 +38,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor
             product_0 & _MASK32,
         )
         k0, k1 = (k0 + _WEYL_0) & _MASK32, (k1 + _WEYL_1) & _MASK32
-    return list(torch.broadcast_tensors(c0, c1, c2, c3))
+    return [c0, c1, c2, c3]  # four rounds mix every input into every word, so all have the full shape
 
 
 def gumbel(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> Tensor:
@@ -79,6 +79,11 @@ class NoiseWindow:
         self._next = [0] * num_slots  # first position not yet computed
         self._width = width
 
+    @property
+    def width(self) -> int:
+        """Positions available per slot after ``advance``."""
+        return self._width
+
     def reset(self, slot: int) -> None:
         """Forgets everything about a slot (a new request moved in)."""
         self._next[slot] = 0
@@ -98,8 +103,9 @@ class NoiseWindow:
                 wanted.append((slot, position, seed, choice))
             self._next[slot] = max(self._next[slot], start + self._width)
         if wanted:
-            slot, position, seed, choice = torch.tensor(wanted, dtype=torch.int64, device=self._rows.device).unbind(1)
-            self._rows[slot, position % self._width] = gumbel(seed, choice, position, self._rows.shape[2])
+            columns = torch.tensor(wanted, dtype=torch.int64, device=self._rows.device).unbind(1)
+            slot_N, position_N, seed_N, choice_N = columns
+            self._rows[slot_N, position_N % self._width] = gumbel(seed_N, choice_N, position_N, self._rows.shape[2])
 
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """float64 [..., V]: noise rows for ``slots`` and ``positions`` (int64, broadcastable)."""

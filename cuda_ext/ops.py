@@ -34,7 +34,8 @@ def build_tree(root_token: Tensor, candidates: Candidates, budget: int, max_dept
     shallower node, then to the lower index.
 
     A duplicate is found by one sort over 64-bit path hashes instead of a pass per level. A collision (about 1e-14 per
-    tree) could only drop a proposal: acceptance compares tokens with the target's own choice, so text never depends on it.
+    tree) could only drop a proposal: acceptance compares tokens with the target's own choice, so text never depends on
+    it.
 
     Args:
         root_token: int64 [B], the last committed token.
@@ -85,7 +86,7 @@ def build_tree(root_token: Tensor, candidates: Candidates, budget: int, max_dept
 
     def with_root(values: Tensor, root: Tensor | int | float, padding: Tensor | int | float) -> Tensor:
         body = torch.where(real, values, padding)
-        head = root[:, None] if isinstance(root, Tensor) else torch.full_like(body[:, :1], root)
+        head = root[:, None] if isinstance(root, Tensor) else body.new_full((batch, 1), root)
         return torch.cat([head.to(body.dtype), body], dim=1)
 
     return DraftTree(

@@ -73,7 +73,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class SamplingBatch:
-    """Sampling parameters of N rows as tensors: temperature, top_p, min_p float64 [N]; top_k, seed, choice int64 [N]."""
+    """Sampling parameters of N rows: temperature, top_p, min_p float64 [N]; top_k, seed, choice int64 [N]."""
 
     temperature: Tensor
     top_p: Tensor

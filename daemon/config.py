@@ -1,0 +1,271 @@
+"""The one policy file as one frozen tree; the only place where configuration is defined.
+
+Everything here is cheap to import: no torch, no ray, no transformers. Units are in the names: ``_s`` seconds,
+``_bytes`` bytes, ``_tokens`` tokens. ``daemon/config_loader.py`` reads the YAML and reports every problem at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+
+from specblock.daemon.config_adaptation import AdaptationConfig
+from specblock.daemon.config_types import ByteSize, ConfigPath, Count, Fraction, Port, Seconds, Section, redact_url
+
+Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")]
+MIB = 2**20
+
+
+class TargetConfig(Section):
+    """The language model that is served."""
+
+    model: str = Field(min_length=1)
+    """Directory in Hugging Face format, or a hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); null takes the default branch. Ignored for a directory."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    """Number format of weights and caches."""
+    device: Device = "cpu"
+    """cpu, cuda or cuda:N."""
+    max_context_tokens: int = Field(default=2048, ge=16)
+    """Prompt and output together, in tokens; sizes the KV storage of every slot."""
+
+
+class DrafterConfig(Section):
+    """The SpecBlock drafter and the shape of its draft tree."""
+
+    path: ConfigPath
+    """Directory of the base drafter; imported into the registry as version 0 on first start."""
+    kind: Literal["specblock"] = "specblock"
+    """Drafter family."""
+    blocks: int = Field(default=2, ge=1, le=8)
+    """Drafter forwards per cycle; each proposes one block of tokens."""
+    leaf_cap: int = Field(default=8, ge=1, le=64)
+    """Most leaves that one block hands to the next."""
+    node_budget: int = Field(default=31, ge=1, le=255)
+    """Most draft nodes the target verifies in one cycle, root not counted."""
+    beam: int = Field(default=10, ge=1, le=64)
+    """Widest set of candidates kept at one depth while a block is expanded."""
+    shared_noise: bool = True
+    """At temperature > 0, rank proposals with the noise the target will choose by. Lossless either way."""
+    noise_scale: float = Field(default=1.0, ge=0, le=4)
+    """Weight of that noise in the drafter's ranking; 0 equals shared_noise: false."""
+
+
+class EngineConfig(Section):
+    """The decode loop."""
+
+    slots: int = Field(default=8, ge=1, le=1024)
+    """Requests decoded at the same time."""
+    prefill_chunk_tokens: int = Field(default=256, ge=1)
+    """Prompt tokens processed between two decode cycles."""
+    max_waiting: int = Field(default=64, ge=0)
+    """Requests that may wait for a slot; beyond it the gateway answers 429."""
+    max_output_tokens: int = Field(default=1024, ge=1)
+    """Largest max_tokens a request may ask for."""
+    threads: int = Field(default=1, ge=1, le=512)
+    """CPU threads of the engine process."""
+    speculation: bool = True
+    """false: plain decoding only, nothing is drafted."""
+    stream_interval_s: float = Field(default=0.02, ge=0, le=1)
+    """Tokens of one request are collected for at most this many seconds before they leave the engine."""
+
+
+class WindowsConfig(Section):
+    """Training windows the engine keeps in memory."""
+
+    budget_bytes: ByteSize = Field(default=256 * MIB, ge=MIB)
+    """One byte budget for all windows, in bytes or with a unit ("256MiB")."""
+    max_window_tokens: int = Field(default=512, ge=8)
+    """Longer conversations are cut to this many tokens; the cut is recorded."""
+    per_domain_quota: Fraction = 0.5
+    """Largest share of the budget that one domain may hold."""
+    heldout_fraction: float = Field(default=0.25, gt=0, lt=1)
+    """Share of conversations kept out of training, to judge updates on."""
+    top_k: int = Field(default=32, ge=1, le=1024)
+    """Target log-probabilities kept per position."""
+
+
+class TrainerConfig(Section):
+    """The process that trains drafter updates."""
+
+    threads: int = Field(default=1, ge=1, le=512)
+    """CPU threads of the trainer process."""
+    device: Device = "cpu"
+    """cpu, cuda or cuda:N."""
+    batch_windows: Count = 4
+    """Windows per training step."""
+    max_positions: Count = 1024
+    """Most positions per training step; bounds the trainer's memory."""
+
+
+class RedisConfig(Section):
+    """The stream that carries acceptance events; scalars only, never text or tokens."""
+
+    url: str | None = None
+    """redis://, rediss:// or unix:// URL of your own server; null starts a private redis-server child."""
+    maxmemory_bytes: ByteSize = Field(default=64 * MIB, ge=MIB)
+    """Memory limit of the child, in bytes or with a unit."""
+    stream_max_entries: int = Field(default=100_000, ge=100)
+    """The stream is trimmed to about this many entries."""
+    block_s: float = Field(default=1.0, gt=0, le=2)
+    """How long one read waits for new events, in seconds."""
+    socket_timeout_s: Seconds = 5.0
+    """Silence after which a connection counts as lost, in seconds; must exceed block_s by 2 s."""
+
+    @field_validator("url")
+    @classmethod
+    def _scheme(cls, url: str | None) -> str | None:
+        if url is not None and not url.startswith(("redis://", "rediss://", "unix://")):
+            raise ValueError("must start with redis://, rediss:// or unix://")
+        return url
+
+    @field_validator("socket_timeout_s")
+    @classmethod
+    def _outlives_block(cls, timeout_s: float, info: ValidationInfo) -> float:
+        block_s = info.data.get("block_s")
+        if block_s is not None and timeout_s < block_s + 2:
+            raise ValueError(
+                f"must be at least block_s + 2 = {block_s + 2:g} seconds, or every idle read looks like a lost server"
+            )
+        return timeout_s
+
+
+class RayConfig(Section):
+    """The Ray cluster the actors run in."""
+
+    address: str = "local"
+    """local starts a private cluster; auto or host:port joins an existing one."""
+    dashboard: bool = True
+    """Start the Ray dashboard with a private cluster."""
+    dashboard_host: str = "127.0.0.1"
+    """Interface of the dashboard; anyone who reaches it (with the token) can run code."""
+    dashboard_port: Port = 8265
+    """TCP port of the dashboard."""
+    object_store_memory_bytes: ByteSize = Field(default=256 * MIB, ge=80 * MIB)
+    """Shared memory for window transfers, in bytes or with a unit; Ray needs at least 80 MiB."""
+    engine_gpus: float = Field(default=0, ge=0)
+    """GPUs reserved for the engine; a fraction shares one."""
+    trainer_gpus: float = Field(default=0, ge=0)
+    """GPUs reserved for the trainer; a fraction shares one."""
+
+    @field_validator("address")
+    @classmethod
+    def _address(cls, address: str) -> str:
+        host, colon, port = address.rpartition(":")
+        if address not in ("local", "auto") and not (host and colon and port.isdigit()):
+            raise ValueError('must be "local", "auto" or host:port')
+        return address
+
+
+class HttpConfig(Section):
+    """The OpenAI-compatible endpoint."""
+
+    host: str = "127.0.0.1"
+    """Interface to listen on; 0.0.0.0 opens it to the network: set api_key then."""
+    port: Port = 8000
+    """TCP port."""
+    api_key: Annotated[str, Field(min_length=8)] | None = None
+    """Bearer token asked for on everything but /health*; null asks for none."""
+    drain_deadline_s: float = Field(default=30.0, ge=0, le=3600)
+    """Seconds that running requests get to finish after SIGTERM."""
+
+
+class LoggingConfig(Section):
+    """Logs go to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is written."""
+    json_lines: bool = Field(default=False, alias="json")
+    """One JSON object per line instead of text."""
+
+
+class MetricsConfig(Section):
+    """The /metrics endpoint."""
+
+    vllm_compat: bool = True
+    """Publish vLLM's metric names beside our own, for dashboards and benchmarks that read those."""
+    max_domain_labels: int = Field(default=16, ge=0, le=256)
+    """Distinct domain names used as label values; later ones are counted as "other"."""
+
+
+def _empty_section(value: object) -> object:
+    """``http:`` with every key commented out is null in YAML and means the defaults."""
+    return {} if value is None else value
+
+
+_EMPTY = BeforeValidator(_empty_section)
+
+
+class DaemonConfig(Section):
+    """The whole policy of one daemon."""
+
+    state_dir: ConfigPath = Field(default="~/.local/state/specblockd", validate_default=True)  # type: ignore[assignment]
+    """Directory for drafter versions, ledger, snapshots and logs; created on first start."""
+    target: TargetConfig
+    drafter: DrafterConfig
+    engine: Annotated[EngineConfig, _EMPTY] = EngineConfig()
+    windows: Annotated[WindowsConfig, _EMPTY] = WindowsConfig()
+    adaptation: Annotated[AdaptationConfig, _EMPTY] = AdaptationConfig()
+    trainer: Annotated[TrainerConfig, _EMPTY] = TrainerConfig()
+    redis: Annotated[RedisConfig, _EMPTY] = RedisConfig()
+    ray: Annotated[RayConfig, _EMPTY] = RayConfig()
+    http: Annotated[HttpConfig, _EMPTY] = HttpConfig()
+    logging: Annotated[LoggingConfig, _EMPTY] = LoggingConfig()
+    metrics: Annotated[MetricsConfig, _EMPTY] = MetricsConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DaemonConfig:
+        problems = [message for holds, message in self._rules() if not holds]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _rules(self) -> list[tuple[bool, str]]:
+        """Rules across sections; each message starts with the dotted path it is reported at."""
+        context = self.target.max_context_tokens
+        exposed = self.http.host not in ("127.0.0.1", "localhost", "::1")
+        return [
+            (
+                self.engine.max_output_tokens < context,
+                f"engine.max_output_tokens: must be below target.max_context_tokens = {context}",
+            ),
+            (
+                self.windows.max_window_tokens <= context,
+                f"windows.max_window_tokens: must not exceed target.max_context_tokens = {context}",
+            ),
+            (
+                not exposed or self.http.api_key is not None,
+                f"http.host: {self.http.host} is reachable from the network; set http.api_key as well",
+            ),
+            (
+                self.http.port != self.ray.dashboard_port or not self.ray.dashboard,
+                f"http.port: {self.http.port} is also ray.dashboard_port",
+            ),
+            (
+                self.ray.engine_gpus == 0 or self.target.device.startswith("cuda"),
+                "ray.engine_gpus: GPUs are reserved but target.device is cpu",
+            ),
+            (
+                self.ray.trainer_gpus == 0 or self.trainer.device.startswith("cuda"),
+                "ray.trainer_gpus: GPUs are reserved but trainer.device is cpu",
+            ),
+            (
+                not self.target.device.startswith("cuda") or self.ray.engine_gpus > 0,
+                "ray.engine_gpus: must be above 0 when target.device is cuda, or Ray hides the GPU from the engine",
+            ),
+            (
+                not self.trainer.device.startswith("cuda") or self.ray.trainer_gpus > 0,
+                "ray.trainer_gpus: must be above 0 when trainer.device is cuda, or Ray hides the GPU from the trainer",
+            ),
+        ]
+
+    def resolved(self) -> dict[str, Any]:
+        """The complete configuration as plain JSON data for the log, with secrets replaced by ``***``."""
+        dump = self.model_dump(mode="json", by_alias=True)
+        if dump["http"]["api_key"] is not None:
+            dump["http"]["api_key"] = "***"
+        if dump["redis"]["url"] is not None:
+            dump["redis"]["url"] = redact_url(dump["redis"]["url"])
+        return dump

@@ -1,0 +1,102 @@
+"""Drafter directories: ``config.json`` and ``model.safetensors`` with the published tensor names."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specblock.drafter.config import DrafterConfig
+from specblock.drafter.model import SpecBlockModel
+
+_BUFFERS = ("t2d", "d2t")
+
+
+def save_drafter(model: SpecBlockModel, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes a drafter; weights are stored as ``dtype``, vocabulary maps as they are."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
+    tensors = {
+        name: (tensor if name in _BUFFERS else tensor.to(dtype)).detach().cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def read_config(directory: Path) -> DrafterConfig:
+    """The drafter's configuration.
+
+    Raises:
+        ValueError: no such drafter, or not a SpecBlock drafter.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ValueError(f"no drafter at {directory}: config.json is missing")
+    try:
+        return DrafterConfig.from_json(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def load_drafter(
+    directory: Path,
+    embedding: Tensor,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    target_fingerprint: str = "",
+    feature_layers: tuple[int, ...] = (),
+) -> SpecBlockModel:
+    """Loads a drafter and checks that it fits the target.
+
+    Args:
+        directory: drafter directory.
+        embedding: the target's input embedding [V, H].
+        dtype: type of the weights in memory.
+        device: where they go.
+        target_fingerprint: refuse a drafter that was trained on another target; empty skips the check.
+        feature_layers: the target's fused layers; empty skips the check.
+
+    Raises:
+        ValueError: missing or damaged files, wrong names or shapes, or a drafter of another target.
+    """
+    config = read_config(directory)
+    if target_fingerprint and config.target_fingerprint and config.target_fingerprint != target_fingerprint:
+        raise ValueError(
+            f"drafter {directory} was trained on target {config.target_fingerprint}, this target is "
+            f"{target_fingerprint}: train a drafter for it with `specblockd train`"
+        )
+    if feature_layers and config.feature_layers and config.feature_layers != feature_layers:
+        raise ValueError(
+            f"drafter {directory} reads target layers {list(config.feature_layers)}, target gives {list(feature_layers)}"
+        )
+    model = SpecBlockModel(config, embedding)
+    try:
+        tensors = load_file(directory / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"drafter {directory}: model.safetensors cannot be read ({error})") from None
+    load_weights(model, tensors, str(directory))
+    return model.to(device=device, dtype=dtype)
+
+
+def load_weights(model: SpecBlockModel, tensors: dict[str, Tensor], source: str) -> None:
+    """Copies ``tensors`` into the model, names and shapes checked first so that nothing is half-loaded.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of the wrong shape.
+    """
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unknown:
+        raise ValueError(f"drafter {source}: missing tensors {missing}, unknown tensors {unknown}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise ValueError(f"drafter {source}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    model.refresh_vocabulary()

@@ -1,0 +1,65 @@
+"""The drafter's key/value cache: K rotated rows per finished position, plus scratch rows of the current cycle.
+
+Rows are position-major (row ``i * K + k``), so the first-block mask is plain causality over rows. Rows behind the
+finished positions are scratch: later blocks write there and the next refresh overwrites them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specblock.drafter.config import DrafterConfig
+
+
+class DrafterCache:
+    """Storage ``[layers, slots, kv_heads, rows, head_dim]`` and the number of finished positions per slot."""
+
+    def __init__(
+        self,
+        config: DrafterConfig,
+        num_slots: int,
+        capacity_positions: int,
+        scratch_rows: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        rows = capacity_positions * config.num_slots + scratch_rows
+        shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, rows, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.positions = [0] * num_slots
+
+    def reset(self, slot: int) -> None:
+        """Forgets a slot; stale rows stay finite and are masked."""
+        self.positions[slot] = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both storages."""
+        return 2 * self.keys.numel() * self.keys.element_size()
+
+    def write(
+        self, layer: int, slots: Tensor, start: Tensor, keys: Tensor, values: Tensor, end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Writes rows ``[B, kv_heads, T, D]`` at ``start[b] ..`` and returns both storages up to row ``end``.
+
+        Args:
+            layer: decoder layer.
+            slots: int64 [B].
+            start: int64 [B], first row to write.
+            keys: [B, kv_heads, T, D], already rotated.
+            values: [B, kv_heads, T, D].
+            end: number of rows to return, at least ``max(start) + T``.
+
+        Returns:
+            Keys and values [B, kv_heads, end, D].
+        """
+        assert end <= self.keys.shape[3], "drafter cache overflow: the scheduler must check capacity first"
+        rows = start[:, None] + torch.arange(keys.shape[2], device=keys.device)
+        layer_keys, layer_values = self.keys[layer], self.values[layer]
+        layer_keys[slots[:, None], :, rows] = keys.transpose(1, 2)
+        layer_values[slots[:, None], :, rows] = values.transpose(1, 2)
+        if slots.shape[0] == layer_keys.shape[0]:  # every slot, in order: a view instead of a gather
+            return layer_keys[:, :, :end], layer_values[:, :, :end]
+        return layer_keys[slots, :, :end], layer_values[slots, :, :end]

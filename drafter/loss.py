@@ -1,0 +1,239 @@
+"""Multi-block training loss: valid-prefix-masked soft cross-entropy and the rank loss.
+
+Legend: B batch, T positions, K slots, H hidden, k stored target log-probabilities, Vd draft vocabulary.
+Source: method reference 6.2 - 6.5 and masks of 1.6.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from specblock.drafter.model import RANK_TOP, SpecBlockModel, rank_class, rank_features
+from specblock.drafter.window import TrainingBatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSettings:
+    """Weights of the loss.
+
+    Attributes:
+        slot_decay: weight of slot k is ``slot_decay ** k``.
+        rank_weight: weight of the rank loss.
+        prefix: which positions a slot counts on. "argmax": all earlier slots of the block agree with the target's
+            arg-max (published). "acceptance": weighted by the probability that earlier slots would be accepted,
+            ``min(1, q/p)`` of the token that really came, which is what sampling at temperature 1 meets.
+    """
+
+    slot_decay: float = 0.8
+    rank_weight: float = 1.0
+    prefix: str = "argmax"
+
+    def __post_init__(self) -> None:
+        if self.prefix not in ("argmax", "acceptance"):
+            raise ValueError("prefix: must be argmax or acceptance")
+
+
+@dataclass(frozen=True, slots=True)
+class LossReport:
+    """total: scalar with gradient; draft, rank: detached; slot_top1 [blocks, K]: share of top-1 agreement."""
+
+    total: Tensor
+    draft: Tensor
+    rank: Tensor
+    slot_top1: Tensor
+
+
+def train_blocks(model: SpecBlockModel, batch: TrainingBatch, consumed: list[int]) -> list[Tensor]:
+    """Hidden states u [B, T, K, H] of every block, all positions in parallel (method reference 6.2).
+
+    Args:
+        model: the drafter.
+        batch: windows.
+        consumed: M_b, slots consumed from block b before block b+1 starts; ``len(consumed) + 1`` blocks are run.
+    """
+    tokens, num_positions = batch.tokens, batch.features.shape[1]
+    positions = torch.arange(num_positions, device=tokens.device).expand(tokens.shape[0], -1)
+    rotary = model.rotary_tables(model.rotary_index(positions))
+    rows_cached: list[list[tuple[Tensor, Tensor]]] = []  # [block][layer] rotated keys and values
+    outputs: list[Tensor] = []
+    offset = 0
+    for block in range(len(consumed) + 1):
+        if block == 0:
+            x = model.first_inputs(batch.features.to(model.norm.weight.dtype), tokens[:, 1:])
+        else:
+            offset += consumed[block - 1]
+            index = (positions + 1 + offset).clamp(max=num_positions)
+            x = model.later_inputs(outputs[-1][:, :, consumed[block - 1] - 1], tokens.gather(1, index))
+        rows_cached.append([])
+        attention = _BlockAttention(model, rows_cached, consumed[:block])
+        outputs.append(model.run_layers(x, rotary, attention))
+    return outputs
+
+
+class _BlockAttention:
+    """Attention of one training block: earlier positions' block-1 rows, own ancestors' slots, own rows causally."""
+
+    def __init__(self, model: SpecBlockModel, cached: list[list[tuple[Tensor, Tensor]]], consumed: list[int]) -> None:
+        self._width = model.config.num_slots
+        self._cached, self._consumed = cached, consumed
+        self._published = model.config.published_mask
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        self._cached[-1].append((key, value))
+        if not self._consumed:
+            group = query.shape[1] // key.shape[1]
+            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        batch, heads, rows, dim = query.shape
+        kv_heads, width = key.shape[1], self._width
+        grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
+        first_key, first_value = self._cached[0][layer]
+        row = torch.arange(rows, device=query.device)
+        earlier = (row[None, :] // width) < (row[:, None] // width)
+        scores = [_scores(grouped, first_key).masked_fill(~earlier, -torch.inf)]
+        values_all = [first_value]
+        if self._published:
+            scores.append(_scores(grouped, key).masked_fill(~earlier, -torch.inf))
+            values_all.append(value)
+
+        # Own position: the consumed slots of every previous block, then the block's own slots causally.
+        local = grouped.reshape(batch, kv_heads, -1, rows // width, width, dim)
+        local_keys, local_values = zip(*(block[layer] for block in self._cached), strict=True)
+        own_key = torch.stack([k.view(batch, kv_heads, rows // width, width, dim) for k in local_keys], dim=3)
+        own_value = torch.stack([v.view(batch, kv_heads, rows // width, width, dim) for v in local_values], dim=3)
+        own_key, own_value = own_key.flatten(3, 4)[:, :, None], own_value.flatten(3, 4)[:, :, None]
+        slot = torch.arange(width, device=query.device)
+        seen = [slot[None, :].expand(width, -1) < m for m in self._consumed] + [slot[None, :] <= slot[:, None]]
+        own_scores = (local @ own_key.transpose(-1, -2)) * dim**-0.5
+        own_scores = own_scores.masked_fill(~torch.cat(seen, dim=1), -torch.inf).flatten(3, 4)
+
+        weights = torch.softmax(torch.cat([*scores, own_scores], dim=-1).float(), dim=-1).to(query.dtype)
+        wide = torch.cat(values_all, dim=2)[:, :, None]
+        mixed = weights[..., : wide.shape[3]] @ wide
+        own_weights = weights[..., wide.shape[3] :].reshape(*local.shape[:-1], -1)
+        mixed = mixed + (own_weights @ own_value).flatten(3, 4)
+        return mixed.reshape(batch, heads, rows, dim)
+
+
+def _scores(grouped: Tensor, key: Tensor) -> Tensor:
+    return (grouped @ key[:, :, None].transpose(-1, -2)) * key.shape[-1] ** -0.5
+
+
+def training_loss(
+    model: SpecBlockModel, batch: TrainingBatch, consumed: list[int], settings: LossSettings
+) -> LossReport:
+    """Total loss of one batch over ``len(consumed) + 1`` blocks.
+
+    Args:
+        model: the drafter.
+        batch: padded windows.
+        consumed: M_b per transition; see :func:`train_blocks`.
+        settings: weights.
+    """
+    width = model.config.num_slots
+    hidden = train_blocks(model, batch, consumed)
+    draft_ids = model.to_draft[batch.label_ids]
+    usable = batch.valid & (draft_ids[..., 0] >= 0)  # m_j: the target's arg-max is in the draft vocabulary
+    offsets = [sum(consumed[:b]) for b in range(len(hidden))]
+    draft_terms, rank_terms, top1 = [], [], []
+    for u, offset in zip(hidden, offsets, strict=True):
+        block = _BlockLabels.of(batch, draft_ids, usable, offset, width)
+        terms = _block_terms(model, u, block, settings)
+        draft_terms.append(terms.draft)
+        rank_terms.append(terms.rank)
+        top1.append(terms.top1)
+    decay = settings.slot_decay ** torch.arange(width, device=batch.tokens.device)
+    draft = (torch.stack(draft_terms) * decay).sum()
+    rank = torch.stack(rank_terms).sum()
+    return LossReport(draft + settings.rank_weight * rank, draft.detach(), rank.detach(), torch.stack(top1))
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockLabels:
+    """Labels of one block, selected rows only: where [R] flat (B*T) positions; the rest [R, K, ...]."""
+
+    where: Tensor
+    ids: Tensor
+    probs: Tensor
+    usable: Tensor
+    actual: Tensor
+    actual_log_prob: Tensor
+
+    @classmethod
+    def of(cls, batch: TrainingBatch, draft_ids: Tensor, usable: Tensor, offset: int, width: int) -> _BlockLabels:
+        size, num_positions = usable.shape
+        # Eligible positions: A_{i,0} = l_i m_i, un-shifted for every block (method reference 6.3).
+        where = usable.flatten().nonzero().squeeze(1)
+        row, position = where // num_positions, where % num_positions
+        label = position[:, None] + offset + torch.arange(width, device=where.device)
+        inside = label < num_positions
+        flat = row[:, None] * num_positions + label.clamp(max=num_positions - 1)
+        ids = draft_ids.flatten(0, 1)[flat]
+        log_probs = batch.label_log_probs.flatten(0, 1)[flat]
+        probs = torch.where(ids >= 0, log_probs, -torch.inf)
+        probs = torch.nan_to_num(torch.softmax(probs, dim=-1))
+        actual_target = batch.tokens.gather(
+            1, torch.arange(2, num_positions + 2, device=where.device).clamp(max=num_positions).expand(size, -1)
+        ).flatten()[flat]
+        match = batch.label_ids.flatten(0, 1)[flat] == actual_target[..., None]
+        actual_log_prob = torch.where(match, log_probs, -torch.inf).amax(dim=-1)
+        actual = torch.where(match, ids, -1).amax(dim=-1)
+        return cls(where, ids.clamp(min=0), probs, usable.flatten()[flat] & inside, actual, actual_log_prob)
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockTerms:
+    draft: Tensor
+    rank: Tensor
+    top1: Tensor
+
+
+def _block_terms(model: SpecBlockModel, u: Tensor, labels: _BlockLabels, settings: LossSettings) -> _BlockTerms:
+    normed = model.norm(u.flatten(0, 1)[labels.where])  # [R, K, H]
+    logits = model.lm_head(normed).float()
+    log_q = torch.log_softmax(logits, dim=-1)
+    cross_entropy = -(labels.probs * log_q.gather(-1, labels.ids)).sum(dim=-1)
+    with torch.no_grad():
+        best = labels.ids[..., 0]
+        hit = logits.argmax(dim=-1) == best
+        if settings.prefix == "argmax":
+            step = hit.float()
+        else:
+            q = log_q.gather(-1, labels.actual.clamp(min=0)[..., None]).squeeze(-1)
+            step = (q - labels.actual_log_prob).clamp(max=0).exp() * (labels.actual >= 0)
+        step = step * labels.usable
+        prefix = torch.cumprod(torch.cat([torch.ones_like(step[:, :1]), step[:, :-1]], dim=1), dim=1)
+        weight = prefix * labels.usable
+        total = weight.sum(dim=0)
+    draft = (weight * cross_entropy).sum(dim=0) / total.clamp(min=1e-6)
+    top1 = (weight * hit).sum(dim=0) / total.clamp(min=1e-6)
+    return _BlockTerms(draft, _rank_loss(model, normed, logits.detach(), best, labels.usable), top1)
+
+
+def _rank_loss(model: SpecBlockModel, normed: Tensor, logits: Tensor, best: Tensor, usable: Tensor) -> Tensor:
+    """Method reference 6.4: frequency-weighted, under-estimation costs double, own valid-prefix chain."""
+    top = torch.topk(logits, min(RANK_TOP, logits.shape[-1]), dim=-1).values
+    top = F.pad(top, (0, RANK_TOP - top.shape[-1]), value=-1e4)
+    rank_logits = model.rank_logits(normed, rank_features(top)).float()
+    classes = torch.arange(rank_logits.shape[-1], device=logits.device)
+    with torch.no_grad():
+        rank = 1 + (logits > logits.gather(-1, best[..., None])).sum(dim=-1)
+        true = rank_class(rank)
+        predicted = rank_logits.argmax(dim=-1)
+        right = (true == predicted).float()
+        chain = torch.cumprod(torch.cat([torch.ones_like(right[:, :1]), right[:, :-1]], dim=1), dim=1)
+        weight = chain * usable
+        one_hot = F.one_hot(true, classes.shape[0]).float()
+        count = (one_hot * weight[..., None]).sum(dim=0)
+        frequency = (10 / count.clamp(min=1)).clamp(max=1)
+        weight = weight * (one_hot * frequency).sum(dim=-1)
+        distance = 1 + (true - predicted).abs() + (true - predicted).clamp(min=0)
+        gap = true[..., None] - classes
+        soft = 1 / (1 + gap.abs() + gap.clamp(min=0)).float() ** 2
+        soft = soft / soft.sum(dim=-1, keepdim=True)
+    cross_entropy = -(soft * torch.log_softmax(rank_logits, dim=-1)).sum(dim=-1)
+    return (weight * distance * cross_entropy).sum() / weight.sum().clamp(min=1)

@@ -1,0 +1,94 @@
+"""Philox known answers, independence of the batch, and the law of the noise."""
+
+import math
+
+import pytest
+import torch
+
+from specblock.cuda_ext.noise import NoiseWindow, gumbel, philox4x32
+
+# Known answers published with Random123 (philox4x32-10).
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter, key, expected):
+    c0, c1, c2, c3 = (torch.tensor([word]) for word in counter)
+    k0, k1 = (torch.tensor([word]) for word in key)
+    assert tuple(int(word) for word in philox4x32((c0, c1, c2, c3), (k0, k1))) == expected
+
+
+def test_philox_words_have_the_broadcast_shape():
+    words = philox4x32(
+        (torch.arange(3)[None, :], torch.arange(2)[:, None], torch.zeros(1, 1).long(), torch.zeros(1, 1).long()),
+        (torch.ones(2, 1).long(), torch.ones(2, 1).long()),
+    )
+    assert [word.shape for word in words] == [(2, 3)] * 4
+
+
+def test_gumbel_is_the_documented_function_of_the_counter():
+    seed, choice, position, token = -5, 2, 77, 9
+    counter = (torch.tensor(token // 4), torch.tensor(position), torch.tensor(choice), torch.tensor(0))
+    key = (torch.tensor(seed & 0xFFFFFFFF), torch.tensor((seed >> 32) & 0xFFFFFFFF))
+    uniform = (int(philox4x32(counter, key)[token % 4]) + 0.5) / 2**32
+    row = gumbel(torch.tensor([seed]), torch.tensor([choice]), torch.tensor([position]), 11)
+    assert row.shape == (1, 11)
+    assert float(row[0, token]) == pytest.approx(-math.log(-math.log(uniform)), rel=1e-14)
+
+
+def test_gumbel_does_not_depend_on_the_batch_or_the_vocabulary():
+    seeds = torch.tensor([3, -(2**63), 2**63 - 1, 3, 3])
+    choices = torch.tensor([0, 1, 2**32 - 1, 1, 0])
+    positions = torch.tensor([0, 5, 4096, 0, 1])
+    together = gumbel(seeds, choices, positions, 50)
+    for row in range(5):
+        alone = gumbel(seeds[row : row + 1], choices[row : row + 1], positions[row : row + 1], 13)
+        assert torch.equal(alone[0], together[row, :13])
+    assert len({tuple(row.tolist()) for row in together}) == 5, "seed, choice and position must all matter"
+
+
+def test_gumbel_law():
+    noise = gumbel(torch.arange(400), torch.zeros(400).long(), torch.full((400,), 7), 500).flatten()
+    assert torch.isfinite(noise).all()
+    ordered = noise.sort().values
+    law = torch.exp(-torch.exp(-ordered))
+    empirical = (torch.arange(len(ordered), dtype=torch.float64) + 0.5) / len(ordered)
+    kolmogorov = float((law - empirical).abs().max()) * math.sqrt(len(ordered))
+    assert kolmogorov < 1.95  # p of about 1e-3
+    # Neighbouring tokens, positions and seeds must be uncorrelated.
+    grid = law.new_tensor(noise.tolist()).view(400, 500) - noise.mean()
+    for shifted in (grid[:, 1:] * grid[:, :-1], grid[1:] * grid[:-1]):
+        assert abs(float(shifted.mean())) < 4 * float(noise.var()) / math.sqrt(shifted.numel())
+
+
+def test_noise_window_equals_gumbel():
+    window = NoiseWindow(num_slots=4, width=5, vocab_size=17)
+    assert window.width == 5
+    generator = torch.Generator().manual_seed(0)
+    first = {0: 10, 2: 3, 3: 1000}
+    seeds = {0: 1, 2: -7, 3: 2**40}
+    for _ in range(12):
+        slots = [slot for slot in first if torch.rand(1, generator=generator) < 0.7]
+        window.advance(slots, [first[s] for s in slots], [seeds[s] for s in slots], list(slots))
+        for slot in slots:
+            positions = torch.arange(first[slot], first[slot] + 5)
+            expected = gumbel(torch.full((5,), seeds[slot]), torch.full((5,), slot), positions, 17)
+            assert torch.equal(window.rows(torch.tensor(slot), positions), expected)
+            first[slot] += int(torch.randint(1, 9, (1,), generator=generator))
+
+
+def test_noise_window_reset_forgets_the_old_request():
+    window = NoiseWindow(num_slots=2, width=3, vocab_size=8)
+    window.advance([1], [40], [5], [0])
+    window.reset(1)
+    window.advance([1], [2], [6], [0])
+    expected = gumbel(torch.tensor([6]), torch.tensor([0]), torch.tensor([4]), 8)[0]
+    assert torch.equal(window.rows(torch.tensor(1), torch.tensor(4)), expected)

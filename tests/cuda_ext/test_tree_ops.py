@@ -1,0 +1,160 @@
+"""Vectorised tree operations against the readable reference, on random trees."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specblock.cuda_ext import reference
+from specblock.cuda_ext.ops import ancestor_mask, build_tree, commit_rows, find_child, follow_path
+from specblock.cuda_ext.tree import DraftTree, root_only
+from tests.strategies import RawTree, random_candidates, raw_trees, to_candidates
+
+
+def laid_out(tree: RawTree, budget: int) -> list[reference.Row]:
+    return reference.prune(reference.merge(tree.tokens, tree.parents, tree.scores), budget)
+
+
+def built(trees: list[RawTree], budget: int, padding: int = 0) -> tuple[DraftTree, int]:
+    depth = max(max(tree.depths) for tree in trees)
+    roots = torch.arange(len(trees)) + 100
+    return build_tree(roots, to_candidates(trees, padding), budget, depth), depth
+
+
+def real_rows(tree: DraftTree, b: int) -> list[tuple[int, int, int, float]]:
+    size = int(tree.size[b])
+    columns = (tree.token[b], tree.parent[b], tree.depth[b], tree.score[b])
+    return list(zip(*(column[:size].tolist() for column in columns), strict=True))
+
+
+@given(trees=st.lists(raw_trees(), min_size=1, max_size=4), budget=st.integers(0, 30), padding=st.integers(0, 3))
+@settings(max_examples=1500, deadline=None)
+def test_build_tree_equals_reference(trees, budget, padding):
+    tree, _ = built(trees, budget, padding)
+    tree.check()
+    assert tree.num_rows == min(budget, max(len(t.tokens) for t in trees) + padding) + 1
+    for b, raw in enumerate(trees):
+        expected = [(row.token, row.parent, row.depth, row.score) for row in laid_out(raw, budget)]
+        assert real_rows(tree, b) == [(100 + b, 0, 0, 0.0), *expected[1:]]
+
+
+@given(trees=st.lists(raw_trees(), min_size=1, max_size=3), budget=st.integers(1, 20))
+@settings(max_examples=400, deadline=None)
+def test_ancestor_mask_equals_reference(trees, budget):
+    tree, depth = built(trees, budget, padding=2)
+    mask = ancestor_mask(tree, depth)
+    for b, raw in enumerate(trees):
+        rows = laid_out(raw, budget)
+        for r in range(tree.num_rows):
+            expected = reference.ancestors(rows, r) if r < len(rows) else {r}
+            assert set(mask[b, r].nonzero().flatten().tolist()) == expected
+
+
+@given(trees=st.lists(raw_trees(), min_size=1, max_size=3), budget=st.integers(1, 20), data=st.data())
+@settings(max_examples=500, deadline=None)
+def test_walks_equal_reference(trees, budget, data):
+    tree, depth = built(trees, budget)
+    paths = [data.draw(st.lists(st.integers(-1, 6), min_size=depth + 1, max_size=depth + 1)) for _ in trees]
+    for b, raw in enumerate(trees):  # half of the continuations follow a real path of the tree for a while
+        node = data.draw(st.integers(-1, len(raw.tokens) - 1))
+        prefix: list[int] = []
+        while node >= 0:
+            prefix.insert(0, raw.tokens[node])
+            node = raw.parents[node]
+        paths[b][: len(prefix)] = prefix
+    accepted = follow_path(tree, torch.tensor(paths))
+    for b, raw in enumerate(trees):
+        # An entry below 0 ends a known continuation; no token matches it in the reference either.
+        assert int(accepted[b]) == len(reference.walk(laid_out(raw, budget), paths[b]))
+
+
+@given(raw=raw_trees(), budget=st.integers(0, 20))
+@settings(max_examples=300, deadline=None)
+def test_find_child_equals_reference(raw, budget):
+    tree, _ = built([raw], budget, padding=1)
+    rows = laid_out(raw, budget)
+    for row in range(len(rows)):
+        for token in range(-1, 7):
+            expected = [r for r in range(1, len(rows)) if rows[r].parent == row and rows[r].token == token]
+            assert int(find_child(tree, torch.tensor([row]), torch.tensor([token]))) == (expected or [-1])[0]
+
+
+def test_large_random_trees_hold_every_invariant():
+    generator = torch.Generator().manual_seed(0)
+    for budget in (1, 40, 400):
+        candidates = random_candidates(generator, 6, 300, 50, 9)
+        tree = build_tree(torch.arange(6), candidates, budget, 9)
+        tree.check()
+        for b in range(6):
+            raw = RawTree(candidates.token[b].tolist(), candidates.parent[b].tolist(), candidates.score[b].tolist())
+            expected = [(r.token, r.parent, r.depth, r.score) for r in laid_out(raw, budget)]
+            assert real_rows(tree, b)[1:] == expected[1:]
+
+
+@pytest.mark.parametrize("budget", [1, 5, 12, 13, 40])
+def test_chain_and_star(budget):
+    chain = RawTree(list(range(12)), list(range(-1, 11)), [-0.5 * (i + 1) for i in range(12)])
+    star = RawTree(list(range(12)), [-1] * 12, [-float(i) for i in range(12)])
+    tree, _ = built([chain, star], budget)
+    tree.check()
+    kept = min(budget, 12)
+    assert tree.size.tolist() == [kept + 1, kept + 1]
+    assert tree.depth[0, : kept + 1].tolist() == list(range(kept + 1))
+    assert tree.token[1, 1 : kept + 1].tolist() == list(range(kept))
+
+
+def test_duplicates_leave_no_trace_and_hand_over_their_children():
+    raw = RawTree([7, 7, 3, 4, 3], [-1, -1, 0, 1, 1], [-2.0, -1.0, -3.0, -1.5, -2.5])
+    tree, _ = built([raw], 10)
+    tree.check()
+    assert real_rows(tree, 0) == [(100, 0, 0, 0.0), (7, 0, 1, -1.0), (4, 1, 2, -1.5), (3, 1, 2, -2.5)]
+
+
+def test_root_only_is_a_tree_of_one_row():
+    tree = root_only(torch.tensor([5, 6]))
+    tree.check()
+    assert tree.num_rows == 1
+    assert find_child(tree, torch.zeros(2).long(), torch.tensor([5, 6])).tolist() == [-1, -1]
+    assert ancestor_mask(tree, 0).tolist() == [[[True]], [[True]]]
+
+
+def test_check_notices_broken_trees():
+    raw = RawTree([1, 2, 3], [-1, 0, 0], [-1.0, -2.0, -2.0])
+
+    def broken(**changes: list[int] | list[float]) -> DraftTree:
+        tree, _ = built([raw], 5, padding=1)
+        for name, row in changes.items():
+            getattr(tree, name)[0, : len(row)] = torch.tensor(row, dtype=getattr(tree, name).dtype)
+        return tree
+
+    broken().check()
+    for changes in (
+        {"token": [100, 1, 2, 2]},
+        {"parent": [0, 0, 2]},
+        {"depth": [0, 1, 3]},
+        {"score": [0.0, -3.0, -2.0]},
+        {"parent": [0, 0, 1, 1, 0]},
+    ):
+        with pytest.raises(AssertionError):
+            broken(**changes).check()
+
+
+def test_commit_rows_with_overlapping_moves():
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(50):
+        storage = torch.randn(2, 5, 3, 40, 4, generator=generator)
+        slots = torch.randperm(5, generator=generator)[:3]
+        start = torch.randint(0, 20, (3,), generator=generator)
+        # Ascending rows from 0: every move overlaps the ones before it.
+        rows = torch.stack([torch.randperm(14, generator=generator)[:6].sort().values for _ in range(3)])
+        rows[:, 0] = 0
+        count = torch.randint(1, 7, (3,), generator=generator)
+        rows = torch.where(torch.arange(6) < count[:, None], rows, torch.arange(6))
+        expected = storage.clone()
+        for b in range(3):
+            for j in range(int(count[b])):
+                slot, at = int(slots[b]), int(start[b])
+                expected[:, slot, :, at + j] = storage[:, slot, :, at + int(rows[b, j])]
+        # Padding columns name themselves, so they change nothing, unless an earlier column lies there: it does not.
+        commit_rows(storage, slots, start, rows)
+        assert torch.equal(storage, expected)

@@ -1,0 +1,235 @@
+"""The policy file: what is accepted, and what each mistake is told to the operator."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel, ValidationError
+from specblock.daemon.config import DaemonConfig
+from specblock.daemon.config_loader import load_config, parse_config, write_yaml
+from specblock.daemon.config_types import parse_bytes, redact_url
+from specblock.daemon.config_yaml import parse
+from specblock.daemon.errors import ConfigError, ExitCode
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+BASE = "target: {model: m}\ndrafter: {path: p}\n"
+
+
+def problems(text: str, *overrides: str) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, "f.yaml", overrides)
+    assert caught.value.exit_code == ExitCode.CONFIG
+    return caught.value.lines
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_shipped_configs_load(path: Path) -> None:
+    config = load_config(path)
+    assert config.target.model == "models/demo-target"
+    # The dump of a resolved config is itself a valid config (secrets aside).
+    assert parse_config(write_yaml(config), "dump").resolved() == config.resolved()
+
+
+def test_all_four_configs_are_shipped() -> None:
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"local", "gpu", "cluster", "demo"}
+
+
+def _field_paths(model: BaseModel, prefix: str = "") -> Iterator[str]:
+    for name, info in type(model).model_fields.items():
+        value, path = getattr(model, name), f"{prefix}{info.alias or name}"
+        yield path
+        if isinstance(value, BaseModel):
+            yield from _field_paths(value, f"{path}.")
+        elif isinstance(value, tuple) and value and isinstance(value[0], BaseModel):
+            yield from _field_paths(value[0], f"{path}.0.")
+
+
+def test_every_field_appears_with_a_comment_in_local_yaml() -> None:
+    path = CONFIGS / "local.yaml"
+    text = path.read_text()
+    document = parse(text, "local.yaml")
+    written = {".".join(map(str, loc)) for loc in document.keys}
+    assert set(_field_paths(load_config(path))) <= written
+    lines = text.splitlines()
+    for loc, position in document.keys.items():
+        if len(loc) == 2:  # a key of a section, or a list's first line
+            assert "#" in lines[position.line - 1], f"{loc} has no comment"
+
+
+def test_every_field_is_described() -> None:
+    def models(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+        yield model
+        for info in model.model_fields.values():
+            if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+                yield from models(info.annotation)
+
+    missing = [
+        f"{model.__name__}.{name}"
+        for model in models(DaemonConfig)
+        for name, info in model.model_fields.items()
+        if not info.description and not (isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel))
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("engine: {slots: 0}", "f.yaml:3:17: engine.slots: Input should be greater than or equal to 1 (got 0)"),
+        ("engine:\n  slotz: 4", "f.yaml:4:3: engine.slotz: unknown key; did you mean slots?"),
+        ("engin: {}", "f.yaml:3:1: engin: unknown key; did you mean engine?"),
+        ('http: {port: "80"}', "f.yaml:3:14: http.port: Input should be a valid integer (got '80')"),
+        ("http: {port: 70000}", "f.yaml:3:14: http.port: Input should be less than or equal to 65535 (got 70000)"),
+        (
+            "engine:\n  speculation: off",
+            "f.yaml:4:16: engine.speculation: Input should be a valid boolean; write true or false (got 'off')",
+        ),
+        ("engine: {slots: 1.5}", "f.yaml:3:17: engine.slots: Input should be a valid integer (got 1.5)"),
+        ("trainer: {device: tpu}", "f.yaml:3:19: trainer.device: "),
+        ("windows: {budget_bytes: 3 apples}", "f.yaml:3:25: windows.budget_bytes: not a size in bytes"),
+        ("windows: {heldout_fraction: .nan}", "f.yaml:3:29: windows.heldout_fraction: "),
+        ("redis: {url: localhost}", "f.yaml:3:14: redis.url: must start with redis://"),
+        (
+            "redis: {block_s: 2, socket_timeout_s: 3}",
+            "f.yaml:3:39: redis.socket_timeout_s: must be at least block_s + 2 = 4 seconds",
+        ),
+        ("ray: {address: somewhere}", 'f.yaml:3:16: ray.address: must be "local", "auto" or host:port'),
+        ("http: {host: 0.0.0.0}", "f.yaml:3:14: http.host: 0.0.0.0 is reachable from the network"),
+        ("http: {port: 8265}", "f.yaml:3:14: http.port: 8265 is also ray.dashboard_port"),
+        ("engine: {max_output_tokens: 2048}", "f.yaml:3:29: engine.max_output_tokens: must be below"),
+        ("ray: {engine_gpus: 1}", "f.yaml:3:20: ray.engine_gpus: GPUs are reserved but target.device is cpu"),
+        (
+            "adaptation:\n  arms:\n    - {name: a, patterns: [x], steps: 1, learning_rate: 2}",
+            "f.yaml:5:57: adaptation.arms.0.learning_rate: Input should be less than or equal to 1 (got 2)",
+        ),
+        (
+            "adaptation:\n  arms:\n    - {name: a, patterns: [x], steps: 1, learning_rat: 1}",
+            "f.yaml:5:7: adaptation.arms.0.learning_rate: required, but not given",
+        ),
+        ("engine: 5", "f.yaml:3:9: engine: Input should be a valid dictionary"),
+        ("engine: {slots: 1}\nengine: {slots: 2}", "f.yaml:4:1: engine: repeated key, first given at line 3"),
+        ("engine: !!python/object:os.x {}", "f.yaml:3:9: engine: the tag tag:yaml.org,2002:python"),
+        ("? [a]\n: b", "f.yaml:3:3: : a key must be plain text"),
+    ],
+)
+def test_each_mistake_names_its_place(text: str, line: str) -> None:
+    found = problems(BASE + text)
+    assert any(problem.startswith(line) for problem in found), found
+
+
+def test_missing_sections_and_keys() -> None:
+    assert problems("target: {}")[0] == "f.yaml:1:1: target.model: required, but not given"
+    assert "f.yaml:1:1: drafter: required, but not given" in problems("target: {}")
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b", "hello"])
+def test_a_file_without_sections(text: str) -> None:
+    assert problems(text) == ("f.yaml:1:1: the file must hold sections such as target: and drafter:",)
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [("a: [1", "f.yaml:1:6: "), ("a: \tb\n\tc: 1", "f.yaml:1:4: "), ("a: b: c", "f.yaml:1:5: "), ("a: \x07", "f.yaml:1:4: ")],
+)
+def test_malformed_yaml_is_one_line_with_a_position(text: str, where: str) -> None:
+    (line,) = problems(text)
+    assert line.startswith(f"{where}not valid YAML: ")
+    assert "\n" not in line
+
+
+def test_an_alias_may_not_contain_itself() -> None:
+    assert any("contains itself" in line for line in problems(BASE + "engine: &e {slots: *e}"))
+
+
+def test_all_problems_at_once_in_file_order() -> None:
+    found = problems("target: {modl: x}\ndrafter: {path: p, beam: 0}\nhttp: {port: x}\nhttp: {}\n")
+    assert [line.split(": ")[1] for line in found] == [
+        "http",  # the repeated key
+        "target.model",
+        "target.modl",
+        "drafter.beam",
+        "http.port",
+    ]
+
+
+def test_yaml_1_2_scalars() -> None:
+    config = parse_config(
+        BASE + "adaptation:\n  arms: [{name: a, patterns: [x], steps: 0x10, learning_rate: 1e-4}]\n"
+        "redis: {url: null}\nhttp: {drain_deadline_s: 5}\nwindows: {budget_bytes: 2MiB}\nengine:\n",
+        "f.yaml",
+    )
+    arm = config.adaptation.arms[0]
+    assert (arm.learning_rate, arm.steps) == (1e-4, 16)
+    assert config.http.drain_deadline_s == 5.0
+    assert config.windows.budget_bytes == 2 * 2**20
+    assert config.engine.slots == 8, "an empty section means the defaults"
+    assert parse("a: [yes, 'true', true, ~, 1_000]", "f").data == {"a": ["yes", "true", True, None, "1_000"]}
+
+
+def test_overrides() -> None:
+    config = parse_config(
+        BASE, "f", ["http.port=9000", "state_dir=/tmp/x", "engine.speculation=false", "windows.budget_bytes=2MiB"]
+    )
+    assert (config.http.port, config.state_dir, config.engine.speculation) == (9000, Path("/tmp/x"), False)
+    arms = BASE + "adaptation: {arms: [{name: a, patterns: [x], steps: 1, learning_rate: 1e-4}]}"
+    assert parse_config(arms, "f", ["adaptation.arms.0.steps=7"]).adaptation.arms[0].steps == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("http.port", "--set http.port: write it as section.key=value"),
+        ("http.port=x", "--set http.port=x: http.port: Input should be a valid integer (got 'x')"),
+        ("http.prt=1", "--set http.prt=1: http.prt: unknown key; did you mean port?"),
+        ("http.port.x=1", "--set http.port.x=1: http.port.x: nothing there to set"),
+        ("http.port=[", "--set http.port=[:1:2: not valid YAML"),
+    ],
+)
+def test_bad_overrides(override: str, line: str) -> None:
+    found = problems(BASE + "http: {port: 8000}", override)
+    assert any(problem.startswith(line) for problem in found), found
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path)
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xff")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(tmp_path / "latin.yaml")
+
+
+def test_the_tree_is_frozen() -> None:
+    config = parse_config(BASE, "f")
+    with pytest.raises(ValidationError):
+        config.engine.slots = 3
+
+
+def test_secrets_stay_out_of_the_log_and_of_errors() -> None:
+    config = parse_config(
+        BASE + "http: {api_key: abcdefgh1}\nredis: {url: 'rediss://u:pw@h:1/0?ssl_keyfile=/k'}", "f"
+    )
+    assert config.resolved()["http"]["api_key"] == "***"
+    assert config.resolved()["redis"]["url"] == "rediss://***@h:1/0?***"
+    assert "short" not in "".join(problems(BASE + "http: {api_key: short}"))
+    assert redact_url("unix:///run/redis.sock") == "unix:///run/redis.sock"
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), ("1KiB", 1024), ("1.5 MiB", 1572864), ("2gb", 2 * 10**9)])
+def test_sizes(text: str, value: int) -> None:
+    assert parse_bytes(text) == value
+
+
+def test_loading_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from pathlib import Path; from specblock.daemon.config_loader import load_config;"
+        f"load_config(Path({str(CONFIGS / 'local.yaml')!r}));"
+        "print([m for m in ('torch', 'ray', 'transformers', 'redis', 'fastapi') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,264 @@
+"""The target model: one transformers forward over a tree (or a chain) of new rows per slot.
+
+Legend: B requests, R new rows per request, M rows whose logits are wanted, T visible tokens, H hidden size, F = 3H
+fused feature size, V vocabulary, P prompt tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specblock.verifier import loading
+from specblock.verifier.kv_cache import TargetCache, host_list
+
+_CHECK_TOKENS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class TargetOutput:
+    """What one forward yields.
+
+    Attributes:
+        logits: [B, M, V] raw logits of the rows asked for (all R rows by default), in the model's dtype.
+        features: [B, R, F] residual stream after the feature layers, concatenated, no final norm.
+    """
+
+    logits: Tensor
+    features: Tensor
+
+
+def default_feature_layers(num_layers: int) -> tuple[int, int, int]:
+    """The published rule (1, N/2-1, N-4) for N >= 12 decoder layers, (0, N//2-1, N-2) below.
+
+    Source: method reference 1.1; design section 4.
+    """
+    if num_layers >= 12:
+        return 1, num_layers // 2 - 1, num_layers - 4
+    return 0, num_layers // 2 - 1, num_layers - 2
+
+
+class TargetModel:
+    """A frozen causal language model that verifies draft trees.
+
+    Build it with ``load`` or ``from_model``. One forward at a time: the object is not thread-safe.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, feature_layers: tuple[int, ...] | None, model_name: str) -> None:
+        loading.check_model(model)
+        self._model = model.eval().requires_grad_(False)
+        self._decoder = model.model
+        self._head = model.get_output_embeddings()
+        self._captured: dict[int, Tensor] = {}
+        self._capturing = False
+        config = model.config
+        self.tokenizer = tokenizer
+        self.model_name = model_name
+        self.num_layers: int = len(self._decoder.layers)
+        self.hidden_size: int = config.hidden_size
+        self.vocab_size: int = self._head.weight.shape[0]
+        self.max_context_tokens: int = config.max_position_embeddings
+        self.eos_token_ids: frozenset[int] = loading.eos_token_ids(model, tokenizer)
+        self.fingerprint: str = loading.fingerprint(model, tokenizer)
+        self.feature_layers = self._checked_layers(feature_layers)
+        for index in self.feature_layers:
+            self._decoder.layers[index].register_forward_hook(self._capture(index))
+        self._check_forward()
+
+    @classmethod
+    def load(
+        cls,
+        path_or_id: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        feature_layers: tuple[int, ...] | None = None,
+        local_files_only: bool = False,
+    ) -> TargetModel:
+        """Opens a target from a Hugging Face directory or hub id.
+
+        Args:
+            path_or_id: directory in Hugging Face layout, or a hub id.
+            dtype: precision of weights, cache and forward.
+            device: where to put it.
+            feature_layers: three decoder layer indices; None uses ``default_feature_layers``.
+            local_files_only: never ask the hub.
+
+        Raises:
+            ValueError: directory missing, architecture incompatible, or feature layers invalid.
+        """
+        model, tokenizer = loading.open_pretrained(
+            path_or_id, dtype=dtype, device=device, local_files_only=local_files_only
+        )
+        target = cls(model, tokenizer, feature_layers, path_or_id)
+        if len(tokenizer) > target.vocab_size:
+            raise ValueError(
+                f"target model {path_or_id}: the tokenizer has {len(tokenizer)} tokens, the model {target.vocab_size}"
+            )
+        return target
+
+    @classmethod
+    def from_model(
+        cls, model: Any, tokenizer: Any = None, feature_layers: tuple[int, ...] | None = None
+    ) -> TargetModel:
+        """Wraps a transformers causal language model that is already in memory."""
+        return cls(model, tokenizer, feature_layers, model.config.name_or_path or type(model).__name__)
+
+    @property
+    def feature_size(self) -> int:
+        """F: size of one fused feature."""
+        return len(self.feature_layers) * self.hidden_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of weights and features."""
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.embedding.device
+
+    @property
+    def embedding(self) -> Tensor:
+        """[V, H] input embedding, frozen."""
+        weight: Tensor = self._model.get_input_embeddings().weight
+        return weight
+
+    def new_cache(self, num_slots: int, capacity_tokens: int) -> TargetCache:
+        """Storage for ``num_slots`` requests; the capacity must cover the longest prefix plus the rows of one tree."""
+        config = self._model.config
+        heads: int = config.num_attention_heads
+        return TargetCache(
+            num_layers=self.num_layers,
+            num_slots=num_slots,
+            num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            capacity_tokens=capacity_tokens,
+            head_dim=getattr(config, "head_dim", None) or self.hidden_size // heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self,
+        cache: TargetCache,
+        slots: Sequence[int] | Tensor,
+        tokens: Tensor,
+        *,
+        tree_mask: Tensor | None = None,
+        depth: Tensor | None = None,
+        num_rows: Tensor | None = None,
+        logits_rows: Tensor | None = None,
+    ) -> TargetOutput:
+        """Runs R new rows per slot on top of each committed prefix; their keys and values are staged, not committed.
+
+        Args:
+            cache: where the prefixes are.
+            slots: [B] distinct slots (host values preferred: a device tensor is waited for).
+            tokens: int64 [B, R].
+            tree_mask: bool [B, R, R], which new rows each row sees; None is a causal chain. A row always sees itself.
+            depth: int64 [B, R], distance from the prefix's end, which gives the position; None counts up.
+            num_rows: int64 [B], real rows per slot; padding rows see only the prefix and themselves. None: all real.
+            logits_rows: int64 [B, M], rows whose logits to compute; None is all of them, M = 0 is none.
+
+        Raises:
+            ValueError: a slot has no room for R rows.
+        """
+        batch, rows = tokens.shape
+        length_B = torch.tensor(cache.stage(host_list(slots), rows), device=self.device)
+        order_R = torch.arange(rows, device=self.device)
+        visible_BRR = order_R <= order_R[:, None] if tree_mask is None else tree_mask
+        if num_rows is not None:
+            visible_BRR = visible_BRR & (order_R < num_rows.to(self.device)[:, None])[:, :, None]
+        visible_BRR = visible_BRR | torch.eye(rows, dtype=torch.bool, device=self.device)
+        assert cache.staging is not None
+        hidden_BRH, features = self._run(
+            tokens,
+            _visibility(visible_BRR.expand(batch, -1, -1), length_B, cache.staging.visible_tokens),
+            length_B[:, None] + (order_R if depth is None else depth),
+            cache.as_transformers,
+        )
+        if logits_rows is not None:
+            hidden_BRH = hidden_BRH[torch.arange(batch, device=self.device)[:, None], logits_rows.to(self.device)]
+        return TargetOutput(self._head(hidden_BRH), features)
+
+    @torch.no_grad()
+    def prefill(self, cache: TargetCache, slot: int, tokens: Tensor, chunk_tokens: int = 256) -> tuple[Tensor, Tensor]:
+        """Feeds a run of known tokens in chunks and commits them.
+
+        Args:
+            cache: where to append them, behind what the slot already holds.
+            slot: the slot.
+            tokens: int64 [P], P >= 1.
+            chunk_tokens: largest number of rows per forward.
+
+        Returns:
+            Features [P, F] and the raw logits [V] after the last token.
+        """
+        features: list[Tensor] = []
+        logits = torch.empty(0)
+        tokens = tokens.to(self.device)
+        chunks = [tokens[start : start + chunk_tokens] for start in range(0, len(tokens), chunk_tokens)]
+        for index, chunk in enumerate(chunks):
+            wanted = [[len(chunk) - 1]] if index == len(chunks) - 1 else [[]]
+            rows_1M = torch.tensor(wanted, dtype=torch.int64, device=self.device)
+            output = self.forward(cache, [slot], chunk[None], logits_rows=rows_1M)
+            cache.advance([slot], [len(chunk)])
+            features.append(output.features[0])
+            logits = output.logits[0]
+        return torch.cat(features), logits[0]
+
+    def _run(self, tokens_BR: Tensor, mask_B1RT: Tensor, position_BR: Tensor, past: Any) -> tuple[Tensor, Tensor]:
+        self._capturing = True
+        try:
+            hidden_BRH: Tensor = self._decoder(
+                input_ids=tokens_BR,
+                attention_mask=mask_B1RT,
+                position_ids=position_BR,
+                past_key_values=past,
+                use_cache=True,
+            ).last_hidden_state
+            return hidden_BRH, torch.cat([self._captured[index] for index in self.feature_layers], dim=-1)
+        finally:
+            self._capturing = False
+            self._captured.clear()
+
+    def _capture(self, index: int) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _inputs: Any, output: Any) -> None:
+            if self._capturing:
+                self._captured[index] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    def _checked_layers(self, layers: tuple[int, ...] | None) -> tuple[int, ...]:
+        chosen = default_feature_layers(self.num_layers) if layers is None else tuple(layers)
+        if len(chosen) != 3 or list(chosen) != sorted(set(chosen)) or chosen[0] < 0 or chosen[-1] >= self.num_layers:
+            raise ValueError(
+                f"feature layers must be three distinct ascending indices below {self.num_layers}, got {chosen}"
+            )
+        return chosen
+
+    @torch.no_grad()
+    def _check_forward(self) -> None:
+        """Holds our forward to the model's own, so a family that scales logits or masks differently is refused."""
+        tokens_1R = torch.arange(_CHECK_TOKENS, device=self.device)[None] % self.vocab_size
+        expected = self._model(input_ids=tokens_1R, use_cache=False).logits.float()
+        logits = self.forward(self.new_cache(1, _CHECK_TOKENS), [0], tokens_1R).logits.float()
+        # Two attention kernels may round differently; a wrong scale or mask is far outside this.
+        if not torch.allclose(logits, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
+            name = type(self._model).__name__
+            raise ValueError(f"incompatible architecture: {name} computes its logits in a way the verifier does not")
+
+
+def _visibility(visible_BRR: Tensor, length_B: Tensor, visible_tokens: int) -> Tensor:
+    """bool [B, 1, R, T]: the whole committed prefix, then the staged rows each row may see."""
+    rows = visible_BRR.shape[1]
+    column_BT = torch.arange(visible_tokens, device=length_B.device) - length_B[:, None]
+    staged_BRT = visible_BRR.gather(2, column_BT.clamp(0, rows - 1)[:, None, :].expand(-1, rows, -1))
+    staged_BRT &= (column_BT < rows)[:, None, :]
+    return (staged_BRT | (column_BT < 0)[:, None, :])[:, None]

@@ -1,0 +1,59 @@
+"""What a verification hands back, and the compressed target distribution kept for training.
+
+Legend: B requests, A accepted drafts on the longest path, F fused feature size, K kept tokens per position,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogProbs:
+    """The most probable tokens of raw logits at temperature 1.
+
+    Attributes:
+        ids: int32 [..., K], most probable first.
+        log_probs: float32 [..., K], normalised over the whole vocabulary.
+        logsumexp: float32 [...], of the raw logits.
+    """
+
+    ids: Tensor
+    log_probs: Tensor
+    logsumexp: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """The outcome of one verification; nothing is committed yet.
+
+    Column j of ``rows``, ``features`` and ``top`` belongs to the token *before* ``tokens[:, j]``: column 0 is the root.
+    Columns beyond ``num_accepted[b]`` are padding (valid rows of the batch, without meaning).
+
+    Attributes:
+        paths: chosen tokens per request, accepted drafts then the bonus (host).
+        tokens: int64 [B, A + 1], the same, padded with -1.
+        num_accepted: int64 [B], accepted drafts, bonus excluded.
+        rows: int64 [B, A + 1], tree rows of the path, root first; column j is padded with j.
+        features: [B, A + 1, F], target features of those rows.
+        top: target distribution at those rows, [B, A + 1, ...].
+    """
+
+    paths: tuple[tuple[int, ...], ...]
+    tokens: Tensor
+    num_accepted: Tensor
+    rows: Tensor
+    features: Tensor
+    top: TopLogProbs
+
+
+def topk_log_probs(logits: Tensor, k: int = 32) -> TopLogProbs:
+    """The ``min(k, V)`` most probable tokens of raw logits [..., V], before any processing."""
+    logits = logits.to(torch.float32)
+    total = torch.logsumexp(logits, dim=-1)
+    values, ids = torch.topk(logits, min(k, logits.shape[-1]), dim=-1)
+    return TopLogProbs(ids.to(torch.int32), values - total[..., None], total)
