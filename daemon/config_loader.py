@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from specblock.daemon.config import DaemonConfig
+from specblock.daemon.config_types import redact_url
 from specblock.daemon.config_yaml import Document, Loc, Position, dotted, parse
 from specblock.daemon.errors import ConfigError
 
@@ -80,13 +81,14 @@ def _explain(document: Document, detail: ErrorDetails) -> list[_Problem]:
     message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error" and not loc:  # rules across sections name their own path
         rules = [line.partition(": ") for line in message.splitlines()]
-        return [
-            _Problem(document.value_position(tuple(path.split("."))), f"{path}: {rule}") for path, _, rule in rules
-        ]
+        return [_Problem(document.value_position(tuple(path.split("."))), f"{path}: {rule}") for path, _, rule in rules]
     given = detail["input"]
     if isinstance(given, str) and kind.startswith("bool") and given.lower() in _YAML_1_1_BOOLEANS:
         message += "; write true or false"
-    shown = "" if isinstance(given, dict | list | BaseModel) or loc[-1:] == ("api_key",) else f" (got {given!r})"
+    if loc == ("redis", "url") and isinstance(given, str):
+        given = redact_url(given)
+    hidden = isinstance(given, dict | list | BaseModel) or loc == ("http", "api_key")
+    shown = "" if hidden else f" (got {given!r})"
     return [_Problem(document.value_position(loc), f"{dotted(loc)}: {message}{shown}")]
 
 

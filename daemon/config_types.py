@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -58,8 +57,8 @@ Count = Annotated[int, Field(ge=1)]
 
 
 def redact_url(url: str) -> str:
-    """The URL with its password (and any query, which may hold key files) replaced by ``***``."""
-    parts = urlsplit(url)
-    host = parts.netloc.rpartition("@")[2]
-    netloc = f"***@{host}" if "@" in parts.netloc else host
-    return urlunsplit((parts.scheme, netloc, parts.path, "***" if parts.query else "", ""))
+    """The URL with user and password, and any query (it may name key files), replaced by ``***``."""
+    base, question, _ = url.partition("?")
+    scheme, separator, rest = base.partition("://")
+    credentials, at, host = rest.rpartition("@")
+    return scheme + separator + ("***@" if at and credentials else "") + host + ("?***" if question else "")

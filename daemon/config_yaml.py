@@ -14,6 +14,11 @@ import yaml
 
 Loc = tuple[str | int, ...]
 
+# What PyYAML gives to plain nodes; anything else was written by hand and would be ignored.
+_TAGS = {
+    f"tag:yaml.org,2002:{name}"
+    for name in ("null", "bool", "int", "float", "str", "seq", "map", "timestamp", "merge", "value")
+}
 _NULL = re.compile(r"~|null|Null|NULL|")
 _BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
 _INT = re.compile(r"[-+]?[0-9]+")
@@ -114,7 +119,7 @@ def parse(text: str, source: str) -> Document:
 def _build(document: Document, node: yaml.Node, loc: Loc, above: tuple[yaml.Node, ...]) -> Any:
     where = Position.of(document.source, node.start_mark)
     document.values[loc] = where
-    if not node.tag.startswith("tag:yaml.org,2002:"):
+    if node.tag not in _TAGS:
         document.problems.append(f"{where}: {dotted(loc)}: the tag {node.tag} is not supported")
     if any(node is parent for parent in above):
         document.problems.append(f"{where}: {dotted(loc)}: this alias contains itself")

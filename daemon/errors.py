@@ -1,12 +1,12 @@
 """What can go wrong in the daemon, and the exit code each kind ends the process with.
 
-    SpecblockError
-    ├── ConfigError          2  the policy file or the command line
-    ├── DependencyError      3  Redis, Ray, a port or a running daemon cannot be reached
-    ├── DeviceError          4  no such device, or not enough memory on it
-    ├── IncompatibleError    5  target and drafter (or a stored version) do not fit together
-    │   └── CorruptVersionError
-    └── VerificationError    6  a check of the running system failed
+SpecblockError
+├── ConfigError          2  the policy file or the command line
+├── DependencyError      3  Redis, Ray, a port or a running daemon cannot be reached
+├── DeviceError          4  no such device, or not enough memory on it
+├── IncompatibleError    5  target and drafter (or a stored version) do not fit together
+│   └── CorruptVersionError
+└── VerificationError    6  a check of the running system failed
 """
 
 from __future__ import annotations

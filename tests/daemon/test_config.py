@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ValidationError
+
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.config_loader import load_config, parse_config, write_yaml
 from specblock.daemon.config_types import parse_bytes, redact_url
@@ -133,7 +134,12 @@ def test_a_file_without_sections(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("text", "where"),
-    [("a: [1", "f.yaml:1:6: "), ("a: \tb\n\tc: 1", "f.yaml:1:4: "), ("a: b: c", "f.yaml:1:5: "), ("a: \x07", "f.yaml:1:4: ")],
+    [
+        ("a: [1", "f.yaml:1:6: "),
+        ("a: \tb\n\tc: 1", "f.yaml:1:4: "),
+        ("a: b: c", "f.yaml:1:5: "),
+        ("a: \x07", "f.yaml:1:4: "),
+    ],
 )
 def test_malformed_yaml_is_one_line_with_a_position(text: str, where: str) -> None:
     (line,) = problems(text)
@@ -211,12 +217,11 @@ def test_the_tree_is_frozen() -> None:
 
 
 def test_secrets_stay_out_of_the_log_and_of_errors() -> None:
-    config = parse_config(
-        BASE + "http: {api_key: abcdefgh1}\nredis: {url: 'rediss://u:pw@h:1/0?ssl_keyfile=/k'}", "f"
-    )
+    config = parse_config(BASE + "http: {api_key: abcdefgh1}\nredis: {url: 'rediss://u:pw@h:1/0?ssl_keyfile=/k'}", "f")
     assert config.resolved()["http"]["api_key"] == "***"
     assert config.resolved()["redis"]["url"] == "rediss://***@h:1/0?***"
     assert "short" not in "".join(problems(BASE + "http: {api_key: short}"))
+    assert "pw" not in "".join(problems(BASE + "redis: {url: 'redi://u:pw@h'}"))
     assert redact_url("unix:///run/redis.sock") == "unix:///run/redis.sock"
 
 

@@ -1,0 +1,132 @@
+"""What the bandit asks of the outside world, and what comes back. The daemon implements ``Actions`` with Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from specblock.bandit.config import Arm
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainWindows:
+    """Conversations of one domain that are kept for training and for held-out scoring."""
+
+    domain: str
+    num_train: int
+    num_heldout: int
+    train_positions: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowSummary:
+    """What could be trained on right now."""
+
+    domains: tuple[DomainWindows, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityRow:
+    """One conversation, served live by a version and replayed with the same version."""
+
+    conversation_id: str
+    tokens: int
+    live_cycles: int
+    replay_cycles: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParityReport:
+    """Rows of a parity check and what it cost."""
+
+    rows: tuple[ParityRow, ...]
+    device_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """One training run.
+
+    Attributes:
+        positions: training positions processed, repeats included.
+        train_s: wall seconds of training (interference is charged on these).
+        device_s: training device-seconds.
+        cutoff_time_s: arrival of the newest conversation used, seconds since the epoch.
+    """
+
+    candidate_version: str
+    positions: int
+    train_s: float
+    device_s: float
+    cutoff_time_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairedReplay:
+    """One held-out conversation replayed with two versions.
+
+    Attributes:
+        time_s: arrival of the conversation, seconds since the epoch.
+        live_version: the version that served it ("" if mixed).
+        live_cycles: the cycles it took live.
+    """
+
+    conversation_id: str
+    domain: str
+    time_s: float
+    tokens: int
+    cycles_old: int
+    cycles_new: int
+    live_version: str
+    live_cycles: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareReport:
+    """Paired replays, the seconds one cycle takes with either version, and the device-seconds it all cost."""
+
+    rows: tuple[PairedReplay, ...]
+    cycle_s_old: float
+    cycle_s_new: float
+    device_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapReport:
+    """A promotion or roll-back: ``version`` is what serves now, by the registry's name."""
+
+    ok: bool
+    stall_s: float
+    detail: str
+    version: str
+
+
+class Actions(Protocol):
+    """The outside world. Every method may raise; the service then abandons and charges the update."""
+
+    def windows(self) -> WindowSummary:
+        """What could be trained on right now."""
+
+    def parity(self, version: str) -> ParityReport:
+        """Replays ``version`` on conversations that it served live."""
+
+    def train(self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool) -> TrainReport:
+        """Runs steps of ``arm`` from ``base_version`` until ``fraction`` of them are done.
+
+        ``resume`` continues this decision's micro-profile instead of starting at the base.
+        """
+
+    def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
+        """Replays both versions on held-out conversations that arrived after ``after_time_s`` (None: all)."""
+
+    def promote(self, decision_id: str, candidate_version: str) -> SwapReport:
+        """Makes the candidate serve."""
+
+    def rollback(self, decision_id: str, to_version: str) -> SwapReport:
+        """Makes ``to_version`` serve again; asking twice is harmless."""
+
+    def discard(self, candidate_version: str) -> None:
+        """Forgets a candidate."""
+
+    def serving_version(self) -> str:
+        """What serves now, by the registry's name."""

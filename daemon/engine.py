@@ -1,0 +1,301 @@
+"""The decode loop: admit, prefill, then draft -> verify -> commit -> emit for all running requests at once.
+
+A plain class without Ray, Redis or threads: ``step`` is one cycle. Nothing in it waits for learning or disk.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specblock.cuda_ext.noise import NoiseWindow
+from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.tree import DraftTree, root_only
+from specblock.daemon.messages import GenerationRequest, TokenChunk
+from specblock.daemon.request import RequestState
+from specblock.drafter.draft import NewPositions, SpecBlockDrafter
+from specblock.verifier.finish import truncate_at_end
+from specblock.verifier.model import TargetModel
+from specblock.verifier.result import VerifyResult
+from specblock.verifier.text import TextStream
+from specblock.verifier.verify import verify
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """Sizes of the decode loop.
+
+    Attributes:
+        slots: requests decoded together.
+        capacity_tokens: tokens per slot, prompt and completion.
+        prefill_chunk_tokens: prompt tokens per forward.
+        top_k: target log-probabilities kept per choice for training.
+        segment_cycles: cycles per acceptance event.
+    """
+
+    slots: int
+    capacity_tokens: int
+    prefill_chunk_tokens: int = 256
+    top_k: int = 32
+    segment_cycles: int = 32
+
+
+class Listener:
+    """What the engine tells the outside; the default ignores everything. Calls must return at once."""
+
+    def segment(self, state: RequestState, last: bool) -> None:
+        """A request finished ``segment_cycles`` cycles or ended; ``state.segment`` holds the sums."""
+
+    def finished(self, state: RequestState, reason: str) -> None:
+        """A request ended; its window may be taken."""
+
+
+class Engine:
+    """Verifier and inference drafter behind one loop with slots."""
+
+    def __init__(
+        self,
+        target: TargetModel,
+        drafter: SpecBlockDrafter | None,
+        settings: EngineSettings,
+        clock: Clock,
+        listener: Listener | None = None,
+        drafter_version: str = "",
+    ) -> None:
+        self.target, self.drafter, self.settings = target, drafter, settings
+        self.drafter_version = drafter_version
+        self.speculation = drafter is not None
+        self._clock, self._listener = clock, listener or Listener()
+        depth = drafter.max_depth if drafter else 0
+        self._cache = target.new_cache(settings.slots, settings.capacity_tokens + self._tree_rows)
+        self._draft_cache = drafter.new_cache(settings.slots, settings.capacity_tokens) if drafter else None
+        self._noise = NoiseWindow(settings.slots, depth + 1, target.vocab_size, target.device)
+        self.waiting: deque[RequestState] = deque()
+        self.running: list[RequestState] = []
+        self._pending_swap: Callable[[], bool] | None = None
+
+    @property
+    def _tree_rows(self) -> int:
+        return self.drafter.settings.node_budget + 1 if self.drafter else 1
+
+    @property
+    def idle(self) -> bool:
+        """True when there is nothing to decode."""
+        return not self.waiting and not self.running
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queues a request; prompt and completion must fit a slot.
+
+        Raises:
+            ValueError: the prompt is empty or the request is longer than a slot.
+        """
+        if not request.prompt_tokens:
+            raise ValueError("prompt: must not be empty")
+        if len(request.prompt_tokens) + request.max_tokens > self.settings.capacity_tokens:
+            raise ValueError(
+                f"prompt ({len(request.prompt_tokens)} tokens) plus max_tokens ({request.max_tokens}) is over the "
+                f"context length of {self.settings.capacity_tokens} tokens"
+            )
+        text = None
+        if self.target.tokenizer is not None:
+            text = TextStream(
+                self.target.tokenizer,
+                prompt_tokens=request.prompt_tokens,
+                stop=request.stop,
+                include_stop=request.include_stop_str_in_output,
+            )
+        self.waiting.append(RequestState(request, text, self.target.vocab_size, self._clock()))
+
+    def cancel(self, request_id: str) -> TokenChunk | None:
+        """Drops a request wherever it is; returns its last chunk, or None if it is not here."""
+        for state in list(self.waiting):
+            if state.request.request_id == request_id:
+                self.waiting.remove(state)
+                return self._last_chunk(state, (), "", "abort")
+        for state in self.running:
+            if state.request.request_id == request_id:
+                return self._retire(state, (), "", "abort")
+        return None
+
+    def swap_between_cycles(self, apply: Callable[[], bool]) -> None:
+        """Runs ``apply`` before the next cycle. It returns True if the drafter's cached rows stay valid."""
+        self._pending_swap = apply
+
+    @torch.inference_mode()
+    def step(self) -> list[TokenChunk]:
+        """One cycle of everything that runs."""
+        self._apply_swap()
+        self._admit()
+        for state in [s for s in self.running if not s.prefill_done]:
+            self._prefill(state)
+        ready = [s for s in self.running if s.prefill_done]
+        return self._cycle(ready) if ready else []
+
+    def _cycle(self, states: list[RequestState]) -> list[TokenChunk]:
+        begin = self._clock()
+        slots = [s.slot for s in states]
+        sampling = SamplingBatch.of([s.request.sampling for s in states], self.target.device)
+        tree, depth = self._draft(states, slots, sampling)
+        drafted = self._clock()
+        result = verify(
+            self.target,
+            self._cache,
+            slots,
+            tree,
+            depth,
+            states=[s.choice for s in states],
+            sampling=sampling,
+            noise=self._noise,
+            top_k=self.settings.top_k,
+        )
+        verified = self._clock()
+        chunks = self._commit(states, slots, tree, result)
+        ended = self._clock()
+        for state in states:
+            counts = state.segment
+            counts.draft_s += (drafted - begin) / len(states)
+            counts.verify_s += (verified - drafted) / len(states)
+            counts.other_s += (ended - verified) / len(states)
+        self._report(states)
+        return chunks
+
+    def _draft(self, states: list[RequestState], slots: list[int], sampling: SamplingBatch) -> tuple[DraftTree, int]:
+        roots = torch.tensor([s.tokens[-1] for s in states], device=self.target.device)
+        if self.drafter is None or self._draft_cache is None or not self.speculation:
+            return root_only(roots), 0
+        sampled = [s for s in states if s.request.sampling.temperature > 0]
+        noise = self._noise if self.drafter.settings.shared_noise and sampled else None
+        if noise is not None:
+            noise.advance(
+                [s.slot for s in sampled],
+                [len(s.tokens) for s in sampled],
+                [s.request.sampling.seed for s in sampled],
+                [s.request.sampling.choice for s in sampled],
+            )
+        new = self._new_positions(states, keep=0)
+        return self.drafter.draft(self._draft_cache, slots, new, roots, sampling, noise), self.drafter.max_depth
+
+    def _new_positions(self, states: list[RequestState], keep: int) -> NewPositions:
+        """Takes pending features with the token after each; ``keep`` of the newest stay pending."""
+        features = [torch.cat(s.pending) if s.pending else None for s in states]
+        counts = [max(0, (0 if f is None else f.shape[0]) - keep) for f in features]
+        width = max(1, *counts)
+        assert self._draft_cache is not None
+        padded = torch.zeros(len(states), width, self.target.feature_size, dtype=self.target.dtype)
+        padded = padded.to(self.target.device)
+        following = torch.zeros(len(states), width, dtype=torch.int64)
+        for row, (state, taken, count) in enumerate(zip(states, features, counts, strict=True)):
+            at = self._draft_cache.positions[state.slot]
+            following[row, :count] = torch.tensor(state.tokens[at + 1 : at + 1 + count], dtype=torch.int64)
+            if taken is not None:
+                padded[row, :count] = taken[:count]
+                state.pending = [taken[count:]] if keep and count < taken.shape[0] else []
+        return NewPositions(padded, following.to(self.target.device), counts)
+
+    def _commit(
+        self, states: list[RequestState], slots: list[int], tree: DraftTree, result: VerifyResult
+    ) -> list[TokenChunk]:
+        chunks: list[TokenChunk] = []
+        kept_counts: list[int] = []
+        finished: list[tuple[RequestState, tuple[int, ...], str, str]] = []
+        nodes = (tree.size - 1).tolist()
+        for row, (state, path) in enumerate(zip(states, result.paths, strict=True)):
+            ending = truncate_at_end(
+                path,
+                tokens_left=state.tokens_left,
+                eos_token_ids=self.target.eos_token_ids,
+                stop_token_ids=frozenset(state.request.stop_token_ids),
+                ignore_eos=state.request.ignore_eos,
+            )
+            kept, reason, text = ending.num_kept, ending.finish_reason, ""
+            if state.text is not None:
+                piece = state.text.push(path[: ending.num_shown])
+                text = piece.text
+                if piece.stopped:
+                    kept, reason = piece.num_tokens, "stop"
+                elif reason is not None:
+                    text += state.text.flush()
+            tokens = tuple(path[:kept])
+            state.tokens.extend(tokens)
+            state.choice.append(tokens)
+            state.keep_features(result.features[row, :kept], self.drafter is not None)
+            state.keep_laws(result.top, row, kept)
+            if kept == len(path):
+                state.accepted.append(kept - 1)
+            for counts in (state.total, state.segment):
+                counts.add(max(0, min(len(path) - 1, kept - (kept == len(path)))), kept, nodes[row])
+            kept_counts.append(kept)
+            if reason is None:
+                chunks.append(TokenChunk(request_id=state.request.request_id, tokens=tokens, text=text))
+            else:
+                finished.append((state, tokens, text, reason))
+        self._cache.commit(slots, result.rows, kept_counts)
+        chunks.extend(self._retire(*end) for end in finished)
+        return chunks
+
+    def _report(self, states: list[RequestState]) -> None:
+        for state in states:
+            state.total.draft_s += state.segment.draft_s
+            if state in self.running and state.segment.cycles >= self.settings.segment_cycles:
+                self._listener.segment(state, last=False)
+
+    def _admit(self) -> None:
+        now = self._clock()
+        while self.waiting and self._cache.num_free_slots:
+            state = self.waiting.popleft()
+            state.slot, state.started_s = self._cache.allocate(), now
+            state.versions = [self.drafter_version]
+            self._noise.reset(state.slot)
+            if self._draft_cache is not None:
+                self._draft_cache.reset(state.slot)
+            self.running.append(state)
+            if state.prefill_done:
+                state.decoding_since_s = now
+
+    def _prefill(self, state: RequestState) -> None:
+        """One chunk of the prompt; the drafter follows, one position behind (its pairs need the next token)."""
+        prompt = state.request.prompt_tokens
+        end = min(state.prefilled + self.settings.prefill_chunk_tokens, len(prompt) - 1)
+        chunk = torch.tensor([prompt[state.prefilled : end]], device=self.target.device)
+        none = torch.zeros(1, 0, dtype=torch.int64, device=self.target.device)
+        output = self.target.forward(self._cache, [state.slot], chunk, logits_rows=none)
+        self._cache.advance([state.slot], [chunk.shape[1]])
+        state.prefilled = end
+        state.keep_features(output.features[0], self.drafter is not None)
+        if self.drafter is not None and self._draft_cache is not None:
+            new = self._new_positions([state], keep=1)
+            if new.counts[0]:
+                self.drafter.absorb(self._draft_cache, [state.slot], new)
+        if state.prefill_done:
+            state.decoding_since_s = self._clock()
+
+    def _retire(self, state: RequestState, tokens: Sequence[int], text: str, reason: str) -> TokenChunk:
+        self.running.remove(state)
+        self._listener.segment(state, last=True)
+        self._listener.finished(state, reason)
+        self._cache.release(state.slot)
+        return self._last_chunk(state, tuple(tokens), text, reason)
+
+    def _last_chunk(self, state: RequestState, tokens: tuple[int, ...], text: str, reason: str) -> TokenChunk:
+        return TokenChunk(
+            request_id=state.request.request_id,
+            tokens=tokens,
+            text=text,
+            finish_reason=reason,
+            stats=state.stats(self._clock()),
+        )
+
+    def _apply_swap(self) -> None:
+        if self._pending_swap is None:
+            return
+        apply, self._pending_swap = self._pending_swap, None
+        rows_stay_valid = apply()
+        for state in self.running:
+            state.versions.append(self.drafter_version)
+            state.flagged |= not rows_stay_valid

@@ -1,0 +1,130 @@
+"""One request inside the engine: tokens, pending drafter positions, text, limits and what it will leave for learning."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specblock.daemon.messages import GenerationRequest, RequestStats
+from specblock.drafter.window import Window
+from specblock.verifier.history import ChoiceState
+from specblock.verifier.result import TopLogProbs
+from specblock.verifier.text import TextStream
+
+
+@dataclass(slots=True)
+class CycleCounts:
+    """Sums over some cycles of one request. ``histogram[a]`` counts cycles that accepted ``a`` drafts."""
+
+    histogram: list[int] = field(default_factory=lambda: [0] * 9)
+    cycles: int = 0
+    committed: int = 0
+    draft_nodes: int = 0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    other_s: float = 0.0
+
+    def add(self, accepted: int, kept: int, nodes: int) -> None:
+        """Counts one cycle that kept ``kept`` tokens out of ``accepted`` drafts and the bonus."""
+        while len(self.histogram) <= accepted:
+            self.histogram.append(0)
+        self.histogram[accepted] += 1
+        self.cycles += 1
+        self.committed += kept
+        self.draft_nodes += nodes
+
+
+class RequestState:
+    """Mutable state of a running request; owned by the engine's loop alone."""
+
+    def __init__(
+        self, request: GenerationRequest, text: TextStream | None, vocab_size: int, submitted_s: float
+    ) -> None:
+        self.request = request
+        self.text = text
+        self.choice = ChoiceState(request.sampling, vocab_size, request.prompt_tokens)
+        self.submitted_s = submitted_s
+        self.started_s = 0.0
+        self.decoding_since_s = 0.0
+        self.slot = -1
+        self.tokens: list[int] = list(request.prompt_tokens)
+        self.prefilled = 0  # prompt tokens in the target cache; the last prompt token is the first root
+        self.pending: list[Tensor] = []  # features not yet absorbed by the drafter, [n, F] each
+        self.total = CycleCounts()
+        self.segment = CycleCounts()
+        self.segments_sent = 0
+        self.accepted: list[int] = []
+        self.versions: list[str] = []
+        self.flagged = False
+        self._features: list[Tensor] = []
+        self._top_ids: list[Tensor] = []
+        self._top_log_probs: list[Tensor] = []
+
+    @property
+    def generated(self) -> int:
+        """Tokens produced so far."""
+        return len(self.tokens) - len(self.request.prompt_tokens)
+
+    @property
+    def tokens_left(self) -> int:
+        """Tokens the request may still produce."""
+        return self.request.max_tokens - self.generated
+
+    @property
+    def prefill_done(self) -> bool:
+        """True when every prompt token but the last is in the cache."""
+        return self.prefilled >= len(self.request.prompt_tokens) - 1
+
+    def keep_features(self, features: Tensor, for_drafter: bool) -> None:
+        """Remembers features of newly consumed tokens [n, F] for the drafter and for the window."""
+        if for_drafter:
+            self.pending.append(features)
+        if self.request.collect:
+            self._features.append(features)
+
+    def keep_laws(self, top: TopLogProbs, row: int, count: int) -> None:
+        """Remembers the target's laws of the ``count`` tokens kept this cycle."""
+        if self.request.collect:
+            self._top_ids.append(top.ids[row, :count].to(torch.int32))
+            self._top_log_probs.append(top.log_probs[row, :count].to(torch.float16))
+
+    def window(self, now_s: float, heldout: bool, max_tokens: int) -> Window | None:
+        """The training window of the finished request, or None if there is nothing to learn from."""
+        if not self.request.collect or not self._top_ids:
+            return None
+        prompt = len(self.request.prompt_tokens)
+        size = min(len(self.tokens), max_tokens)
+        if size <= prompt:
+            return None
+        return Window(
+            conversation_id=self.request.request_id,
+            domain=self.request.domain,
+            time_s=now_s,
+            drafter_version=self.versions[-1] if len(self.versions) == 1 and not self.flagged else "",
+            heldout=heldout,
+            tokens=torch.tensor(self.tokens[:size], dtype=torch.int32),
+            prompt_tokens=prompt,
+            features=torch.cat(self._features)[: size - 1].clone(),
+            top_ids=torch.cat(self._top_ids)[: size - prompt].clone(),
+            top_log_probs=torch.cat(self._top_log_probs)[: size - prompt].clone(),
+            sampling=self.request.sampling,
+            accepted=tuple(self.accepted) if size == len(self.tokens) else (),
+            truncated=size < len(self.tokens),
+        )
+
+    def stats(self, now_s: float) -> RequestStats:
+        """What the request did, for its last chunk."""
+        return RequestStats(
+            prompt_tokens=len(self.request.prompt_tokens),
+            completion_tokens=self.generated,
+            cycles=self.total.cycles,
+            draft_tokens=self.total.draft_nodes,
+            accepted_tokens=max(0, self.total.committed - self.total.cycles),
+            acceptance_histogram=tuple(self.total.histogram),
+            queue_s=self.started_s - self.submitted_s,
+            prefill_s=max(0.0, self.decoding_since_s - self.started_s),
+            decode_s=max(0.0, now_s - self.decoding_since_s) if self.decoding_since_s else 0.0,
+            drafter_version=self.versions[-1] if self.versions else "",
+        )
