@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
+from specblock.bandit.config import PolicyConfig, ServiceConfig, StreamConfig
 from specblock.daemon.config_adaptation import AdaptationConfig
 from specblock.daemon.config_types import ByteSize, ConfigPath, Count, Fraction, Port, Seconds, Section, redact_url
 
@@ -45,12 +46,12 @@ class DrafterConfig(Section):
     """Most leaves that one block hands to the next."""
     node_budget: int = Field(default=31, ge=1, le=255)
     """Most draft nodes the target verifies in one cycle, root not counted."""
-    beam: int = Field(default=10, ge=1, le=64)
-    """Widest set of candidates kept at one depth while a block is expanded."""
+    beam: int = Field(default=10, ge=6, le=64)
+    """Ceiling of the fan-out at a block's first slot; the fan-out per rank class goes up to 6."""
     shared_noise: bool = True
     """At temperature > 0, rank proposals with the noise the target will choose by. Lossless either way."""
-    noise_scale: float = Field(default=1.0, ge=0, le=4)
-    """Weight of that noise in the drafter's ranking; 0 equals shared_noise: false."""
+    noise_scale: float = Field(default=0.7, gt=0, le=4)
+    """Spread of the target's choice around the perturbed draft score, in nats; smaller trusts the drafter more."""
 
 
 class EngineConfig(Section):
@@ -112,7 +113,7 @@ class RedisConfig(Section):
     block_s: float = Field(default=1.0, gt=0, le=2)
     """How long one read waits for new events, in seconds."""
     socket_timeout_s: Seconds = 5.0
-    """Silence after which a connection counts as lost, in seconds; must exceed block_s by 2 s."""
+    """Silence after which a connection counts as lost, in seconds; must exceed block_s by more than 2 s."""
 
     @field_validator("url")
     @classmethod
@@ -125,9 +126,9 @@ class RedisConfig(Section):
     @classmethod
     def _outlives_block(cls, timeout_s: float, info: ValidationInfo) -> float:
         block_s = info.data.get("block_s")
-        if block_s is not None and timeout_s < block_s + 2:
+        if block_s is not None and timeout_s <= block_s + 2:
             raise ValueError(
-                f"must be at least block_s + 2 = {block_s + 2:g} seconds, or every idle read looks like a lost server"
+                f"must be more than block_s + 2 = {block_s + 2:g} seconds, or every idle read looks like a lost server"
             )
         return timeout_s
 
@@ -260,6 +261,28 @@ class DaemonConfig(Section):
                 "ray.trainer_gpus: must be above 0 when trainer.device is cuda, or Ray hides the GPU from the trainer",
             ),
         ]
+
+    def policy_config(self) -> PolicyConfig:
+        """The decision rule's configuration."""
+        return self.adaptation.policy_config(self.trainer.max_positions)
+
+    def stream_config(self, url: str) -> StreamConfig:
+        """The event stream's configuration; ``url`` is that of the server in use (see ``RedisServer.start``)."""
+        return StreamConfig(
+            url=url,
+            max_entries=self.redis.stream_max_entries,
+            socket_timeout_s=self.redis.socket_timeout_s,
+            block_max_s=self.redis.block_s,
+        )
+
+    def service_config(self) -> ServiceConfig:
+        """The bandit service's configuration; its files live in ``state_dir/bandit``."""
+        return ServiceConfig(
+            directory=str(self.state_dir / "bandit"),
+            decide_every_s=self.adaptation.decide_every_s,
+            decide_every_events=self.adaptation.decide_every_events,
+            block_s=self.redis.block_s,
+        )
 
     def resolved(self) -> dict[str, Any]:
         """The complete configuration as plain JSON data for the log, with secrets replaced by ``***``."""

@@ -1,16 +1,31 @@
-"""The adaptation section: when drafter updates are considered, what they may cost and what an update must prove."""
+"""The adaptation section: when drafter updates are considered, what they may cost and what an update must prove.
+
+The everyday knobs are named here; ``policy`` reaches every other number of ``specblock.bandit.config.PolicyConfig``.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import fields, is_dataclass, replace
+from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from specblock.bandit.config import (
+    Arm,
+    CostConfig,
+    GateConfig,
+    HorizonConfig,
+    ParityConfig,
+    PolicyConfig,
+)
 from specblock.daemon.config_types import Count, Fraction, Seconds, Section, Strings
+
+OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+_NAMED_ABOVE = {"arms": "adaptation.arms", "budget_device_s_per_hour": "adaptation.budget_device_s_per_hour"}
 
 
 class ArmConfig(Section):
-    """One way to update the drafter: which parameters train, for how long and how fast."""
+    """One way to update the drafter: which parameters train, for how long, how fast, and what to expect of it."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
     """Lower-case name, used in the ledger, in metrics and in version names."""
@@ -20,6 +35,28 @@ class ArmConfig(Section):
     """Optimiser steps of one update."""
     learning_rate: float = Field(gt=0, le=1)
     """Step size of the optimiser at its peak."""
+    cooldown_s: float | None = Field(default=None, ge=0)
+    """Seconds without updates after one of this arm; null takes adaptation.cooldown_s."""
+    prior_s_per_position: float = Field(default=1e-4, gt=0)
+    """First guess of device-seconds per training position; replaced by what is measured."""
+    prior_gain_sd: float = Field(default=0.02, gt=0)
+    """First guess of how much the relative saving of an update varies."""
+    drop_recovery: Fraction = 0.4
+    """First guess of the share of a drop in acceptance that the update wins back."""
+
+    def arm(self, cooldown_s: float, positions_per_step: int) -> Arm:
+        """The bandit's view of this arm."""
+        return Arm(
+            name=self.name,
+            patterns=self.patterns,
+            steps=self.steps,
+            learning_rate=self.learning_rate,
+            positions_per_step=positions_per_step,
+            prior_s_per_position=self.prior_s_per_position,
+            prior_gain_sd=self.prior_gain_sd,
+            drop_recovery=self.drop_recovery,
+            cooldown_s=cooldown_s if self.cooldown_s is None else self.cooldown_s,
+        )
 
 
 def _tuple(value: object) -> object:
@@ -27,9 +64,16 @@ def _tuple(value: object) -> object:
 
 
 DEFAULT_ARMS = (
-    ArmConfig(name="rank_head", patterns=("rank_head.*",), steps=20, learning_rate=1e-3),
-    ArmConfig(name="head", patterns=("lm_head.*", "norm.*", "rank_head.*"), steps=40, learning_rate=5e-4),
-    ArmConfig(name="full", patterns=("*",), steps=60, learning_rate=3e-4),
+    ArmConfig(name="head", patterns=("*head*",), steps=40, learning_rate=5e-4),
+    ArmConfig(
+        name="full",
+        patterns=("*",),
+        steps=60,
+        learning_rate=3e-4,
+        prior_s_per_position=4e-4,
+        prior_gain_sd=0.03,
+        drop_recovery=0.6,
+    ),
 )
 
 
@@ -41,29 +85,31 @@ class AdaptationConfig(Section):
     decide_every_s: Seconds = 30.0
     """Longest time between two decisions, in seconds."""
     decide_every_events: Count = 32
-    """A decision is due after this many acceptance events, if that comes first."""
+    """New acceptance events without which nothing new is decided."""
     arms: Annotated[tuple[ArmConfig, ...], BeforeValidator(_tuple)] = DEFAULT_ARMS
     """The updates to choose from; skipping is always a choice."""
     price_train: float = Field(default=1.0, ge=0, le=100)
     """What one second of the trainer's device costs in seconds of a serving device; 0 if it is truly idle."""
     interference: Fraction = 0.2
-    """Share of serving speed lost while an update trains on the same machine (first guess, then measured)."""
+    """Serving device-seconds lost per second of training on the same machine."""
     horizon_s: Seconds = 1800.0
     """Longest time over which a gain may pay its cost back, in seconds."""
     cooldown_s: float = Field(default=30.0, ge=0)
-    """Shortest time between the ends of one update and the start of the next, in seconds."""
+    """Shortest time between the end of one update and the start of the next, in seconds."""
     budget_device_s_per_hour: float = Field(default=900.0, ge=0, le=3600 * 64)
     """Most device-seconds per hour that training, scoring and probing may use."""
-    min_heldout_conversations: int = Field(default=8, ge=2)
+    min_heldout_conversations: int = Field(default=8, ge=1, le=400)
     """Held-out conversations a candidate must be judged on."""
-    parity_tolerance: float = Field(default=0.1, gt=0, le=1)
-    """Relative gap between live and replayed acceptance above which something is broken, not drifting."""
+    parity_tolerance: OpenFraction = 0.02
+    """Relative gap between live and replayed acceptance that, when significant, means broken and not drifting."""
     gate_alpha: float = Field(default=0.1, gt=0, lt=0.5)
     """Chance that a candidate which is no better passes the gate."""
-    max_domain_loss: Fraction = 0.05
+    max_domain_loss: OpenFraction = 0.05
     """Largest relative loss that any one domain may suffer from an update."""
-    probe_fraction: float = Field(default=0.01, ge=0, le=0.1)
-    """Share of device time that may be spent on measuring choices not in use."""
+    probe_fraction: OpenFraction = 0.1
+    """Share of an arm's steps that run as a trial before the rest is paid."""
+    policy: dict[str, Any] = Field(default_factory=dict)
+    """Every other number of the decision rule, by its name in the bandit's PolicyConfig; {} keeps its defaults."""
 
     @field_validator("arms")
     @classmethod
@@ -75,3 +121,61 @@ class AdaptationConfig(Section):
         if reserved := sorted({"skip", "base"} & set(names)):
             raise ValueError(f"the name {', '.join(reserved)} is reserved")
         return arms
+
+    @model_validator(mode="after")
+    def _policy_holds(self) -> AdaptationConfig:
+        self.policy_config(positions_per_step=1)
+        return self
+
+    def policy_config(self, positions_per_step: int) -> PolicyConfig:
+        """The bandit's configuration.
+
+        Args:
+            positions_per_step: training positions one optimiser step is expected to process.
+
+        Raises:
+            ValueError: ``policy`` holds an unknown name or a bad value; the message starts with its path.
+        """
+        plain = PolicyConfig(
+            arms=(Arm(name="skip"), *(arm.arm(self.cooldown_s, positions_per_step) for arm in self.arms)),
+            probe_fraction=self.probe_fraction,
+            min_heldout_windows=self.min_heldout_conversations,
+            budget_device_s_per_hour=self.budget_device_s_per_hour,
+            cost=CostConfig(price=self.price_train, interference=self.interference),
+            horizon=HorizonConfig(cap_s=self.horizon_s),
+            parity=ParityConfig(tolerance=self.parity_tolerance),
+            gate=GateConfig(
+                alpha=self.gate_alpha,
+                min_conversations=self.min_heldout_conversations,
+                max_domain_loss=self.max_domain_loss,
+            ),
+        )
+        changed: PolicyConfig = _with_overrides(plain, self.policy, "adaptation.policy")
+        return changed
+
+
+def _with_overrides(owner: Any, overrides: dict[str, Any], path: str) -> Any:
+    """``owner`` (a frozen dataclass) with nested values replaced, each checked against the type it replaces."""
+    known = {field.name: getattr(owner, field.name) for field in fields(owner) if field.name not in _NAMED_ABOVE}
+    changes: dict[str, Any] = {}
+    for name, value in overrides.items():
+        where = f"{path}.{name}"
+        if name in _NAMED_ABOVE and path == "adaptation.policy":
+            raise ValueError(f"{where}: set {_NAMED_ABOVE[name]} instead")
+        if name not in known:
+            raise ValueError(f"{where}: unknown key; this section knows {', '.join(known)}")
+        current = known[name]
+        if is_dataclass(current):
+            if not isinstance(value, dict):
+                raise ValueError(f"{where}: must be a section with {', '.join(f.name for f in fields(current))}")
+            changes[name] = _with_overrides(current, value, where)
+        elif isinstance(value, bool) or not isinstance(value, int if isinstance(current, int) else int | float):
+            raise ValueError(f"{where}: must be a {'whole ' if isinstance(current, int) else ''}number (got {value!r})")
+        else:
+            changes[name] = type(current)(value)
+    try:
+        return replace(owner, **changes)
+    except ValueError as error:
+        # The bandit names the field it refuses, as in "policy.gate.alpha must be ...".
+        name = str(error).partition(" ")[0].rpartition(".")[2]
+        raise ValueError(f"{path}.{name}: {str(error).partition(' ')[2]}") from None

@@ -79,7 +79,8 @@ def _explain(document: Document, detail: ErrorDetails) -> list[_Problem]:
         where = document.key_position(loc[:-1])
         return [_Problem(where, f"{dotted(loc)}: required, but not given")]
     message = detail["msg"].removeprefix("Value error, ")
-    if kind == "value_error" and not loc:  # rules across sections name their own path
+    if kind == "value_error" and (not loc or message.startswith(f"{dotted(loc)}.")):
+        # Rules across fields name the path they are about, one rule per line.
         rules = [line.partition(": ") for line in message.splitlines()]
         return [_Problem(document.value_position(tuple(path.split("."))), f"{path}: {rule}") for path, _, rule in rules]
     given = detail["input"]

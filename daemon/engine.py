@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch
@@ -218,9 +217,9 @@ class Engine:
                 piece = state.text.push(path[: ending.num_shown])
                 text = piece.text
                 if piece.stopped:
-                    kept, reason = piece.num_tokens, "stop"
+                    kept, reason = piece.kept_tokens, "stop"
                 elif reason is not None:
-                    text += state.text.flush()
+                    text += state.text.finish()
             tokens = tuple(path[:kept])
             state.tokens.extend(tokens)
             state.choice.append(tokens)

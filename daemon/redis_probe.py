@@ -9,6 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 from dataclasses import dataclass
+from typing import BinaryIO
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from specblock.daemon.config_types import redact_url
@@ -77,7 +78,7 @@ def _connect(parts: SplitResult, timeout_s: float) -> socket.socket:
         raise
 
 
-def _call(connection: socket.socket, replies: socket.SocketIO, *words: str) -> str:
+def _call(connection: socket.socket, replies: BinaryIO, *words: str) -> str:
     """Sends one command and returns its simple or bulk reply."""
     encoded = [word.encode() for word in words]
     connection.sendall(b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%s\r\n" % (len(word), word) for word in encoded))

@@ -166,7 +166,10 @@ class RedisServer:
         try:
             probe(f"unix://{path}", 1.0)
         except DependencyError:
-            path.unlink()
+            try:
+                path.unlink()
+            except OSError as error:
+                raise DependencyError(f"the place of the redis socket cannot be cleared: {error}") from None
             return
         raise DependencyError(f"a redis-server already answers at {path}; is another daemon using this state_dir?")
 

@@ -44,7 +44,7 @@ class RequestState:
     ) -> None:
         self.request = request
         self.text = text
-        self.choice = ChoiceState(request.sampling, vocab_size, request.prompt_tokens)
+        self.choice = ChoiceState(request.sampling, request.prompt_tokens, vocab_size)
         self.submitted_s = submitted_s
         self.started_s = 0.0
         self.decoding_since_s = 0.0
@@ -121,7 +121,7 @@ class RequestState:
             completion_tokens=self.generated,
             cycles=self.total.cycles,
             draft_tokens=self.total.draft_nodes,
-            accepted_tokens=max(0, self.total.committed - self.total.cycles),
+            accepted_tokens=sum(a * n for a, n in enumerate(self.total.histogram)),
             acceptance_histogram=tuple(self.total.histogram),
             queue_s=self.started_s - self.submitted_s,
             prefill_s=max(0.0, self.decoding_since_s - self.started_s),

@@ -69,58 +69,53 @@ def train_blocks(model: SpecBlockModel, batch: TrainingBatch, consumed: list[int
             index = (positions + 1 + offset).clamp(max=num_positions)
             x = model.later_inputs(outputs[-1][:, :, consumed[block - 1] - 1], tokens.gather(1, index))
         rows_cached.append([])
-        attention = _BlockAttention(model, rows_cached, consumed[:block])
+        attention = _BlockAttention(model, rows_cached, consumed[:block], num_positions * model.config.num_slots)
         outputs.append(model.run_layers(x, rotary, attention))
     return outputs
 
 
 class _BlockAttention:
-    """Attention of one training block: earlier positions' block-1 rows, own ancestors' slots, own rows causally."""
+    """Attention of one training block: earlier positions' block-1 rows, own ancestors' slots, own rows causally.
 
-    def __init__(self, model: SpecBlockModel, cached: list[list[tuple[Tensor, Tensor]]], consumed: list[int]) -> None:
-        self._width = model.config.num_slots
-        self._cached, self._consumed = cached, consumed
-        self._published = model.config.published_mask
+    Keys are the rows of all blocks so far under one mask; the kernel never materialises the scores, which costs less
+    than splitting the block-diagonal part off.
+    """
+
+    def __init__(
+        self, model: SpecBlockModel, cached: list[list[tuple[Tensor, Tensor]]], consumed: list[int], num_rows: int
+    ) -> None:
+        self._cached = cached
+        self._mask = None
+        if consumed:
+            device = model.norm.weight.device
+            self._mask = later_block_mask(num_rows, model.config.num_slots, consumed, model.config.published_mask)
+            self._mask = self._mask.to(device)
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self._cached[-1].append((key, value))
-        if not self._consumed:
-            group = query.shape[1] // key.shape[1]
-            key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        batch, heads, rows, dim = query.shape
-        kv_heads, width = key.shape[1], self._width
-        grouped = query.reshape(batch, kv_heads, heads // kv_heads, rows, dim)
-        first_key, first_value = self._cached[0][layer]
-        row = torch.arange(rows, device=query.device)
-        earlier = (row[None, :] // width) < (row[:, None] // width)
-        scores = [_scores(grouped, first_key).masked_fill(~earlier, -torch.inf)]
-        values_all = [first_value]
-        if self._published:
-            scores.append(_scores(grouped, key).masked_fill(~earlier, -torch.inf))
-            values_all.append(value)
-
-        # Own position: the consumed slots of every previous block, then the block's own slots causally.
-        local = grouped.reshape(batch, kv_heads, -1, rows // width, width, dim)
-        local_keys, local_values = zip(*(block[layer] for block in self._cached), strict=True)
-        own_key = torch.stack([k.view(batch, kv_heads, rows // width, width, dim) for k in local_keys], dim=3)
-        own_value = torch.stack([v.view(batch, kv_heads, rows // width, width, dim) for v in local_values], dim=3)
-        own_key, own_value = own_key.flatten(3, 4)[:, :, None], own_value.flatten(3, 4)[:, :, None]
-        slot = torch.arange(width, device=query.device)
-        seen = [slot[None, :].expand(width, -1) < m for m in self._consumed] + [slot[None, :] <= slot[:, None]]
-        own_scores = (local @ own_key.transpose(-1, -2)) * dim**-0.5
-        own_scores = own_scores.masked_fill(~torch.cat(seen, dim=1), -torch.inf).flatten(3, 4)
-
-        weights = torch.softmax(torch.cat([*scores, own_scores], dim=-1).float(), dim=-1).to(query.dtype)
-        wide = torch.cat(values_all, dim=2)[:, :, None]
-        mixed = weights[..., : wide.shape[3]] @ wide
-        own_weights = weights[..., wide.shape[3] :].reshape(*local.shape[:-1], -1)
-        mixed = mixed + (own_weights @ own_value).flatten(3, 4)
-        return mixed.reshape(batch, heads, rows, dim)
+        group = query.shape[1] // key.shape[1]
+        keys, values = (torch.cat([block[layer][i] for block in self._cached], dim=2) for i in (0, 1))
+        keys, values = keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=self._mask, is_causal=self._mask is None)
 
 
-def _scores(grouped: Tensor, key: Tensor) -> Tensor:
-    return (grouped @ key[:, :, None].transpose(-1, -2)) * key.shape[-1] ** -0.5
+def later_block_mask(num_rows: int, width: int, consumed: list[int], published: bool) -> Tensor:
+    """bool [rows, (1 + len(consumed)) * rows]: what rows of a later block see of every block so far.
+
+    Args:
+        num_rows: T * K.
+        width: K.
+        consumed: slots consumed from each previous block.
+        published: also show earlier positions' rows of the current block (method reference 9.4).
+    """
+    row = torch.arange(num_rows)
+    position, slot = row // width, row % width
+    earlier = position[None, :] < position[:, None]
+    own = position[None, :] == position[:, None]
+    regions = [own & (slot[None, :] < count) for count in consumed]
+    regions[0] = regions[0] | earlier
+    current = own & (slot[None, :] <= slot[:, None])
+    return torch.cat([*regions, current | earlier if published else current], dim=1)
 
 
 def training_loss(

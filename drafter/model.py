@@ -28,6 +28,21 @@ def linear(in_features: int, out_features: int) -> nn.Linear:
     return nn.Linear(in_features, out_features, bias=False)
 
 
+class RMSNorm(nn.Module):
+    """Root-mean-square norm computed in float32 and returned in the input's type, as transformers does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._eps)
+        return (wide * self.weight).to(x.dtype)
+
+
 class InputLayer(nn.Module):
     """Fuses condition, token and slot query into one row per slot (method reference 1.2)."""
 
@@ -36,10 +51,10 @@ class InputLayer(nn.Module):
         hidden, eps = config.hidden_size, config.rms_norm_eps
         num_features = max(1, len(config.feature_layers) or 3)
         self.condition_proj = linear(num_features * hidden, hidden)
-        self.condition_norm = nn.RMSNorm(hidden, eps)
-        self.token_norm = nn.RMSNorm(hidden, eps)
+        self.condition_norm = RMSNorm(hidden, eps)
+        self.token_norm = RMSNorm(hidden, eps)
         self.position_queries = nn.Embedding(config.num_slots, hidden)
-        self.query_norm = nn.RMSNorm(hidden, eps)
+        self.query_norm = RMSNorm(hidden, eps)
         self.fuse = linear(3 * hidden, hidden)
         nn.init.normal_(self.position_queries.weight, std=0.02)
 
@@ -66,6 +81,7 @@ class Attention(nn.Module):
         self.o_proj = linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def forward(self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Projects, rotates, attends, projects back: [B, T, H] -> [B, T, H]."""
         batch, rows, _ = x_BTH.shape
 
         def heads(projected: Tensor) -> Tensor:
@@ -87,6 +103,7 @@ class MLP(nn.Module):
         self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
@@ -95,12 +112,13 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """[B, T, H] -> [B, T, H]."""
         x_BTH = x_BTH + self.self_attn(self.input_layernorm(x_BTH), layer, rotary, attend)
         return x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
 
@@ -131,7 +149,7 @@ class SpecBlockModel(nn.Module):
         self.shift_proj = nn.ModuleList(
             linear(2 * config.hidden_size, config.hidden_size) for _ in range(config.num_hidden_layers - 1)
         )
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = linear(config.hidden_size, config.draft_vocab_size)
         self.rank_head = nn.Sequential(
             linear(config.hidden_size + RANK_FEATURES, config.rank_hidden_size),
@@ -172,7 +190,7 @@ class SpecBlockModel(nn.Module):
         return self.input_layer(condition, F.embedding(tokens_BP, self.embedding).to(condition.dtype))
 
     def later_inputs(self, parents_BPH: Tensor, tokens_BP: Tensor) -> Tensor:
-        """Rows of a later block: pre-final-norm hidden of the parent slot and the token chosen there -> [B, P, K, H]."""
+        """Rows of a later block: pre-final-norm hidden of the parent slot and token -> [B, P, K, H]."""
         return self.input_layer(parents_BPH, F.embedding(tokens_BP, self.embedding).to(parents_BPH.dtype))
 
     def run_layers(self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:

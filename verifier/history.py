@@ -32,6 +32,12 @@ class ChoiceState:
     ) -> None:
         """Starts a request.
 
+        Args:
+            params: how its tokens are chosen.
+            prompt_tokens: tokens that count as seen for the repetition penalty.
+            vocab_size: V.
+            device: where to keep the counts (the device of the logits saves a copy per cycle).
+
         Raises:
             ValueError: a biased token is outside the vocabulary.
         """
@@ -67,17 +73,17 @@ class ChoiceState:
 class PathHistory:
     """Token counts of several requests while a walk goes down their trees; the states themselves stay untouched."""
 
-    def __init__(self, states: Sequence[ChoiceState]) -> None:
+    def __init__(self, states: Sequence[ChoiceState], device: torch.device | str = "cpu") -> None:
         self._place = {member: place for place, member in enumerate(m for m, s in enumerate(states) if s.adjusts)}
         adjusted = [states[member] for member in self._place]
         if not adjusted:
             return
-        self._bias_JV = torch.stack([s.bias_V for s in adjusted if s.bias_V is not None])
-        self._prompt_JV = torch.stack([s.prompt_V for s in adjusted if s.prompt_V is not None])
-        self._count_JV = torch.stack([s.count_V for s in adjusted if s.count_V is not None])
+        self._bias_JV = torch.stack([s.bias_V.to(device) for s in adjusted if s.bias_V is not None])
+        self._prompt_JV = torch.stack([s.prompt_V.to(device) for s in adjusted if s.prompt_V is not None])
+        self._count_JV = torch.stack([s.count_V.to(device) for s in adjusted if s.count_V is not None])
         names = ("repetition_penalty", "frequency_penalty", "presence_penalty")
         columns = [[[getattr(s.params, name)] for s in adjusted] for name in names]
-        self._penalties = torch.tensor(columns, dtype=torch.float64, device=self._bias_JV.device)
+        self._penalties = torch.tensor(columns, dtype=torch.float64, device=device)
 
     def adjust(self, members: Sequence[int], logits_NV: Tensor) -> Tensor:
         """Applies bias, repetition, frequency and presence penalties, in that order, to rows of ``members``.

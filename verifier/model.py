@@ -152,7 +152,6 @@ class TargetModel:
         *,
         tree_mask: Tensor | None = None,
         depth: Tensor | None = None,
-        num_rows: Tensor | None = None,
         logits_rows: Tensor | None = None,
     ) -> TargetOutput:
         """Runs R new rows per slot on top of each committed prefix; their keys and values are staged, not committed.
@@ -161,9 +160,9 @@ class TargetModel:
             cache: where the prefixes are.
             slots: [B] distinct slots (host values preferred: a device tensor is waited for).
             tokens: int64 [B, R].
-            tree_mask: bool [B, R, R], which new rows each row sees; None is a causal chain. A row always sees itself.
+            tree_mask: bool [B, R, R], which new rows each row sees; None is a causal chain. A row always sees itself;
+                padding rows should be seen by no other.
             depth: int64 [B, R], distance from the prefix's end, which gives the position; None counts up.
-            num_rows: int64 [B], real rows per slot; padding rows see only the prefix and themselves. None: all real.
             logits_rows: int64 [B, M], rows whose logits to compute; None is all of them, M = 0 is none.
 
         Raises:
@@ -173,8 +172,7 @@ class TargetModel:
         length_B = torch.tensor(cache.stage(host_list(slots), rows), device=self.device)
         order_R = torch.arange(rows, device=self.device)
         visible_BRR = order_R <= order_R[:, None] if tree_mask is None else tree_mask
-        if num_rows is not None:
-            visible_BRR = visible_BRR & (order_R < num_rows.to(self.device)[:, None])[:, :, None]
+        # Every row sees itself, so a padding row is never a softmax over nothing.
         visible_BRR = visible_BRR | torch.eye(rows, dtype=torch.bool, device=self.device)
         assert cache.staging is not None
         hidden_BRH, features = self._run(
@@ -188,13 +186,15 @@ class TargetModel:
         return TargetOutput(self._head(hidden_BRH), features)
 
     @torch.no_grad()
-    def prefill(self, cache: TargetCache, slot: int, tokens: Tensor, chunk_tokens: int = 256) -> tuple[Tensor, Tensor]:
+    def prefill(
+        self, cache: TargetCache, slot: int, tokens: Sequence[int] | Tensor, chunk_tokens: int = 256
+    ) -> tuple[Tensor, Tensor]:
         """Feeds a run of known tokens in chunks and commits them.
 
         Args:
             cache: where to append them, behind what the slot already holds.
             slot: the slot.
-            tokens: int64 [P], P >= 1.
+            tokens: P >= 1 token ids.
             chunk_tokens: largest number of rows per forward.
 
         Returns:
@@ -202,8 +202,8 @@ class TargetModel:
         """
         features: list[Tensor] = []
         logits = torch.empty(0)
-        tokens = tokens.to(self.device)
-        chunks = [tokens[start : start + chunk_tokens] for start in range(0, len(tokens), chunk_tokens)]
+        token_P = torch.as_tensor(tokens, dtype=torch.int64, device=self.device)
+        chunks = torch.split(token_P, chunk_tokens)
         for index, chunk in enumerate(chunks):
             wanted = [[len(chunk) - 1]] if index == len(chunks) - 1 else [[]]
             rows_1M = torch.tensor(wanted, dtype=torch.int64, device=self.device)

@@ -37,7 +37,7 @@ class VerifyResult:
     Attributes:
         paths: chosen tokens per request, accepted drafts then the bonus (host).
         tokens: int64 [B, A + 1], the same, padded with -1.
-        num_accepted: int64 [B], accepted drafts, bonus excluded.
+        num_accepted: accepted drafts per request, bonus excluded (host).
         rows: int64 [B, A + 1], tree rows of the path, root first; column j is padded with j.
         features: [B, A + 1, F], target features of those rows.
         top: target distribution at those rows, [B, A + 1, ...].
@@ -45,10 +45,25 @@ class VerifyResult:
 
     paths: tuple[tuple[int, ...], ...]
     tokens: Tensor
-    num_accepted: Tensor
+    num_accepted: list[int]
     rows: Tensor
     features: Tensor
     top: TopLogProbs
+
+    @property
+    def top_ids(self) -> Tensor:
+        """int32 [B, A + 1, K]."""
+        return self.top.ids
+
+    @property
+    def top_log_probs(self) -> Tensor:
+        """float32 [B, A + 1, K]."""
+        return self.top.log_probs
+
+    @property
+    def logsumexp(self) -> Tensor:
+        """float32 [B, A + 1]."""
+        return self.top.logsumexp
 
 
 def topk_log_probs(logits: Tensor, k: int = 32) -> TopLogProbs:

@@ -93,18 +93,18 @@ class StopMatcher:
 
 
 @dataclass(frozen=True, slots=True)
-class TextPiece:
+class TextDelta:
     """Text that became certain with some tokens.
 
     Attributes:
         text: to append to the output.
-        num_kept: how many of the pushed tokens belong to the completion: all, or up to the end of a stop string.
         stopped: a stop string was completed.
+        kept_tokens: how many of the pushed tokens belong to the completion: all, or up to the end of a stop string.
     """
 
     text: str
-    num_kept: int
     stopped: bool
+    kept_tokens: int
 
 
 class TextStream:
@@ -113,24 +113,37 @@ class TextStream:
     def __init__(
         self,
         tokenizer: Any,
-        prompt_tokens: Sequence[int] = (),
         stop: Sequence[str] = (),
         include_stop: bool = False,
+        *,
+        prompt_tokens: Sequence[int] = (),
         skip_special_tokens: bool = True,
     ) -> None:
+        """Starts an empty text.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            stop: strings that end the text, none empty.
+            include_stop: whether the one found stays in the text.
+            prompt_tokens: what came before; its end is context for the first token.
+            skip_special_tokens: leave special tokens out of the text.
+
+        Raises:
+            ValueError: a stop string is empty.
+        """
         self._detokenizer = Detokenizer(tokenizer, prompt_tokens, skip_special_tokens)
         self._matcher = StopMatcher(stop, include_stop)
 
-    def push(self, tokens: Sequence[int]) -> TextPiece:
+    def push(self, tokens: Sequence[int]) -> TextDelta:
         """Adds tokens in order; those after a completed stop string are ignored."""
         pieces: list[str] = []
         for index, token in enumerate(tokens):
             pieces.append(self._matcher.push(self._detokenizer.push(token)))
             if self._matcher.stopped:
-                return TextPiece("".join(pieces), index + 1, True)
-        return TextPiece("".join(pieces), len(tokens), False)
+                return TextDelta("".join(pieces), True, index + 1)
+        return TextDelta("".join(pieces), False, len(tokens))
 
-    def flush(self) -> str:
+    def finish(self) -> str:
         """The rest of the text when the request ended otherwise (end of text, length); empty after a stop string."""
         if self._matcher.stopped:
             return ""

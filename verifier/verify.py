@@ -27,12 +27,12 @@ def verify(
     cache: TargetCache,
     slots: Sequence[int] | Tensor,
     tree: DraftTree,
-    tree_depth: int,
-    *,
+    max_depth: int,
     states: Sequence[ChoiceState],
-    sampling: SamplingBatch,
     noise: NoiseWindow,
     top_k: int = 32,
+    *,
+    sampling: SamplingBatch | None = None,
 ) -> VerifyResult:
     """Verifies one tree per request.
 
@@ -45,20 +45,20 @@ def verify(
         cache: its cache; slot ``s`` holds everything before the root of its tree.
         slots: [B] slots (host values preferred).
         tree: B trees; the root is the last chosen token, not yet in the cache.
-        tree_depth: upper bound of the trees' depth.
+        max_depth: upper bound of the trees' depth.
         states: parameters and history per request; not changed.
-        sampling: the same parameters as tensors on the model's device.
-        noise: Gumbel window with at least ``tree_depth + 1`` positions, same slots as the cache.
+        noise: Gumbel window with at least ``max_depth + 1`` positions, same slots as the cache. It is advanced to the
+            choices of this cycle, unless a drafter that shares the noise has already done so.
         top_k: tokens per position in the feedback.
+        sampling: the parameters as tensors on the model's device, if the caller has them already.
     """
-    if noise.width <= tree_depth:
-        raise ValueError(f"a noise window of {noise.width} positions is too narrow for trees of depth {tree_depth}")
+    if noise.width <= max_depth:
+        raise ValueError(f"a noise window of {noise.width} positions is too narrow for trees of depth {max_depth}")
     slot_list = host_list(slots)
-    output = model.forward(
-        cache, slot_list, tree.token, tree_mask=ancestor_mask(tree, tree_depth), depth=tree.depth, num_rows=tree.size
-    )
+    output = model.forward(cache, slot_list, tree.token, tree_mask=ancestor_mask(tree, max_depth), depth=tree.depth)
     first_position = [cache.lengths[slot] + 1 for slot in slot_list]
-    accepted = accept(output.logits, tree, states, sampling, noise, slot_list, first_position)
+    _advance_noise(noise, states, slot_list, first_position)
+    accepted = accept(output.logits, tree, states, noise, slot_list, first_position, sampling)
     request_B1 = torch.arange(len(slot_list), device=output.logits.device)[:, None]
     return VerifyResult(
         paths=accepted.paths,
@@ -67,4 +67,17 @@ def verify(
         rows=accepted.rows,
         features=output.features[request_B1, accepted.rows],
         top=topk_log_probs(output.logits[request_B1, accepted.rows], top_k),
+    )
+
+
+def _advance_noise(
+    noise: NoiseWindow, states: Sequence[ChoiceState], slots: Sequence[int], first_position: Sequence[int]
+) -> None:
+    drawn = [b for b, state in enumerate(states) if state.params.temperature > 0]
+    params = [states[b].params for b in drawn]
+    noise.advance(
+        [slots[b] for b in drawn],
+        [first_position[b] for b in drawn],
+        [p.seed for p in params],
+        [p.choice for p in params],
     )

@@ -96,7 +96,7 @@ def test_every_field_is_described() -> None:
         ("redis: {url: localhost}", "f.yaml:3:14: redis.url: must start with redis://"),
         (
             "redis: {block_s: 2, socket_timeout_s: 3}",
-            "f.yaml:3:39: redis.socket_timeout_s: must be at least block_s + 2 = 4 seconds",
+            "f.yaml:3:39: redis.socket_timeout_s: must be more than block_s + 2 = 4 seconds",
         ),
         ("ray: {address: somewhere}", 'f.yaml:3:16: ray.address: must be "local", "auto" or host:port'),
         ("http: {host: 0.0.0.0}", "f.yaml:3:14: http.host: 0.0.0.0 is reachable from the network"),
@@ -111,6 +111,20 @@ def test_every_field_is_described() -> None:
             "adaptation:\n  arms:\n    - {name: a, patterns: [x], steps: 1, learning_rat: 1}",
             "f.yaml:5:7: adaptation.arms.0.learning_rate: required, but not given",
         ),
+        (
+            "adaptation: {policy: {gate: {settle_requests: 0}}}",
+            "f.yaml:3:47: adaptation.policy.gate.settle_requests: must be at least",
+        ),
+        (
+            "adaptation:\n  policy: {gate: {setle: 1}}",
+            "f.yaml:4:26: adaptation.policy.gate.setle: unknown key; this section knows alpha, ",
+        ),
+        (
+            "adaptation: {policy: {gate: {settle_requests: 1.5}}}",
+            "f.yaml:3:47: adaptation.policy.gate.settle_requests: must be a whole number (got 1.5)",
+        ),
+        ("adaptation: {policy: {gate: 1}}", "f.yaml:3:29: adaptation.policy.gate: must be a section with alpha, "),
+        ("adaptation: {policy: {arms: []}}", "f.yaml:3:29: adaptation.policy.arms: set adaptation.arms instead"),
         ("engine: 5", "f.yaml:3:9: engine: Input should be a valid dictionary"),
         ("engine: {slots: 1}\nengine: {slots: 2}", "f.yaml:4:1: engine: repeated key, first given at line 3"),
         ("engine: !!python/object:os.x {}", "f.yaml:3:9: engine: the tag tag:yaml.org,2002:python"),
@@ -174,6 +188,22 @@ def test_yaml_1_2_scalars() -> None:
     assert config.windows.budget_bytes == 2 * 2**20
     assert config.engine.slots == 8, "an empty section means the defaults"
     assert parse("a: [yes, 'true', true, ~, 1_000]", "f").data == {"a": ["yes", "true", True, None, "1_000"]}
+
+
+def test_the_bandit_gets_what_the_file_says() -> None:
+    config = parse_config(
+        BASE + "adaptation: {cooldown_s: 7, price_train: 0.5, policy: {gate: {settle_requests: 99}, min_drop: 0.1},"
+        " arms: [{name: a, patterns: [x], steps: 3, learning_rate: 1e-4}]}\n"
+        "redis: {block_s: 0.5}\ntrainer: {max_positions: 77}\nstate_dir: /s\n",
+        "f",
+    )
+    policy = config.policy_config()
+    assert [arm.name for arm in policy.arms] == ["skip", "a"]
+    assert (policy.arm("a").cooldown_s, policy.arm("a").steps, policy.arm("a").positions_per_step) == (7, 3, 77)
+    assert (policy.cost.price, policy.gate.settle_requests, policy.min_drop) == (0.5, 99, 0.1)
+    stream = config.stream_config("redis://h")
+    assert (stream.block_max_s, stream.max_entries) == (0.5, 100_000)
+    assert config.service_config().directory == "/s/bandit"
 
 
 def test_overrides() -> None:

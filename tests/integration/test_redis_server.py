@@ -63,7 +63,7 @@ def test_start_serves_streams_and_stop_removes_the_socket(server: RedisServer) -
     server.stop()
     assert gone(pid)
     assert not path.exists()
-    assert "Ready to accept connections" in server.log_path.read_text()
+    assert "bye bye" in server.log_path.read_text()
 
 
 def test_a_stale_socket_is_replaced(server: RedisServer, tmp_path: Path) -> None:
@@ -127,13 +127,18 @@ def test_nobody_listens(tmp_path: Path) -> None:
         RedisServer(RedisConfig(url="redis://u:secret@127.0.0.1:1/0"), tmp_path).start()
 
 
-def test_a_child_that_fails_shows_its_log(tmp_path: Path) -> None:
-    folder = tmp_path / "redis"
-    folder.mkdir()
-    # A directory in the socket's place: probing fails, unlinking fails, so the operator sees the path.
-    (folder / "redis.sock").mkdir()
-    with pytest.raises(OSError, match=r"redis\.sock"):
+def test_a_socket_path_that_cannot_be_cleared(tmp_path: Path) -> None:
+    (tmp_path / "redis" / "redis.sock").mkdir(parents=True)
+    with pytest.raises(DependencyError, match=r"redis\.sock"):
         RedisServer(RedisConfig(), tmp_path).start()
+
+
+def test_a_child_that_fails_shows_its_log(tmp_path: Path) -> None:
+    config = RedisConfig().model_copy(update={"maxmemory_bytes": -1})  # past validation: the server refuses it
+    (tmp_path / "redis").mkdir()
+    (tmp_path / "redis" / "redis.log").write_text("the reason\n")
+    with pytest.raises(DependencyError, match=r"ended with code 1; its log: .*the reason"):
+        RedisServer(config, tmp_path).start()
 
 
 @pytest.mark.parametrize("with_setpriv", [True, False])

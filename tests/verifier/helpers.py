@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCau
 
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import build_tree
-from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
+from specblock.cuda_ext.sampling import SamplingParams
 from specblock.cuda_ext.tree import DraftTree, root_only
 from specblock.verifier.finish import truncate_at_end
 from specblock.verifier.history import ChoiceState
@@ -103,7 +103,7 @@ def prefill_all(model: TargetModel, cache: TargetCache, requests: Sequence[Reque
     if max(lengths) > 0:
         padded = [[*r.prompt[:-1], *[0] * (max(lengths) - n)] for r, n in zip(requests, lengths, strict=True)]
         none = torch.zeros(len(slots), 0, dtype=torch.int64)
-        model.forward(cache, slots, torch.tensor(padded), num_rows=torch.tensor(lengths), logits_rows=none)
+        model.forward(cache, slots, torch.tensor(padded), logits_rows=none)
         cache.advance(slots, lengths)
     return slots
 
@@ -134,7 +134,6 @@ def decode(
             tree,
             depth,
             states=[states[b] for b in active],
-            sampling=SamplingBatch.of([requests[b].params for b in active]),
             noise=noise,
             top_k=0,
         )
@@ -146,7 +145,7 @@ def decode(
             states[b].append(kept)
             roots[b] = kept[-1]
         cache.commit([slots[b] for b in active], result.rows, counts)
-        accepted += int(result.num_accepted.sum())
+        accepted += sum(result.num_accepted)
         cycles += len(active)
         active = [b for b in active if len(out[b]) < num_tokens]
     return Decoded(out, accepted, cycles)

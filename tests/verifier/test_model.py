@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -10,6 +11,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from specblock.cuda_ext.ops import ancestor_mask, build_tree
@@ -46,7 +48,7 @@ def test_tree_forward_equals_every_path_alone(family, dtype):
     candidates = random_candidates(torch.Generator().manual_seed(4), 3, 14, 96, 5)
     tree = build_tree(tokens_of(5, 3), candidates, 12, 5)
     mask = ancestor_mask(tree, 5)
-    output = model.forward(cache, [0, 1, 2], tree.token, tree_mask=mask, depth=tree.depth, num_rows=tree.size)
+    output = model.forward(cache, [0, 1, 2], tree.token, tree_mask=mask, depth=tree.depth)
     assert output.logits.isfinite().all()
     assert output.features.isfinite().all()
     for b, prompt in enumerate(prompts):
@@ -121,7 +123,7 @@ def test_padding_and_stale_rows_never_leak(dtype):
     mask = torch.zeros(2, 5, 5, dtype=torch.bool)
     mask[:, 0, 0] = True
     tokens = torch.cat([tokens_of(15, 1, 1).expand(2, 1), torch.zeros(2, 4).long()], dim=1)
-    output = model.forward(cache, [0, 1], tokens, tree_mask=mask, num_rows=torch.tensor([1, 1]))
+    output = model.forward(cache, [0, 1], tokens, tree_mask=mask)
     assert output.logits.isfinite().all()
     assert output.features.isfinite().all()
     assert torch.allclose(output.logits[0, 0], clean[0, 0], atol=0.05 if dtype == torch.bfloat16 else 1e-4)
@@ -244,9 +246,6 @@ def test_load_from_a_directory(tmp_path, dtype):
 
 
 def byte_tokenizer():
-    from tokenizers import Tokenizer, decoders, models
-    from transformers import PreTrainedTokenizerFast
-
     vocabulary = {chr(33 + i): i for i in range(90)}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.decoder = decoders.ByteLevel()

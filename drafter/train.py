@@ -1,0 +1,195 @@
+"""Offline training: batches of windows, warm-up and decay, exact resume, held-out acceptance by exact replay.
+
+Source: method reference section 6; the loop trains on whatever windows it is given, so the online update uses it too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.loss import LossReport, LossSettings, training_loss
+from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.replay import acceptance_length, replay
+from specblock.drafter.window import Window, collate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSettings:
+    """One training run.
+
+    Attributes:
+        steps: optimiser steps; the learning rate decays linearly to ``final_rate`` of its peak over them.
+        batch_windows: conversations per step.
+        learning_rate: peak rate of AdamW.
+        patterns: parameters that move, as shell patterns over their names.
+        blocks: drafter blocks per step (test-time training).
+        autocast: bfloat16 matrix products with float32 master weights.
+    """
+
+    steps: int
+    batch_windows: int = 8
+    learning_rate: float = 5e-4
+    warmup_steps: int = 50
+    final_rate: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    clip: float = 0.5
+    blocks: int = 3
+    patterns: tuple[str, ...] = ("*",)
+    loss: LossSettings = LossSettings()
+    autocast: bool = True
+    seed: int = 0
+
+
+class TrainRun:
+    """A resumable training run over a float32 master model. ``step`` is one optimiser step."""
+
+    def __init__(self, model: SpecBlockModel, settings: TrainSettings) -> None:
+        """Raises:
+        ValueError: no parameter matches ``settings.patterns``.
+        """
+        self.model, self.settings = model, settings
+        self.done = 0
+        self.positions = 0
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        chosen = []
+        for name, parameter in model.named_parameters():
+            moves = any(fnmatch(name, pattern) for pattern in settings.patterns)
+            parameter.requires_grad_(moves)
+            if moves:
+                chosen.append(parameter)
+        if not chosen:
+            raise ValueError(f"no drafter parameter matches {settings.patterns}")
+        self._parameters = chosen
+        self._optimizer = torch.optim.AdamW(
+            chosen, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
+
+    def rate(self) -> float:
+        """Learning-rate factor of the next step: linear warm-up, linear decay."""
+        warm = min(1.0, (self.done + 1) / max(1, self.settings.warmup_steps))
+        left = max(0.0, 1 - self.done / max(1, self.settings.steps))
+        return warm * (self.settings.final_rate + (1 - self.settings.final_rate) * left)
+
+    def step(self, windows: Sequence[Window]) -> LossReport:
+        """Trains on one batch of windows."""
+        device = self.model.norm.weight.device
+        batch = collate(windows, device)
+        width = self.model.config.num_slots
+        consumed = torch.randint(1, width + 1, (self.settings.blocks - 1,), generator=self._generator).tolist()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate * self.rate()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.autocast):
+            report = training_loss(self.model, batch, consumed, self.settings.loss)
+        self._optimizer.zero_grad(set_to_none=True)
+        report.total.backward()
+        torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
+        self._optimizer.step()
+        self.done += 1
+        self.positions += int(batch.valid.sum())
+        return report
+
+    def batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
+        """Endless batches in epochs of random order; the order is part of the run's saved state."""
+        size = min(self.settings.batch_windows, len(windows))
+        while True:
+            order = torch.randperm(len(windows), generator=self._generator).tolist()
+            for start in range(0, len(order) - size + 1, size):
+                yield [windows[i] for i in order[start : start + size]]
+
+    def save(self, directory: Path) -> None:
+        """Writes everything an exact resume needs (no pickles)."""
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors: dict[str, Tensor] = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
+        for index, state in self._optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        tensors["generator"] = self._generator.get_state()
+        save_file(tensors, directory / "run.partial")
+        facts = {"done": self.done, "positions": self.positions, "settings": asdict(self.settings)}
+        (directory / "run.json.partial").write_text(json.dumps(facts))
+        (directory / "run.partial").replace(directory / "run.safetensors")
+        (directory / "run.json.partial").replace(directory / "run.json")
+
+    def resume(self, directory: Path) -> bool:
+        """Continues a saved run bit for bit; False if there is none.
+
+        Raises:
+            ValueError: the saved run had other settings.
+        """
+        if not (directory / "run.json").exists():
+            return False
+        facts = json.loads((directory / "run.json").read_text())
+        if facts["settings"] != json.loads(json.dumps(asdict(self.settings))):
+            raise ValueError(f"{directory}: saved run has other settings; use another directory or the same options")
+        tensors = load_file(directory / "run.safetensors")
+        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
+        self.model.refresh_vocabulary()
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                state.setdefault(int(index), {})[key] = value
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self._generator.set_state(tensors["generator"])
+        self.done, self.positions = facts["done"], facts["positions"]
+        return True
+
+
+def heldout_acceptance(
+    model: SpecBlockModel, windows: Sequence[Window], settings: DraftSettings, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, float]:
+    """Acceptance length per domain by exact replay of ``model``, cast to the serving type."""
+    serving = SpecBlockModel(model.config, model.embedding)
+    serving.load_state_dict(model.state_dict())
+    serving.refresh_vocabulary()
+    drafter = SpecBlockDrafter(serving.to(dtype).eval(), settings)
+    domains = sorted({w.domain for w in windows})
+    return {d: acceptance_length(replay(drafter, [w for w in windows if w.domain == d])) for d in domains}
+
+
+def train_to_deadline(
+    run: TrainRun,
+    windows: Sequence[Window],
+    directory: Path,
+    deadline_s: float,
+    say: Callable[[str], None],
+    clock: Callable[[], float] = time.monotonic,
+    save_every_s: float = 120.0,
+    evaluate: Callable[[], dict[str, float]] | None = None,
+) -> None:
+    """Trains until the steps or the time are used up; saves regularly, logs a line per save.
+
+    Without a reachable step count, set ``steps`` from the measured speed, so that the rate has decayed at the end.
+    """
+    saved, begun, first = clock(), clock(), run.positions
+    losses: list[float] = []
+    for batch in run.batches(windows):
+        report = run.step(batch)
+        losses.append(float(report.draft))
+        now = clock()
+        over = run.done >= run.settings.steps or now >= deadline_s
+        if over or now - saved >= save_every_s:
+            run.save(directory)
+            saved = clock()
+            speed = (run.positions - first) / max(1e-9, now - begun)
+            mean = math.fsum(losses) / len(losses)
+            line = f"step {run.done}/{run.settings.steps} loss {mean:.3f} {speed:.0f} positions/s"
+            top1 = " ".join(f"{x:.2f}" for x in report.slot_top1[0].tolist())
+            held = " ".join(f"{d} {a:.3f}" for d, a in evaluate().items()) if evaluate else ""
+            say(f"{line} | top-1 by slot {top1} | held-out acceptance {held}")
+            losses.clear()
+        if over:
+            return
