@@ -64,8 +64,8 @@ def from_plain(kind: Any, data: Any, path: str = "$", *, ignore_unknown: bool = 
     return _scalar(kind, data, path)
 
 
-@functools.lru_cache(maxsize=256)
-def _hints(kind: type[Any]) -> dict[str, Any]:
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 

@@ -1,7 +1,6 @@
-"""Every error this package raises on purpose.
+"""Every error this package raises on purpose (besides ``events.EventError``: an entry to park).
 
 BanditError
-├── EventError        an entry of the stream cannot be read: park it, carry on
 ├── StreamError       the stream did not answer; ``not_applied`` says whether a write is known to have had no effect
 ├── SnapshotError     no snapshot on disk is whole
 └── LedgerError       a stage was recorded twice, or the ledger file is damaged in its middle
@@ -12,10 +11,6 @@ from __future__ import annotations
 
 class BanditError(Exception):
     """Base of this package's errors."""
-
-
-class EventError(BanditError):
-    """An entry is malformed or of an unknown major version."""
 
 
 class StreamError(BanditError):

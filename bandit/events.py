@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 SCHEMA_VERSION = 1
 NUM_RANK_BUCKETS = 4
@@ -90,7 +91,7 @@ def decode(entry: Mapping[str, str]) -> AcceptanceEvent:
     if not isinstance(data, dict) or set(data) != names:
         odd = sorted(set(data) ^ names) if isinstance(data, dict) else type(data).__name__
         raise EventError(f"missing or unknown keys: {odd}")
-    values = {name: _value(name, data[name]) for name in names}
+    values: dict[str, Any] = {name: _value(name, data[name]) for name in names}
     event = AcceptanceEvent(**values)
     _check(event)
     return event

@@ -1,7 +1,8 @@
 """Which events of each producer were learned: exactly once, in any order, with losses counted.
 
-``next_sequence`` is one past the highest sequence seen; ``gaps`` holds the missing ones below it and when each was
-first noticed. An event that is neither at the front nor in a gap was seen before.
+Per producer incarnation: one past the highest sequence seen, and the set of missing ones below it. An event that is
+neither at the front nor missing was seen before (or given up). Nothing here depends on a clock, so the marks after a
+set of events do not depend on the order they came in, as long as none was more than ``patience`` late.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ from dataclasses import dataclass, field
 
 
 @dataclass(slots=True)
-class ProducerMark:
-    """Progress of one producer incarnation.
+class IncarnationMark:
+    """Progress of one life of one producer.
 
     Attributes:
         next_sequence: one past the highest sequence seen.
-        gaps: missing sequence (as text, for JSON) -> wall clock when it was noticed.
+        missing: sequences below it that may still arrive, ascending.
         lost: sequences given up.
-        last_s: wall clock of the last new event.
+        last_time_s: newest event time seen.
     """
 
     next_sequence: int = 0
-    gaps: dict[str, float] = field(default_factory=dict)
+    missing: list[int] = field(default_factory=list)
     lost: int = 0
-    last_s: float = 0.0
+    last_time_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -31,11 +32,11 @@ class Watermarks:
     """Marks of all producers; part of the bandit's snapshot.
 
     Attributes:
-        marks: by producer incarnation.
-        retired_lost: losses of producers that were forgotten.
+        marks: by incarnation.
+        retired_lost: losses of incarnations that were forgotten.
     """
 
-    marks: dict[str, ProducerMark] = field(default_factory=dict)
+    marks: dict[str, IncarnationMark] = field(default_factory=dict)
     retired_lost: int = 0
 
     @property
@@ -44,38 +45,34 @@ class Watermarks:
         return self.retired_lost + sum(mark.lost for mark in self.marks.values())
 
     @property
-    def open_gaps(self) -> int:
-        """Events that are missing but may still arrive."""
-        return sum(len(mark.gaps) for mark in self.marks.values())
+    def missing(self) -> int:
+        """Events that may still arrive."""
+        return sum(len(mark.missing) for mark in self.marks.values())
 
-    def accept(self, producer: str, sequence: int, now_s: float, max_gaps: int) -> bool:
-        """Record (producer, sequence); False when it was seen, or given up, before.
+    def accept(self, incarnation: str, sequence: int, time_s: float, patience: int) -> bool:
+        """Record an event; False when it was seen, or given up, before.
 
-        At most ``max_gaps`` missing sequences are remembered per producer; the oldest beyond that are given up.
+        Sequences more than ``patience`` behind the newest are given up.
         """
-        mark = self.marks.setdefault(producer, ProducerMark())
+        mark = self.marks.setdefault(incarnation, IncarnationMark())
         if sequence < mark.next_sequence:
-            if mark.gaps.pop(str(sequence), None) is None:
+            if sequence not in mark.missing:
                 return False
+            mark.missing.remove(sequence)
         else:
-            first = max(mark.next_sequence, sequence - max_gaps)
-            mark.lost += first - mark.next_sequence
-            mark.gaps.update((str(missing), now_s) for missing in range(first, sequence))
+            oldest = max(mark.next_sequence, sequence - patience)
+            mark.lost += oldest - mark.next_sequence
+            mark.missing.extend(range(oldest, sequence))
             mark.next_sequence = sequence + 1
-            while len(mark.gaps) > max_gaps:
-                del mark.gaps[min(mark.gaps, key=int)]
+            while mark.missing and mark.missing[0] < sequence - patience:
+                del mark.missing[0]
                 mark.lost += 1
-        mark.last_s = now_s
+        mark.last_time_s = max(mark.last_time_s, time_s)
         return True
 
-    def expire(self, now_s: float, max_gap_age_s: float, max_silence_s: float) -> None:
-        """Give up gaps older than ``max_gap_age_s``; forget producers silent for ``max_silence_s``."""
-        for producer in sorted(self.marks):
-            mark = self.marks[producer]
-            old = [sequence for sequence, seen_s in mark.gaps.items() if now_s - seen_s > max_gap_age_s]
-            for sequence in old:
-                del mark.gaps[sequence]
-            mark.lost += len(old)
-            if now_s - mark.last_s > max_silence_s:
-                self.retired_lost += mark.lost + len(mark.gaps)
-                del self.marks[producer]
+    def forget(self, max_incarnations: int) -> None:
+        """Drop the longest silent incarnations beyond ``max_incarnations``; what they still missed is lost."""
+        silent = sorted(self.marks, key=lambda name: (self.marks[name].last_time_s, name))
+        for name in silent[: max(0, len(silent) - max_incarnations)]:
+            mark = self.marks.pop(name)
+            self.retired_lost += mark.lost + len(mark.missing)

@@ -29,7 +29,7 @@ class TargetConfig(Section):
     """Number format of weights and caches."""
     device: Device = "cpu"
     """cpu, cuda or cuda:N."""
-    max_context_tokens: int = Field(default=2048, ge=16)
+    max_context_tokens: int = Field(default=1024, ge=16)
     """Prompt and output together, in tokens; sizes the KV storage of every slot."""
 
 
@@ -71,6 +71,8 @@ class EngineConfig(Section):
     """false: plain decoding only, nothing is drafted."""
     stream_interval_s: float = Field(default=0.02, ge=0, le=1)
     """Tokens of one request are collected for at most this many seconds before they leave the engine."""
+    segment_cycles: int = Field(default=32, ge=1, le=4096)
+    """Decode cycles of one request that make one acceptance event; its end makes one as well."""
 
 
 class WindowsConfig(Section):
@@ -86,6 +88,8 @@ class WindowsConfig(Section):
     """Share of conversations kept out of training, to judge updates on."""
     top_k: int = Field(default=32, ge=1, le=1024)
     """Target log-probabilities kept per position."""
+    ttl_s: Seconds = 3600.0
+    """Windows older than this many seconds are dropped: traffic from before a shift teaches the wrong thing."""
 
 
 class TrainerConfig(Section):
@@ -95,10 +99,10 @@ class TrainerConfig(Section):
     """CPU threads of the trainer process."""
     device: Device = "cpu"
     """cpu, cuda or cuda:N."""
-    batch_windows: Count = 4
+    batch_windows: Count = 8
     """Windows per training step."""
-    max_positions: Count = 1024
-    """Most positions per training step; bounds the trainer's memory."""
+    max_positions: Count = 20_000
+    """Most training positions pulled for one update; bounds the trainer's memory and the transfer."""
 
 
 class RedisConfig(Section):
@@ -229,8 +233,8 @@ class DaemonConfig(Section):
         exposed = self.http.host not in ("127.0.0.1", "localhost", "::1")
         return [
             (
-                self.engine.max_output_tokens < context,
-                f"engine.max_output_tokens: must be below target.max_context_tokens = {context}",
+                self.engine.max_output_tokens <= context,
+                f"engine.max_output_tokens: must not exceed target.max_context_tokens = {context}",
             ),
             (
                 self.windows.max_window_tokens <= context,
@@ -264,7 +268,8 @@ class DaemonConfig(Section):
 
     def policy_config(self) -> PolicyConfig:
         """The decision rule's configuration."""
-        return self.adaptation.policy_config(self.trainer.max_positions)
+        positions_per_step = self.trainer.batch_windows * self.windows.max_window_tokens
+        return self.adaptation.policy_config(min(positions_per_step, self.trainer.max_positions))
 
     def stream_config(self, url: str) -> StreamConfig:
         """The event stream's configuration; ``url`` is that of the server in use (see ``RedisServer.start``)."""

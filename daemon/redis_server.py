@@ -85,6 +85,12 @@ class RedisServer:
         return self._child.pid if self._child is not None and self._child.poll() is None else None
 
     @property
+    def url(self) -> str:
+        """The URL clients connect to; valid after ``start``."""
+        assert self._endpoint is not None, "start the server first"
+        return self._endpoint.url
+
+    @property
     def log_path(self) -> Path:
         """Where the child's own log goes."""
         return self._folder / "redis.log"

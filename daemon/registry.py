@@ -58,7 +58,7 @@ class DrafterRegistry:
         self._root = state_dir / "drafters"
         self._clock = clock
 
-    def initialise(self, base_path: Path, target_fingerprint: str = "") -> str:
+    def import_base(self, base_path: Path, target_fingerprint: str = "") -> str:
         """Prepares the registry at daemon start: clears half-written versions, imports the base, picks the serving one.
 
         The serving version is the one of the last run if its checksums hold, else the newest that holds.
@@ -74,35 +74,40 @@ class DrafterRegistry:
             _LOG.warning("removing the half-written drafter version %s", left)
             shutil.rmtree(left)
         if not (self._root / BASE_VERSION).exists():
-            self._import_base(base_path, target_fingerprint)
+            self._copy_base(base_path, target_fingerprint)
         return self._first_intact()
 
-    def add(
+    def save(
         self,
-        write: Callable[[Path], None],
-        *,
         arm: str,
         parent: str,
-        target_fingerprint: str = "",
+        write: Callable[[Path], None],
         metadata: Mapping[str, Any] | None = None,
-    ) -> Manifest:
+        *,
+        target_fingerprint: str | None = None,
+    ) -> str:
         """Stores a new version; it appears complete or not at all.
 
         Args:
-            write: puts the model files into the empty directory it is given.
             arm: the update that made it; becomes part of the name.
             parent: the version it was trained from.
-            target_fingerprint: the target it was trained for.
+            write: puts the model files into the empty directory it is given.
             metadata: plain JSON values, such as the decision id and measured gains.
+            target_fingerprint: the target it was trained for; None takes the parent's.
+
+        Returns:
+            The new version's name. It does not serve until it is promoted.
 
         Raises:
             OSError: for example a full disk; nothing is left behind.
             ValueError: ``write`` left no file, or the arm's name cannot be part of a directory name.
         """
         number = 1 + max((parse_name(name) for name in self._names()), default=0)
-        return self._store(write, number, arm, parent, target_fingerprint, dict(metadata or {}))
+        if target_fingerprint is None:
+            target_fingerprint = self.show(parent).target_fingerprint
+        return self._store(write, number, arm, parent, target_fingerprint, dict(metadata or {})).version
 
-    def open(self, version: str) -> Path:
+    def path(self, version: str) -> Path:
         """The directory of a version after its checksums were verified.
 
         Raises:
@@ -133,7 +138,7 @@ class DrafterRegistry:
         return names[-1] if names else None
 
     def serving(self) -> str | None:
-        """The version that serves, or would serve after a restart; None before the first ``initialise``."""
+        """The version that serves, or would serve after a restart; None before the first ``import_base``."""
         return self._read_pointer(_SERVING)
 
     def previous(self) -> str | None:
@@ -142,7 +147,7 @@ class DrafterRegistry:
 
     def promote(self, version: str) -> None:
         """Makes a version the serving one after verifying it; the current one becomes the previous."""
-        self.open(version)
+        self.path(version)
         current = self.serving()
         if current == version:
             return
@@ -232,7 +237,7 @@ class DrafterRegistry:
         fsync_path(self._root)
         return manifest
 
-    def _import_base(self, base_path: Path, target_fingerprint: str) -> None:
+    def _copy_base(self, base_path: Path, target_fingerprint: str) -> None:
         if not (base_path / "config.json").is_file():
             raise IncompatibleError(f"{base_path}: no drafter here (config.json is missing)")
 
@@ -250,7 +255,7 @@ class DrafterRegistry:
         failures = []
         for version in dict.fromkeys(name for name in order if name):
             try:
-                self.open(version)
+                self.path(version)
             except IncompatibleError as error:
                 _LOG.error("drafter version %s cannot be used: %s", version, error)
                 failures.append(str(error))

@@ -86,6 +86,7 @@ class SpecBlockDrafter:
             self.model.config, num_slots, capacity_positions + 1, self.scratch_rows, weight.dtype, weight.device
         )
 
+    @torch.no_grad()
     def absorb(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:
         """Refresh: appends the rows of new positions, every one computed from true target features.
 
@@ -98,10 +99,11 @@ class SpecBlockDrafter:
         positions_BP = base[:, None] + torch.arange(num_positions, device=base.device)
         end = (max(cache.positions[s] for s in slots) + num_positions) * width
         row = base[:, None] * width + torch.arange(num_positions * width, device=base.device)
+        in_order = cache.in_order(slots)
         mask_BTS = torch.arange(end, device=base.device) <= row[:, :, None]  # causal over rows (method reference 1.6)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.write(layer, slots_B, base * width, key, value, end)
+            keys, values = cache.write(layer, slots_B, in_order, base * width, key, value, end)
             return masked_attention(query, keys, values, mask_BTS)
 
         rotary = self.model.rotary_tables(self.model.rotary_index(positions_BP))
@@ -110,6 +112,7 @@ class SpecBlockDrafter:
             cache.positions[slot] += count
         return hidden
 
+    @torch.no_grad()
     def draft(
         self,
         cache: DrafterCache,
@@ -269,6 +272,7 @@ class SpecBlockDrafter:
         root_row = (positions - 1) * width
         start = root_row + first_row
         end = max(cache.positions[s] for s in slots) * width - width + first_row + num_leaves * width
+        in_order = cache.in_order(slots)
         scratch = torch.arange(leaves.seen.shape[-1], device=device)
         own = first_row + torch.arange(num_leaves * width, device=device).view(num_leaves, width)
         causal = (scratch >= own[:, :1, None]) & (scratch <= own[:, :, None])  # [n, K, scratch]
@@ -279,7 +283,7 @@ class SpecBlockDrafter:
         mask = (relative < 0)[:, None] | (inside[:, None] & visible.gather(2, index))
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.write(layer, slots_B, start, key, value, end)
+            keys, values = cache.write(layer, slots_B, in_order, start, key, value, end)
             return masked_attention(query, keys, values, mask)
 
         rotary = self.model.rotary_tables(self.model.rotary_index((positions - 1)[:, None].expand(-1, num_leaves)))

@@ -34,19 +34,24 @@ class DrafterCache:
         """Forgets a slot; stale rows stay finite and are masked."""
         self.positions[slot] = 0
 
+    def in_order(self, slots: list[int]) -> bool:
+        """True when ``slots`` is every slot of the storage, first to last."""
+        return slots == list(range(len(self.positions)))
+
     @property
     def num_bytes(self) -> int:
         """Bytes of both storages."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
     def write(
-        self, layer: int, slots: Tensor, start: Tensor, keys: Tensor, values: Tensor, end: int
+        self, layer: int, slots: Tensor, in_order: bool, start: Tensor, keys: Tensor, values: Tensor, end: int
     ) -> tuple[Tensor, Tensor]:
         """Writes rows ``[B, kv_heads, T, D]`` at ``start[b] ..`` and returns both storages up to row ``end``.
 
         Args:
             layer: decoder layer.
             slots: int64 [B].
+            in_order: :meth:`in_order` of them; then views are returned instead of gathered copies.
             start: int64 [B], first row to write.
             keys: [B, kv_heads, T, D], already rotated.
             values: [B, kv_heads, T, D].
@@ -60,6 +65,6 @@ class DrafterCache:
         layer_keys, layer_values = self.keys[layer], self.values[layer]
         layer_keys[slots[:, None], :, rows] = keys.transpose(1, 2)
         layer_values[slots[:, None], :, rows] = values.transpose(1, 2)
-        if slots.shape[0] == layer_keys.shape[0]:  # every slot, in order: a view instead of a gather
+        if in_order:
             return layer_keys[:, :, :end], layer_values[:, :, :end]
         return layer_keys[slots, :, :end], layer_values[slots, :, :end]

@@ -101,7 +101,7 @@ def test_every_field_is_described() -> None:
         ("ray: {address: somewhere}", 'f.yaml:3:16: ray.address: must be "local", "auto" or host:port'),
         ("http: {host: 0.0.0.0}", "f.yaml:3:14: http.host: 0.0.0.0 is reachable from the network"),
         ("http: {port: 8265}", "f.yaml:3:14: http.port: 8265 is also ray.dashboard_port"),
-        ("engine: {max_output_tokens: 2048}", "f.yaml:3:29: engine.max_output_tokens: must be below"),
+        ("engine: {max_output_tokens: 2048}", "f.yaml:3:29: engine.max_output_tokens: must not exceed"),
         ("ray: {engine_gpus: 1}", "f.yaml:3:20: ray.engine_gpus: GPUs are reserved but target.device is cpu"),
         (
             "adaptation:\n  arms:\n    - {name: a, patterns: [x], steps: 1, learning_rate: 2}",

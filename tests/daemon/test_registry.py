@@ -42,13 +42,13 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def registry(tmp_path: Path, base: Path) -> DrafterRegistry:
     registry = DrafterRegistry(tmp_path, Clock())
-    assert registry.initialise(base, "fp") == BASE_VERSION
+    assert registry.import_base(base, "fp") == BASE_VERSION
     return registry
 
 
 def test_first_start_copies_the_base(registry: DrafterRegistry, base: Path) -> None:
     (base / "model.safetensors").unlink()
-    assert (registry.open(BASE_VERSION) / "model.safetensors").read_bytes() == b"base weights"
+    assert (registry.path(BASE_VERSION) / "model.safetensors").read_bytes() == b"base weights"
     manifest = registry.show(BASE_VERSION)
     assert (manifest.parent, manifest.arm, manifest.target_fingerprint) == (None, "base", "fp")
     assert manifest.created_at_unix_s == 101.0
@@ -56,21 +56,22 @@ def test_first_start_copies_the_base(registry: DrafterRegistry, base: Path) -> N
 
 
 def test_add_promote_rollback(registry: DrafterRegistry, tmp_path: Path, base: Path) -> None:
-    first = registry.add(writer(b"one"), arm="head", parent=BASE_VERSION, metadata={"decision": "d1", "gain": 0.1})
-    assert first.version.startswith("v000001-head-") and first.metadata["gain"] == 0.1
+    first = registry.save("head", BASE_VERSION, writer(b"one"), metadata={"decision": "d1", "gain": 0.1})
+    assert first.startswith("v000001-head-") and registry.show(first).metadata["gain"] == 0.1
+    assert registry.show(first).target_fingerprint == "fp", "inherited from the parent"
     assert registry.serving() == BASE_VERSION, "adding does not promote"
-    registry.promote(first.version)
-    second = registry.add(writer(b"two"), arm="rank_head", parent=first.version)
-    registry.promote(second.version)
-    registry.promote(second.version)
-    assert (registry.serving(), registry.previous()) == (second.version, first.version)
-    assert registry.latest() == second.version
-    assert registry.rollback() == first.version
-    assert (registry.serving(), registry.previous()) == (first.version, second.version)
+    registry.promote(first)
+    second = registry.save("rank_head", first, writer(b"two"))
+    registry.promote(second)
+    registry.promote(second)
+    assert (registry.serving(), registry.previous()) == (second, first)
+    assert registry.latest() == second
+    assert registry.rollback() == first
+    assert (registry.serving(), registry.previous()) == (first, second)
     assert [manifest.number for manifest in registry.list()] == [0, 1, 2]
     again = DrafterRegistry(tmp_path)
-    assert again.initialise(base) == first.version, "a restart serves the same version"
-    assert again.show(first.version) == registry.show(first.version)
+    assert again.import_base(base) == first, "a restart serves the same version"
+    assert again.show(first) == registry.show(first)
 
 
 def test_rollback_without_a_previous(registry: DrafterRegistry) -> None:
@@ -81,7 +82,7 @@ def test_rollback_without_a_previous(registry: DrafterRegistry) -> None:
 @pytest.mark.parametrize("name", ["v000009-head-00000000", "../base", "v1", ""])
 def test_unknown_versions(registry: DrafterRegistry, name: str) -> None:
     with pytest.raises(IncompatibleError, match="no drafter version") as caught:
-        registry.open(name)
+        registry.path(name)
     assert caught.value.exit_code == ExitCode.INCOMPATIBLE
 
 
@@ -89,8 +90,8 @@ def test_unknown_versions(registry: DrafterRegistry, name: str) -> None:
 def test_damage_is_refused_and_the_last_good_version_serves(
     registry: DrafterRegistry, tmp_path: Path, base: Path, damage: str
 ) -> None:
-    good = registry.add(writer(b"good"), arm="head", parent=BASE_VERSION).version
-    bad = registry.add(writer(b"evil"), arm="head", parent=good).version
+    good = registry.save("head", BASE_VERSION, writer(b"good"))
+    bad = registry.save("head", good, writer(b"evil"))
     registry.promote(good)
     registry.promote(bad)
     folder = tmp_path / "drafters" / bad
@@ -109,29 +110,29 @@ def test_damage_is_refused_and_the_last_good_version_serves(
     else:
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format": 2}))
     with pytest.raises(CorruptVersionError) as caught:
-        registry.open(bad)
+        registry.path(bad)
     assert str(expected) in str(caught.value)
     with pytest.raises(CorruptVersionError):
         DrafterRegistry(tmp_path).promote(bad)
     fresh = DrafterRegistry(tmp_path)
-    assert fresh.initialise(base) == good
+    assert fresh.import_base(base) == good
     assert (fresh.serving(), fresh.previous()) == (good, None)
 
 
 def test_nothing_intact(registry: DrafterRegistry, tmp_path: Path, base: Path) -> None:
     (tmp_path / "drafters" / BASE_VERSION / "model.safetensors").write_bytes(b"x")
     with pytest.raises(IncompatibleError, match=r"model\.safetensors"):
-        DrafterRegistry(tmp_path).initialise(base)
+        DrafterRegistry(tmp_path).import_base(base)
 
 
 def test_no_base_drafter(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match=r"config\.json is missing"):
-        DrafterRegistry(tmp_path).initialise(tmp_path / "nowhere")
+        DrafterRegistry(tmp_path).import_base(tmp_path / "nowhere")
 
 
 def test_a_pointer_to_a_deleted_version(registry: DrafterRegistry, tmp_path: Path, base: Path) -> None:
     (tmp_path / "drafters" / "SERVING").write_text("v000077-head-12345678\n")
-    assert DrafterRegistry(tmp_path).initialise(base) == BASE_VERSION
+    assert DrafterRegistry(tmp_path).import_base(base) == BASE_VERSION
 
 
 def test_a_full_disk_leaves_no_half_version(registry: DrafterRegistry, tmp_path: Path) -> None:
@@ -140,9 +141,9 @@ def test_a_full_disk_leaves_no_half_version(registry: DrafterRegistry, tmp_path:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        registry.add(write, arm="head", parent=BASE_VERSION)
+        registry.save("head", BASE_VERSION, write)
     assert sorted(path.name for path in (tmp_path / "drafters").iterdir()) == ["SERVING", BASE_VERSION]
-    assert registry.add(writer(b"ok"), arm="head", parent=BASE_VERSION).number == 1
+    assert registry.save("head", BASE_VERSION, writer(b"ok")).startswith("v000001-")
 
 
 def test_a_full_disk_at_the_flush(registry: DrafterRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,8 +153,8 @@ def test_a_full_disk_at_the_flush(registry: DrafterRegistry, tmp_path: Path, mon
     with monkeypatch.context() as patch:
         patch.setattr(registry_module, "fsync_path", full)
         with pytest.raises(OSError, match="No space left"):
-            registry.add(writer(b"x"), arm="head", parent=BASE_VERSION)
-    version = registry.add(writer(b"y"), arm="head", parent=BASE_VERSION).version
+            registry.save("head", BASE_VERSION, writer(b"x"))
+    version = registry.save("head", BASE_VERSION, writer(b"y"))
     with monkeypatch.context() as patch:
         patch.setattr(registry_module, "fsync_path", full)
         with pytest.raises(OSError, match="No space left"):
@@ -167,24 +168,24 @@ def test_a_crash_while_writing_is_cleared_at_start(registry: DrafterRegistry, tm
     torn.mkdir()
     (torn / "model.safetensors").write_bytes(b"half")
     fresh = DrafterRegistry(tmp_path)
-    fresh.initialise(base)
+    fresh.import_base(base)
     assert not torn.exists()
-    assert fresh.add(writer(b"x"), arm="head", parent=BASE_VERSION).number == 1
+    assert fresh.save("head", BASE_VERSION, writer(b"x")).startswith("v000001-")
 
 
 @pytest.mark.parametrize("arm", ["../up", "Head", "a b", ""])
 def test_arm_names_stay_inside_the_registry(registry: DrafterRegistry, arm: str) -> None:
     with pytest.raises(ValueError, match="no version name"):
-        registry.add(writer(b"x"), arm=arm, parent=BASE_VERSION)
+        registry.save(arm, BASE_VERSION, writer(b"x"))
 
 
 def test_a_version_needs_files(registry: DrafterRegistry) -> None:
     with pytest.raises(ValueError, match="at least one file"):
-        registry.add(lambda folder: None, arm="head", parent=BASE_VERSION)
+        registry.save("head", BASE_VERSION, lambda folder: None)
 
 
 def test_prune_keeps_base_serving_and_previous(registry: DrafterRegistry) -> None:
-    names = [registry.add(writer(b"%d" % i), arm="head", parent=BASE_VERSION).version for i in range(6)]
+    names = [registry.save("head", BASE_VERSION, writer(b"%d" % i)) for i in range(6)]
     registry.promote(names[0])
     registry.promote(names[2])
     assert registry.prune(keep=1) == (names[1], names[3], names[4])
@@ -192,13 +193,13 @@ def test_prune_keeps_base_serving_and_previous(registry: DrafterRegistry) -> Non
     assert registry.prune(keep=99) == ()
     with pytest.raises(ValueError, match="at least 1"):
         registry.prune(keep=0)
-    assert registry.add(writer(b"z"), arm="head", parent=BASE_VERSION).number == 7, "numbers are never used twice"
+    assert registry.save("head", BASE_VERSION, writer(b"z")).startswith("v000007-"), "numbers are never used twice"
 
 
 def test_lists_leave_out_what_cannot_be_read(
     registry: DrafterRegistry, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    name = registry.add(writer(b"x"), arm="head", parent=BASE_VERSION).version
+    name = registry.save("head", BASE_VERSION, writer(b"x"))
     (tmp_path / "drafters" / name / "manifest.json").write_text("{")
     assert [manifest.version for manifest in registry.list()] == [BASE_VERSION]
     assert name in caplog.text

@@ -48,6 +48,7 @@ def gone(pid: int) -> bool:
 def test_start_serves_streams_and_stop_removes_the_socket(server: RedisServer) -> None:
     endpoint = server.start()
     assert server.start() is endpoint, "starting twice is harmless"
+    assert server.url == endpoint.url
     path = Path(urlsplit(endpoint.url).path)
     assert path.stat().st_mode & 0o777 == 0o700
     client = redis.Redis(unix_socket_path=str(path))

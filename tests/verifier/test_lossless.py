@@ -118,7 +118,6 @@ def ratio_rule(logits, tree, states, noise, slots, first_position, sampling=None
     tokens, rows = [], []
     for b in range(logits.shape[0]):
         row, path, visited = 0, [], [0]
-        q = 1 / logits.shape[-1]
         while True:
             position = first_position[b] + len(path)
             own = int(chooser.choose([b], logits[b, row][None], [position]))

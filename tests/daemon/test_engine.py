@@ -1,0 +1,223 @@
+"""The decode loop: the text never depends on the drafter; replay of the live version equals what was accepted live."""
+
+from __future__ import annotations
+
+import itertools
+from random import Random
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from specblock.cuda_ext.sampling import SamplingParams
+from specblock.daemon.engine import Engine, EngineSettings, Listener
+from specblock.daemon.messages import GenerationRequest, TokenChunk
+from specblock.daemon.request import RequestState
+from specblock.drafter.config import DrafterConfig, DraftSettings
+from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.replay import replay
+from specblock.drafter.window import Window
+from specblock.verifier.model import TargetModel
+
+VOCAB = 64
+SHAPE = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
+    "eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 1,
+}  # fmt: skip
+
+
+def target_of(family: str, dtype: torch.dtype) -> TargetModel:
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE)) if family == "llama" else Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)  # peaked enough that drafts are accepted sometimes
+    return TargetModel.from_model(model.to(dtype).eval())
+
+
+def drafter_of(target: TargetModel, **settings: object) -> SpecBlockDrafter:
+    torch.manual_seed(6)
+    config = DrafterConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, vocab_size=VOCAB, draft_vocab_size=VOCAB, feature_layers=target.feature_layers,
+    )  # fmt: skip
+    model = SpecBlockModel(config, target.embedding).to(target.dtype).eval()
+    return SpecBlockDrafter(model, DraftSettings(**{"node_budget": 24, "noise_scale": 4.0} | settings))  # type: ignore[arg-type]
+
+
+class Keep(Listener):
+    def __init__(self) -> None:
+        self.windows: dict[str, Window] = {}
+        self.states: dict[str, RequestState] = {}
+        self.segments: list[tuple[str, int, bool]] = []
+
+    def segment(self, state: RequestState, last: bool) -> None:
+        self.segments.append((state.request.request_id, state.segment.cycles, last))
+
+    def finished(self, state: RequestState, reason: str) -> None:
+        window = state.window(0.0, False, 1000)
+        self.states[state.request.request_id] = state
+        if window is not None:
+            self.windows[state.request.request_id] = window
+
+
+def run(
+    target: TargetModel, drafter: SpecBlockDrafter | None, requests: list[GenerationRequest], slots: int
+) -> tuple[dict[str, list[int]], Keep]:
+    keep = Keep()
+    settings = EngineSettings(slots=slots, capacity_tokens=160, prefill_chunk_tokens=7, top_k=8)
+    engine = Engine(target, drafter, settings, lambda c=itertools.count(): float(next(c)), keep, "v0")
+    for request in requests:
+        engine.submit(request)
+    tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+    ended: dict[str, TokenChunk] = {}
+    while not engine.idle:
+        for chunk in engine.step():
+            tokens[chunk.request_id].extend(chunk.tokens)
+            if chunk.finish_reason:
+                ended[chunk.request_id] = chunk
+    assert ended.keys() == tokens.keys()
+    for name, chunk in ended.items():
+        assert chunk.stats is not None and chunk.stats.completion_tokens == len(tokens[name])
+    return tokens, keep
+
+
+def random_requests(count: int, seed: int) -> list[GenerationRequest]:
+    rng = Random(seed)
+    requests = []
+    for i in range(count):
+        sampling = SamplingParams(
+            temperature=rng.choice([0.0, 0.7, 1.0, 1.3]),
+            top_p=rng.choice([1.0, 0.9]),
+            top_k=rng.choice([0, 5]),
+            min_p=rng.choice([0.0, 0.05]),
+            presence_penalty=rng.choice([0.0, 0.5]),
+            frequency_penalty=rng.choice([0.0, 0.3]),
+            repetition_penalty=rng.choice([1.0, 1.2]),
+            logit_bias=rng.choice([(), ((3, 2.0),)]),
+            seed=rng.getrandbits(62),
+        )
+        requests.append(
+            GenerationRequest(
+                request_id=f"r{i}",
+                prompt_tokens=tuple(rng.randrange(2, VOCAB) for _ in range(rng.choice([1, 2, 9, 23]))),
+                sampling=sampling,
+                max_tokens=rng.choice([1, 5, 40]),
+                stop_token_ids=rng.choice([(), (17, 23)]),
+                ignore_eos=rng.random() < 0.5,
+            )
+        )
+    return requests
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_text_is_the_same_with_and_without_drafter_alone_and_batched(family: str) -> None:
+    target = target_of(family, torch.float64)
+    requests = random_requests(40, seed=3)
+    plain, _ = run(target, None, requests, slots=1)
+    for slots in (1, 7):
+        for settings in ({}, {"shared_noise": False}, {"blocks": 3, "leaf_cap": 3}, {"blocks": 1}):
+            drafted, keep = run(target, drafter_of(target, **settings), requests, slots)
+            assert drafted == plain
+    accepted = sum(sum(s.accepted) for s in keep.states.values())
+    assert accepted > 0, "the test must exercise accepted drafts"
+
+
+def test_a_wrong_acceptance_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    from specblock.verifier import accept as module
+
+    target = target_of("llama", torch.float64)
+    requests = random_requests(12, seed=4)
+    plain, _ = run(target, None, requests, slots=4)
+
+    def first_child_always(tree, row, token):  # type: ignore[no-untyped-def]
+        match = (tree.parent == row[:, None]) & (tree.depth > 0)
+        found, index = match.max(dim=1)
+        return torch.where(found, index, -1)
+
+    monkeypatch.setattr(module, "find_child", first_child_always)
+    drafted, _ = run(target, drafter_of(target), requests, slots=4)
+    assert drafted != plain
+
+
+@pytest.mark.parametrize("shared_noise", [True, False])
+def test_replay_of_the_serving_version_equals_live_cycle_by_cycle(shared_noise: bool) -> None:
+    target = target_of("llama", torch.float64)
+    drafter = drafter_of(target, shared_noise=shared_noise)
+    _, keep = run(target, drafter, random_requests(24, seed=8), slots=5)
+    windows = list(keep.windows.values())
+    assert sum(len(w.accepted) for w in windows) > 50
+    for window, replayed in zip(windows, replay(drafter, windows, batch_windows=6), strict=True):
+        assert replayed.accepted == window.accepted, window.conversation_id
+
+
+def test_replay_notices_a_desynchronised_live_cache() -> None:
+    """The planted fault: live positions shifted by one. Replay of the same weights no longer agrees."""
+    target = target_of("llama", torch.float64)
+    drafter = drafter_of(target, shared_noise=False)
+    healthy = drafter.model.rotary_index
+
+    drafter.model.rotary_index = lambda positions: healthy(positions + (positions > 8))  # type: ignore[method-assign]
+    _, keep = run(target, drafter, random_requests(24, seed=8), slots=5)
+    drafter.model.rotary_index = healthy  # type: ignore[method-assign]
+    windows = [w for w in keep.windows.values() if w.accepted]
+    replays = replay(drafter, windows)
+    assert [r.accepted for r in replays] != [w.accepted for w in windows]
+
+
+def test_segments_cover_every_cycle_once() -> None:
+    target = target_of("llama", torch.float64)
+    _, keep = run(target, drafter_of(target), random_requests(6, seed=1), slots=3)
+    for name, state in keep.states.items():
+        assert sum(state.total.histogram) == state.total.cycles
+        assert [last for n, _, last in keep.segments if n == name].count(True) == 1
+
+
+def test_requests_that_do_not_fit_are_refused() -> None:
+    target = target_of("llama", torch.float32)
+    engine = Engine(target, None, EngineSettings(slots=1, capacity_tokens=16), lambda: 0.0)
+    with pytest.raises(ValueError, match="over the context length"):
+        engine.submit(
+            GenerationRequest(request_id="a", prompt_tokens=(2,) * 10, sampling=SamplingParams(), max_tokens=9)
+        )
+    with pytest.raises(ValueError, match="must not be empty"):
+        engine.submit(GenerationRequest(request_id="a", prompt_tokens=(), sampling=SamplingParams(), max_tokens=9))
+
+
+def test_cancel_frees_the_slot_and_reports_abort() -> None:
+    target = target_of("llama", torch.float32)
+    engine = Engine(target, None, EngineSettings(slots=1, capacity_tokens=64), lambda: 0.0)
+    for name in ("a", "b"):
+        engine.submit(
+            GenerationRequest(
+                request_id=name, prompt_tokens=(2, 3), sampling=SamplingParams(), max_tokens=30, ignore_eos=True
+            )
+        )
+    engine.step()
+    chunk = engine.cancel("a")
+    assert chunk is not None and chunk.finish_reason == "abort"
+    assert engine.cancel("nobody") is None
+    engine.step()
+    assert [s.request.request_id for s in engine.running] == ["b"]
+
+
+def test_swap_happens_between_cycles_and_flags_running_requests() -> None:
+    target = target_of("llama", torch.float64)
+    drafter = drafter_of(target)
+    engine = Engine(target, drafter, EngineSettings(slots=2, capacity_tokens=64), lambda: 0.0, drafter_version="v0")
+    engine.submit(
+        GenerationRequest(
+            request_id="a", prompt_tokens=(2, 3), sampling=SamplingParams(), max_tokens=30, ignore_eos=True
+        )
+    )
+    engine.step()
+
+    def apply() -> bool:
+        engine.drafter_version = "v1"
+        return False
+
+    engine.swap_between_cycles(apply)
+    assert engine.running[0].versions == ["v0"]
+    engine.step()
+    assert engine.running[0].versions == ["v0", "v1"] and engine.running[0].flagged
