@@ -61,7 +61,7 @@ def from_plain(kind: Any, data: Any, path: str = "$", *, ignore_unknown: bool = 
         item = typing.get_args(kind)[1]
         _expect(isinstance(data, dict), path, "an object", data)
         return {k: from_plain(item, v, f"{path}.{k}", ignore_unknown=ignore_unknown) for k, v in data.items()}
-    return _scalar(kind, data, path)
+    return data if kind is Any else _scalar(kind, data, path)
 
 
 @functools.cache
@@ -74,7 +74,7 @@ def _expect(holds: bool, path: str, what: str, data: Any) -> None:
         raise ValueError(f"{path}: expected {what}, got {type(data).__name__}")
 
 
-def _dataclass(kind: type[Any], data: Any, path: str, ignore_unknown: bool) -> Any:
+def _dataclass(kind: Any, data: Any, path: str, ignore_unknown: bool) -> Any:
     _expect(isinstance(data, dict), path, "an object", data)
     fields = {f.name: f for f in dataclasses.fields(kind)}
     unknown = sorted(set(data) - set(fields))

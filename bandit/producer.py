@@ -19,7 +19,7 @@ class ProducerStats:
         offered: events handed over.
         sent: confirmed by the stream.
         dropped: oldest events thrown away because the queue was full, and those left at close.
-        lost: appends whose outcome is unknown; not repeated, the reader sees a gap if they were not written.
+        lost: appends whose outcome is unknown, and events that cannot be encoded; never repeated, a gap to the reader.
         queued: waiting now.
         in_flight: being appended now (0 or 1).
     """
@@ -105,6 +105,9 @@ class EventProducer:
         while (event := self._take()) is not None:
             try:
                 self._stream.append(encode(event))
+            except ValueError:
+                # Not a number, or text that is not Unicode: never writable, so never repeated.
+                self._done(lost=1)
             except StreamError as error:
                 self._failed(event, error)
                 self._stop.wait(pause_s)

@@ -41,11 +41,14 @@ class RedisStream:
         self._client: Any = redis.Redis.from_url(
             config.url,
             decode_responses=True,
+            # Foreign bytes must reach the decoder and be parked, not stop every read; they survive a round trip.
+            encoding_errors="surrogateescape",
             socket_timeout=config.socket_timeout_s,
             socket_connect_timeout=config.socket_timeout_s,
             retry=Retry(NoBackoff(), 0),
         )
         self._group_ready = False
+        self._writable = False
         self._own_after: str | None = "0-0"
         self._idle_after = "0-0"
         self._reconnects = 0
@@ -54,6 +57,7 @@ class RedisStream:
 
     def append(self, fields: Mapping[str, str]) -> str:
         """XADD with MAXLEN; see :class:`~specblock.bandit.stream_types.Stream`."""
+        self._greet()
         try:
             entry_id = self._client.xadd(
                 self._config.name, dict(fields), maxlen=self._config.max_entries, approximate=True
@@ -65,8 +69,19 @@ class RedisStream:
             raise StreamError(f"the server refused the entry: {error}", not_applied=True) from error
         except RedisError as error:
             self._reconnects += 1
+            self._writable = False
             raise StreamError(f"the outcome of an append is unknown: {error}") from error
         return str(entry_id)
+
+    def _greet(self) -> None:
+        """PING before the first append on a new connection: an unreachable server then surely wrote nothing."""
+        if self._writable:
+            return
+        try:
+            self._client.ping()
+        except RedisError as error:
+            raise StreamError(f"redis is unreachable: {error}", not_applied=True) from error
+        self._writable = True
 
     def read(self, count: int, block_s: float) -> list[StreamEntry]:
         """XREADGROUP of new entries."""

@@ -15,7 +15,7 @@ from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.tree import DraftTree, root_only
 from specblock.daemon.messages import GenerationRequest, TokenChunk
-from specblock.daemon.request import RequestState
+from specblock.daemon.request import CycleCounts, RequestState
 from specblock.drafter.draft import NewPositions, SpecBlockDrafter
 from specblock.verifier.finish import truncate_at_end
 from specblock.verifier.model import TargetModel
@@ -24,6 +24,8 @@ from specblock.verifier.text import TextStream
 from specblock.verifier.verify import verify
 
 Clock = Callable[[], float]
+_Finished = tuple[RequestState, tuple[int, ...], str, str]
+"""(state, last tokens, last text, reason)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,13 +156,14 @@ class Engine:
             top_k=self.settings.top_k,
         )
         verified = self._clock()
-        chunks = self._commit(states, slots, tree, result)
+        chunks, finished = self._commit(states, slots, tree, result)
         ended = self._clock()
         for state in states:
-            counts = state.segment
-            counts.draft_s += (drafted - begin) / len(states)
-            counts.verify_s += (verified - drafted) / len(states)
-            counts.other_s += (ended - verified) / len(states)
+            for counts in (state.segment, state.total):
+                counts.draft_s += (drafted - begin) / len(states)
+                counts.verify_s += (verified - drafted) / len(states)
+                counts.other_s += (ended - verified) / len(states)
+        chunks.extend(self._retire(*end) for end in finished)
         self._report(states)
         return chunks
 
@@ -199,10 +202,10 @@ class Engine:
 
     def _commit(
         self, states: list[RequestState], slots: list[int], tree: DraftTree, result: VerifyResult
-    ) -> list[TokenChunk]:
+    ) -> tuple[list[TokenChunk], list[_Finished]]:
         chunks: list[TokenChunk] = []
         kept_counts: list[int] = []
-        finished: list[tuple[RequestState, tuple[int, ...], str, str]] = []
+        finished: list[_Finished] = []
         nodes = (tree.size - 1).tolist()
         for row, (state, path) in enumerate(zip(states, result.paths, strict=True)):
             ending = truncate_at_end(
@@ -235,14 +238,17 @@ class Engine:
             else:
                 finished.append((state, tokens, text, reason))
         self._cache.commit(slots, result.rows, kept_counts)
-        chunks.extend(self._retire(*end) for end in finished)
-        return chunks
+        return chunks, finished
 
     def _report(self, states: list[RequestState]) -> None:
         for state in states:
-            state.total.draft_s += state.segment.draft_s
             if state in self.running and state.segment.cycles >= self.settings.segment_cycles:
-                self._listener.segment(state, last=False)
+                self._end_segment(state, last=False)
+
+    def _end_segment(self, state: RequestState, last: bool) -> None:
+        self._listener.segment(state, last)
+        state.segment = CycleCounts()
+        state.segment_versions = [self.drafter_version]
 
     def _admit(self) -> None:
         now = self._clock()
@@ -250,6 +256,8 @@ class Engine:
             state = self.waiting.popleft()
             state.slot, state.started_s = self._cache.allocate(), now
             state.versions = [self.drafter_version]
+            state.segment_versions = [self.drafter_version]
+            state.speculative = self.drafter is not None and self.speculation
             self._noise.reset(state.slot)
             if self._draft_cache is not None:
                 self._draft_cache.reset(state.slot)
@@ -276,7 +284,7 @@ class Engine:
 
     def _retire(self, state: RequestState, tokens: Sequence[int], text: str, reason: str) -> TokenChunk:
         self.running.remove(state)
-        self._listener.segment(state, last=True)
+        self._end_segment(state, last=True)
         self._listener.finished(state, reason)
         self._cache.release(state.slot)
         return self._last_chunk(state, tuple(tokens), text, reason)
@@ -297,4 +305,5 @@ class Engine:
         rows_stay_valid = apply()
         for state in self.running:
             state.versions.append(self.drafter_version)
+            state.segment_versions.append(self.drafter_version)
             state.flagged |= not rows_stay_valid

@@ -42,6 +42,9 @@ class RequestStats:
     prefill_s: float
     decode_s: float
     drafter_version: str
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    other_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

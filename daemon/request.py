@@ -1,4 +1,4 @@
-"""One request inside the engine: tokens, pending drafter positions, text, limits and what it will leave for learning."""
+"""One request inside the engine: tokens, pending drafter positions, text, limits, what it leaves for learning."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ class RequestState:
         self.segments_sent = 0
         self.accepted: list[int] = []
         self.versions: list[str] = []
+        self.segment_versions: list[str] = []
+        self.speculative = True
         self.flagged = False
         self._features: list[Tensor] = []
         self._top_ids: list[Tensor] = []
@@ -127,4 +129,7 @@ class RequestState:
             prefill_s=max(0.0, self.decoding_since_s - self.started_s),
             decode_s=max(0.0, now_s - self.decoding_since_s) if self.decoding_since_s else 0.0,
             drafter_version=self.versions[-1] if self.versions else "",
+            draft_s=self.total.draft_s,
+            verify_s=self.total.verify_s,
+            other_s=self.total.other_s,
         )

@@ -56,7 +56,6 @@ def generate_shards(
         windows = [window for window, _ in collect(target, chunk, own, time.time)]
         save_windows(path, windows)
         tokens = sum(w.num_generated for w in windows)
-        say(
-            f"{path.name}: {len(windows)} conversations, {tokens} tokens, {tokens / (time.perf_counter() - begin):.0f}/s"
-        )
+        speed = tokens / (time.perf_counter() - begin)
+        say(f"{path.name}: {len(windows)} conversations, {tokens} tokens, {speed:.0f}/s")
     return paths

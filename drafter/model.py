@@ -23,9 +23,16 @@ RANK_FEATURES = 15
 RANK_TOP = 20
 
 
-def linear(in_features: int, out_features: int) -> nn.Linear:
-    """Every linear map in the drafter is without bias."""
-    return nn.Linear(in_features, out_features, bias=False)
+class Linear(nn.Linear):
+    """A linear map without bias, as every one in the drafter."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]; the typed face of ``nn.Module.__call__``."""
+        result: Tensor = super().__call__(x)
+        return result
 
 
 class RMSNorm(nn.Module):
@@ -50,18 +57,18 @@ class InputLayer(nn.Module):
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         num_features = max(1, len(config.feature_layers) or 3)
-        self.condition_proj = linear(num_features * hidden, hidden)
+        self.condition_proj = Linear(num_features * hidden, hidden)
         self.condition_norm = RMSNorm(hidden, eps)
         self.token_norm = RMSNorm(hidden, eps)
         self.position_queries = nn.Embedding(config.num_slots, hidden)
         self.query_norm = RMSNorm(hidden, eps)
-        self.fuse = linear(3 * hidden, hidden)
+        self.fuse = Linear(3 * hidden, hidden)
         nn.init.normal_(self.position_queries.weight, std=0.02)
 
     def forward(self, condition_BPH: Tensor, token_BPH: Tensor) -> Tensor:
         """[B, P, H] condition (projected feature or parent's hidden) and embedding -> [B, P, K, H]."""
         hidden = condition_BPH.shape[-1]
-        to_condition, to_token, to_query = self.fuse.weight.split(hidden, dim=1)
+        to_condition, to_token, to_query = torch.split(self.fuse.weight, hidden, dim=1)
         # W [c; e; q] is the sum of three products: condition and token once per position, queries once at all.
         shared = F.linear(self.condition_norm(condition_BPH), to_condition)
         shared = shared + F.linear(self.token_norm(token_BPH), to_token)
@@ -75,10 +82,10 @@ class Attention(nn.Module):
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
-        self.q_proj = linear(config.hidden_size, config.num_attention_heads * config.head_dim)
-        self.k_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.v_proj = linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
-        self.o_proj = linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(config.hidden_size, config.num_key_value_heads * config.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
 
     def forward(self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Projects, rotates, attends, projects back: [B, T, H] -> [B, T, H]."""
@@ -98,9 +105,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: DrafterConfig) -> None:
         super().__init__()
-        self.gate_proj = linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = linear(config.intermediate_size, config.hidden_size)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
@@ -120,7 +127,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """[B, T, H] -> [B, T, H]."""
         x_BTH = x_BTH + self.self_attn(self.input_layernorm(x_BTH), layer, rotary, attend)
-        return x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
+        mixed: Tensor = x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
+        return mixed
 
 
 class SpecBlockModel(nn.Module):
@@ -147,14 +155,14 @@ class SpecBlockModel(nn.Module):
         self.input_layer = InputLayer(config)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.shift_proj = nn.ModuleList(
-            linear(2 * config.hidden_size, config.hidden_size) for _ in range(config.num_hidden_layers - 1)
+            Linear(2 * config.hidden_size, config.hidden_size) for _ in range(config.num_hidden_layers - 1)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = linear(config.hidden_size, config.draft_vocab_size)
+        self.lm_head = Linear(config.hidden_size, config.draft_vocab_size)
         self.rank_head = nn.Sequential(
-            linear(config.hidden_size + RANK_FEATURES, config.rank_hidden_size),
+            Linear(config.hidden_size + RANK_FEATURES, config.rank_hidden_size),
             nn.SiLU(),
-            linear(config.rank_hidden_size, config.rank_classes),
+            Linear(config.rank_hidden_size, config.rank_classes),
         )
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
@@ -187,11 +195,13 @@ class SpecBlockModel(nn.Module):
     def first_inputs(self, features_BPF: Tensor, tokens_BP: Tensor) -> Tensor:
         """Rows of the first block: target features and the token that follows each -> [B, P, K, H]."""
         condition = self.input_layer.condition_proj(features_BPF)
-        return self.input_layer(condition, F.embedding(tokens_BP, self.embedding).to(condition.dtype))
+        rows: Tensor = self.input_layer(condition, F.embedding(tokens_BP, self.embedding).to(condition.dtype))
+        return rows
 
     def later_inputs(self, parents_BPH: Tensor, tokens_BP: Tensor) -> Tensor:
         """Rows of a later block: pre-final-norm hidden of the parent slot and token -> [B, P, K, H]."""
-        return self.input_layer(parents_BPH, F.embedding(tokens_BP, self.embedding).to(parents_BPH.dtype))
+        rows: Tensor = self.input_layer(parents_BPH, F.embedding(tokens_BP, self.embedding).to(parents_BPH.dtype))
+        return rows
 
     def run_layers(self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Decoder layers with the layer-wise shift between them: [B, P, K, H] -> u [B, P, K, H] (pre-final-norm)."""
@@ -221,7 +231,8 @@ class SpecBlockModel(nn.Module):
     def rank_logits(self, normed: Tensor, features: Tensor) -> Tensor:
         """Rank-class logits [..., classes] from stop-gradient hidden [..., H] and rank features [..., 15]."""
         head_input = torch.cat([normed.detach(), features.to(normed.dtype)], dim=-1)
-        return self.rank_head(head_input)
+        logits: Tensor = self.rank_head(head_input)
+        return logits
 
 
 def rotate(x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

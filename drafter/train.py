@@ -94,7 +94,7 @@ class TrainRun:
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.autocast):
             report = training_loss(self.model, batch, consumed, self.settings.loss)
         self._optimizer.zero_grad(set_to_none=True)
-        report.total.backward()
+        torch.autograd.backward(report.total)
         torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
         self._optimizer.step()
         self.done += 1
@@ -102,12 +102,17 @@ class TrainRun:
         return report
 
     def batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
-        """Endless batches in epochs of random order; the order is part of the run's saved state."""
+        """Endless batches from step ``done`` on; the order is a function of the seed and the step alone."""
         size = min(self.settings.batch_windows, len(windows))
+        per_epoch = len(windows) // size
+        step = self.done
         while True:
-            order = torch.randperm(len(windows), generator=self._generator).tolist()
-            for start in range(0, len(order) - size + 1, size):
+            epoch, place = divmod(step, per_epoch)
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
+            order = torch.randperm(len(windows), generator=generator).tolist()
+            for start in range(place * size, per_epoch * size, size):
                 yield [windows[i] for i in order[start : start + size]]
+                step += 1
 
     def save(self, directory: Path) -> None:
         """Writes everything an exact resume needs (no pickles)."""

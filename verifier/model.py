@@ -129,6 +129,23 @@ class TargetModel:
         weight: Tensor = self._model.get_input_embeddings().weight
         return weight
 
+    @property
+    def output_head(self) -> Tensor:
+        """Output head weight [V, H]."""
+        weight: Tensor = self._model.get_output_embeddings().weight
+        return weight.detach()
+
+    @property
+    def final_norm(self) -> Tensor:
+        """Weight [H] of the final norm."""
+        weight: Tensor = self._model.model.norm.weight
+        return weight.detach()
+
+    @property
+    def config(self) -> Any:
+        """The transformers configuration."""
+        return self._model.config
+
     def new_cache(self, num_slots: int, capacity_tokens: int) -> TargetCache:
         """Storage for ``num_slots`` requests; the capacity must cover the longest prefix plus the rows of one tree."""
         config = self._model.config

@@ -62,6 +62,34 @@ def test_rows_do_not_depend_on_the_batch():
     assert torch.equal(processed_log_probs(logits[order], batch.rows(order)), together[order])
 
 
+def test_large_vocabularies_with_small_and_huge_nuclei():
+    generator = torch.Generator().manual_seed(5)
+    spread = torch.tensor([0.01, 0.5, 2.0, 4.0, 4.0, 1.0])
+    logits = torch.randn(6, 3000, generator=generator, dtype=torch.float64) * spread[:, None]
+    logits[4] = logits[4].round()  # many ties, also at the edges
+    kinds = [
+        SamplingParams(top_p=0.95),
+        SamplingParams(top_k=2500, top_p=0.9),
+        SamplingParams(min_p=1e-4, temperature=0.7),
+        SamplingParams(top_k=512),
+        SamplingParams(top_k=5000, top_p=0.5),
+        SamplingParams(),
+    ]
+    sizes = set()
+    for shift in range(6):
+        params = kinds[shift:] + kinds[:shift]
+        ours = processed_log_probs(logits, SamplingBatch.of(params))
+        for row, one in enumerate(params):
+            alone = processed_log_probs(logits[row : row + 1], SamplingBatch.of([one]))[0]
+            assert torch.equal(alone, ours[row])
+            expected = warped(logits[row], one)
+            sizes.add(int(ours[row].isfinite().sum()) > 512)
+            if row != 4:  # transformers keeps every token that ties with the last of top-k
+                assert torch.equal(ours[row].isinf(), expected.isinf())
+                assert torch.allclose(ours[row].exp(), expected.exp(), atol=1e-12)
+    assert sizes == {True, False}, "both ways of finding the edge must have been taken"
+
+
 def test_temperature_zero_is_a_point_mass_on_the_lowest_id():
     logits = torch.tensor([[1.0, 4.0, 4.0, -2.0]])
     ours = processed_log_probs(logits, SamplingBatch.of([SamplingParams(temperature=0, top_p=0.5, top_k=3)]))

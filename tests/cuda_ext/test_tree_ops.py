@@ -51,7 +51,7 @@ def test_ancestor_mask_equals_reference(trees, budget):
 
 
 @given(trees=st.lists(raw_trees(), min_size=1, max_size=3), budget=st.integers(1, 20), data=st.data())
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_walks_equal_reference(trees, budget, data):
     tree, depth = built(trees, budget)
     paths = [data.draw(st.lists(st.integers(-1, 6), min_size=depth + 1, max_size=depth + 1)) for _ in trees]

@@ -14,7 +14,8 @@ from specblock.daemon.engine import Engine, EngineSettings, Listener
 from specblock.daemon.messages import GenerationRequest, TokenChunk
 from specblock.daemon.request import RequestState
 from specblock.drafter.config import DrafterConfig, DraftSettings
-from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.draft import NewPositions, SpecBlockDrafter
+from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.model import SpecBlockModel
 from specblock.drafter.replay import replay
 from specblock.drafter.window import Window
@@ -156,11 +157,14 @@ def test_replay_notices_a_desynchronised_live_cache() -> None:
     """The planted fault: live positions shifted by one. Replay of the same weights no longer agrees."""
     target = target_of("llama", torch.float64)
     drafter = drafter_of(target, shared_noise=False)
-    healthy = drafter.model.rotary_index
+    healthy = drafter.absorb
 
-    drafter.model.rotary_index = lambda positions: healthy(positions + (positions > 8))  # type: ignore[method-assign]
+    def shifted(cache: DrafterCache, slots: list[int], new: NewPositions) -> torch.Tensor:
+        return healthy(cache, slots, NewPositions(new.features, (new.tokens + 1) % VOCAB, new.counts))
+
+    drafter.absorb = shifted  # type: ignore[method-assign]
     _, keep = run(target, drafter, random_requests(24, seed=8), slots=5)
-    drafter.model.rotary_index = healthy  # type: ignore[method-assign]
+    drafter.absorb = healthy  # type: ignore[method-assign]
     windows = [w for w in keep.windows.values() if w.accepted]
     replays = replay(drafter, windows)
     assert [r.accepted for r in replays] != [w.accepted for w in windows]

@@ -1,6 +1,6 @@
 """Where a run of chosen tokens ends."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specblock.verifier.finish import Ending, truncate_at_end
@@ -40,6 +40,7 @@ def test_a_terminator_as_last_allowed_token_is_a_stop_and_behind_the_limit_is_no
     limit=st.integers(1, 12),
     eos=st.sets(st.integers(0, 5), max_size=2),
 )
+@settings(max_examples=200, deadline=None)
 def test_the_cut_does_not_depend_on_how_tokens_arrive(tokens, cuts, limit, eos):
     whole = truncate_at_end(tokens, tokens_left=limit, eos_token_ids=eos)
     kept, reason, rest = 0, None, list(tokens)

@@ -1,0 +1,177 @@
+"""What the bandit remembers of acceptance, per domain and drafter version. Mutable, plain numbers, snapshot-ready.
+
+Everything here depends only on the order of events *within* a domain, so domains may be interleaved in any way.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from specblock.bandit.config import DetectorConfig, StatisticsConfig
+from specblock.bandit.detect import PageHinkley
+from specblock.bandit.events import NUM_RANK_BUCKETS, AcceptanceEvent
+
+OTHER = "(other)"
+"""Where domains and strata beyond the bounds are pooled."""
+
+
+@dataclass(slots=True)
+class DecayedSum:
+    """A sum that halves every ``half_life_s``; gives a rate per second."""
+
+    value: float = 0.0
+    first_s: float = 0.0
+    last_s: float = 0.0
+
+    def add(self, amount: float, time_s: float, half_life_s: float) -> None:
+        """Add ``amount`` that happened at ``time_s`` (late arrivals count for less)."""
+        if self.last_s == 0.0:
+            self.first_s = self.last_s = time_s
+        if time_s >= self.last_s:
+            self.value = self.value * math.exp2((self.last_s - time_s) / half_life_s) + amount
+            self.last_s = time_s
+        else:
+            self.value += amount * math.exp2((time_s - self.last_s) / half_life_s)
+            self.first_s = min(self.first_s, time_s)
+
+    def rate(self, now_s: float, half_life_s: float) -> float:
+        """Recent mean per second. A sum younger than a tenth of the half-life is taken to be that old."""
+        age_s = max(now_s - self.first_s, half_life_s / 10)
+        kept = math.exp2(-max(now_s - self.last_s, 0.0) / half_life_s)
+        # Integral of the decay over the observed age: an exact mean for a steady flow, however young.
+        weight_s = half_life_s / math.log(2) * -math.expm1(-age_s * math.log(2) / half_life_s)
+        return self.value * kept / weight_s
+
+
+@dataclass(slots=True)
+class Level:
+    """Pooled acceptance of the first cycles of a version in one stratum."""
+
+    cycles: int = 0
+    tokens: int = 0
+
+    def fill(self, cycles: int, tokens: int, enough: int) -> None:
+        """Take a segment until ``enough`` cycles are in."""
+        if self.cycles < enough:
+            self.cycles += cycles
+            self.tokens += tokens
+
+    def acceptance(self, enough: int) -> float:
+        """Tokens per cycle, 0 while not established."""
+        return self.tokens / self.cycles if self.cycles >= enough else 0.0
+
+
+@dataclass(slots=True)
+class Segment:
+    """One event of the recent window."""
+
+    stratum: str
+    cycles: int
+    tokens: int
+    device_s: float
+
+
+@dataclass(slots=True)
+class VersionStatistics:
+    """One drafter version in one domain.
+
+    Attributes:
+        cycles: cycles, exponentially forgotten by cycles; so are tokens, seconds, nodes and the two histograms.
+        survival: ``[k]`` cycles that accepted at least k + 1 draft tokens.
+        ranks: rank buckets at the first rejection.
+        level: the first cycles over all strata.
+        strata: the first cycles per sampling class and load band.
+        recent: newest segments.
+        block_cycles: the detector's unfinished block.
+        total_cycles: all cycles; never forgotten, like tokens and requests.
+        last_time_s: newest event time.
+    """
+
+    cycles: float = 0.0
+    tokens: float = 0.0
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    other_s: float = 0.0
+    draft_nodes: float = 0.0
+    survival: list[float] = field(default_factory=list)
+    ranks: list[float] = field(default_factory=lambda: [0.0] * NUM_RANK_BUCKETS)
+    level: Level = field(default_factory=Level)
+    strata: dict[str, Level] = field(default_factory=dict)
+    recent: list[Segment] = field(default_factory=list)
+    block_cycles: int = 0
+    block_tokens: int = 0
+    block_expected: float = 0.0
+    detector: PageHinkley = field(default_factory=PageHinkley)
+    total_cycles: int = 0
+    total_tokens: int = 0
+    requests: int = 0
+    last_time_s: float = 0.0
+
+    def learn(self, event: AcceptanceEvent, config: StatisticsConfig, detector: DetectorConfig) -> bool:
+        """Take one event; True when the detector reports a change of acceptance."""
+        self._forget_and_add(event, config)
+        stratum = self._stratum(event, config)
+        level = self.strata.setdefault(stratum, Level())
+        expected = level.acceptance(config.reference_cycles)
+        level.fill(event.cycles, event.committed_tokens, config.reference_cycles)
+        self.level.fill(event.cycles, event.committed_tokens, config.reference_cycles)
+        self.recent.append(Segment(stratum, event.cycles, event.committed_tokens, event.device_s))
+        del self.recent[: -config.window_events]
+        self.total_cycles += event.cycles
+        self.total_tokens += event.committed_tokens
+        self.requests += event.last
+        self.last_time_s = max(self.last_time_s, event.time_s)
+        return expected > 0 and self._block(event, expected, detector)
+
+    def _stratum(self, event: AcceptanceEvent, config: StatisticsConfig) -> str:
+        stratum = f"{event.sampling_class}|{event.batch_band}"
+        return stratum if stratum in self.strata or len(self.strata) < config.max_strata - 1 else OTHER
+
+    def _forget_and_add(self, event: AcceptanceEvent, config: StatisticsConfig) -> None:
+        kept = math.exp2(-event.cycles / config.half_life_cycles)
+        self.cycles = self.cycles * kept + event.cycles
+        self.tokens = self.tokens * kept + event.committed_tokens
+        self.draft_s = self.draft_s * kept + event.draft_s
+        self.verify_s = self.verify_s * kept + event.verify_s
+        self.other_s = self.other_s * kept + event.other_s
+        self.draft_nodes = self.draft_nodes * kept + event.draft_nodes
+        self.ranks = [old * kept + new for old, new in zip(self.ranks, event.rank_histogram, strict=True)]
+        reached = [sum(event.accepted_histogram[k + 1 :]) for k in range(len(event.accepted_histogram) - 1)]
+        longest = max(len(reached), len(self.survival))
+        old_survival = self.survival + [0.0] * (longest - len(self.survival))
+        new_survival = reached + [0] * (longest - len(reached))
+        self.survival = [old * kept + new for old, new in zip(old_survival, new_survival, strict=True)]
+
+    def _block(self, event: AcceptanceEvent, expected: float, config: DetectorConfig) -> bool:
+        """Feed the detector one sample per block: tokens over what the strata's references promise."""
+        self.block_cycles += event.cycles
+        self.block_tokens += event.committed_tokens
+        self.block_expected += event.cycles * expected
+        if self.block_cycles < config.block_cycles:
+            return False
+        sample = self.block_tokens / self.block_expected
+        self.block_cycles, self.block_tokens, self.block_expected = 0, 0, 0.0
+        return self.detector.update(sample, config)
+
+
+@dataclass(slots=True)
+class DomainStatistics:
+    """One traffic domain: versions, and the flow of tokens and device-seconds."""
+
+    versions: dict[str, VersionStatistics] = field(default_factory=dict)
+    tokens: DecayedSum = field(default_factory=DecayedSum)
+    device_s: DecayedSum = field(default_factory=DecayedSum)
+    changes: int = 0
+
+    def learn(self, event: AcceptanceEvent, config: StatisticsConfig, detector: DetectorConfig) -> None:
+        """Take one event; a flagged one (mixed versions) counts as traffic only."""
+        self.tokens.add(event.committed_tokens, event.time_s, config.rate_half_life_s)
+        self.device_s.add(event.device_s, event.time_s, config.rate_half_life_s)
+        if event.flagged or event.cycles == 0:
+            return
+        version = self.versions.setdefault(event.drafter_version, VersionStatistics())
+        self.changes += version.learn(event, config, detector)
+        if len(self.versions) > config.max_versions:
+            oldest = min(self.versions, key=lambda name: (self.versions[name].last_time_s, name))
+            del self.versions[oldest]

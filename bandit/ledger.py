@@ -1,0 +1,213 @@
+"""The ledger: append-only JSON lines, one per decision and per later stage of an update, synchronised to disk.
+
+A record is written *before* its action starts; a (decision, stage) that is already known is refused. That makes every
+outside action at most once per decision, whatever crashes when. A line torn by a crash never started anything and is
+cut off when the file is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO
+
+from specblock.bandit.codec import dumps, loads
+from specblock.bandit.cost import NetEstimate
+from specblock.bandit.decision import CHECK, PROBE, DecisionContext
+from specblock.bandit.errors import LedgerError
+from specblock.bandit.snapshot import sync_directory
+
+DECIDED = "decided"
+TERMINAL = frozenset({"checked", "settled", "rejected", "abandoned", "rolled_back", "closed"})
+"""Stages after which nothing more happens to an update (``closed`` books what it saved after it was settled)."""
+
+_ID = re.compile(r"d(\d+)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerRecord:
+    """One line of the ledger.
+
+    Attributes:
+        decision_id: ``d000017``; all stages of an update share it.
+        stage: what happened: decided, probing, probed, training, trained, gating-n, gated-n, promoting, promoted,
+            verifying, verified, settling, rolling_back, or one of ``TERMINAL``.
+        time_s: wall clock, Unix seconds.
+        action: skip, check_parity or probe.
+        verdict: none, drift, fault or load_or_sampling.
+        reason: in words.
+        expected_s: device-seconds that the action about to start is expected to cost; charged if it is interrupted.
+        charged_s: device-seconds spent since the previous record of this decision, weighted by the prices.
+        estimates: predicted net values.
+        numbers: measurements, names with units.
+        inputs_sha256: of (context, policy state, configuration); the same inputs give the same decision.
+        context: everything the decision read.
+    """
+
+    decision_id: str
+    stage: str
+    time_s: float
+    action: str
+    arm: str = ""
+    verdict: str = ""
+    reason: str = ""
+    base_version: str = ""
+    candidate_version: str = ""
+    expected_s: float = 0.0
+    charged_s: float = 0.0
+    estimates: tuple[NetEstimate, ...] = ()
+    numbers: dict[str, float] = field(default_factory=dict)
+    inputs_sha256: str = ""
+    context: DecisionContext | None = None
+
+    def estimate(self) -> NetEstimate | None:
+        """The estimate of this record's arm."""
+        return next((estimate for estimate in self.estimates if estimate.arm == self.arm), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """What adaptation cost and brought, in serving device-seconds.
+
+    Attributes:
+        charged_s: training, scoring, probing, interference and stalls.
+        predicted_s: expected savings of promoted updates over their horizons.
+        realised_s: measured savings so far.
+        decisions: records of stage "decided".
+        skips: of these, skips.
+        promoted: updates that went live.
+        rolled_back: of these, taken back.
+    """
+
+    charged_s: float = 0.0
+    predicted_s: float = 0.0
+    realised_s: float = 0.0
+    decisions: int = 0
+    skips: int = 0
+    promoted: int = 0
+    rolled_back: int = 0
+
+    @property
+    def net_s(self) -> float:
+        """Measured savings minus everything charged."""
+        return self.realised_s - self.charged_s
+
+    def add(self, record: LedgerRecord) -> Balance:
+        """The balance after ``record``."""
+        estimate = record.estimate()
+        promoted = record.stage == "promoted"
+        return Balance(
+            charged_s=self.charged_s + record.charged_s,
+            predicted_s=self.predicted_s + (estimate.benefit_s if promoted and estimate else 0.0),
+            realised_s=self.realised_s + record.numbers.get("realised_s", 0.0),
+            decisions=self.decisions + (record.stage == DECIDED),
+            skips=self.skips + (record.stage == DECIDED and record.action not in (CHECK, PROBE)),
+            promoted=self.promoted + promoted,
+            rolled_back=self.rolled_back + (record.stage == "rolled_back"),
+        )
+
+
+class Ledger:
+    """The ledger file, and an index of it.
+
+    Args:
+        path: created if missing.
+
+    Raises:
+        LedgerError: a line other than the last cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.balance = Balance()
+        self.repaired_bytes = 0
+        self.next_number = 0
+        self._stages: dict[str, set[str]] = {}
+        self._open: dict[str, LedgerRecord] = {}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        sync_directory(path.parent)
+        self._load()
+        self._file: IO[bytes] = path.open("ab")
+
+    def append(self, record: LedgerRecord, *, durable: bool = True) -> None:
+        """Write one record; on disk when this returns (unless not ``durable``).
+
+        Raises:
+            LedgerError: the decision has been through this stage before, or has ended.
+        """
+        if self.knows(record.decision_id, record.stage):
+            raise LedgerError(f"{record.decision_id} has been through stage {record.stage!r} already")
+        self._file.write(dumps(record).encode() + b"\n")
+        self._file.flush()
+        if durable:
+            os.fsync(self._file.fileno())
+        self._index(record)
+
+    def knows(self, decision_id: str, stage: str) -> bool:
+        """Whether (decision, stage) is recorded."""
+        return stage in self._stages.get(decision_id, ())
+
+    def open_records(self) -> tuple[LedgerRecord, ...]:
+        """The newest record of every update or check that has not ended, oldest decision first."""
+        return tuple(self._open[key] for key in sorted(self._open))
+
+    def open_record(self, decision_id: str) -> LedgerRecord | None:
+        """The newest record of a decision that has not ended."""
+        return self._open.get(decision_id)
+
+    def records(self) -> Iterator[LedgerRecord]:
+        """All records, oldest first."""
+        return read_ledger(self.path)
+
+    def tail(self, count: int) -> tuple[LedgerRecord, ...]:
+        """The newest ``count`` records, oldest first."""
+        return tuple(self.records())[-count:] if count > 0 else ()
+
+    def close(self) -> None:
+        """Synchronise and close the file."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def _load(self) -> None:
+        data = self.path.read_bytes()
+        whole = data.rfind(b"\n") + 1
+        self.repaired_bytes = len(data) - whole
+        if self.repaired_bytes:
+            with self.path.open("r+b") as file:
+                file.truncate(whole)
+                os.fsync(file.fileno())
+        for record in read_ledger(self.path):
+            self._index(record)
+
+    def _index(self, record: LedgerRecord) -> None:
+        self._stages.setdefault(record.decision_id, set()).add(record.stage)
+        match = _ID.fullmatch(record.decision_id)
+        self.next_number = max(self.next_number, int(match.group(1)) + 1 if match else 0)
+        self.balance = self.balance.add(record)
+        acts = record.stage != DECIDED or record.action in (CHECK, PROBE)
+        if record.stage in TERMINAL or not acts:
+            self._open.pop(record.decision_id, None)
+        else:
+            # The context is only needed in the file.
+            self._open[record.decision_id] = replace(record, context=None)
+
+
+def read_ledger(path: Path) -> Iterator[LedgerRecord]:
+    """Records of a ledger file, oldest first; a torn last line is left out.
+
+    Raises:
+        LedgerError: a whole line cannot be read; the line is named.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield loads(LedgerRecord, line.decode(), ignore_unknown=True)
+            except ValueError as error:
+                raise LedgerError(f"{path.name}:{number}: unreadable record: {error}") from error

@@ -1,0 +1,141 @@
+"""Everything the bandit knows: the content of a snapshot."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from specblock.bandit.acceptance import OTHER, DomainStatistics
+from specblock.bandit.actions import PairedReplay
+from specblock.bandit.config import PolicyConfig
+from specblock.bandit.cost import NetEstimate
+from specblock.bandit.decision import PolicyState
+from specblock.bandit.events import AcceptanceEvent
+from specblock.bandit.watermark import Watermarks
+
+MAX_VERSION_TOTALS = 64
+
+
+@dataclass(slots=True)
+class VersionTotals:
+    """What one drafter version has served over all domains."""
+
+    requests: int = 0
+    tokens: int = 0
+    last_time_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingUpdate:
+    """The update under way. Replaced as it moves on; the snapshot keeps the newest.
+
+    Attributes:
+        decision_id: of the decision to probe.
+        stage: what comes next: probing, training, gating, promoting, verifying or settling.
+        ledger_stage: newest stage the ledger has; a ledger that is ahead means that an action was interrupted.
+        arm: name.
+        base_version: what served when it was decided.
+        candidate_version: what the trainer made.
+        new_version: the registry's name of the candidate once it serves.
+        started_s: time of the decision.
+        traffic_share: share of serving seconds of the domains that are expected to gain, at the decision.
+        mean_drop: share-weighted drop of acceptance of those domains.
+        shares: share of serving seconds per domain, at the decision.
+        scale_s: the base version's device-seconds per token, at the decision.
+        estimate: newest predicted net value.
+        cutoff_s: newest conversation trained on.
+        deadline_s: when waiting ends.
+        requests_mark: finished requests at the start of the present wait.
+        next_look: finished requests since then before the next look.
+        looks: looks taken at the gate.
+        rows: gate conversations, in the order they became known.
+        promoted_s: time of the promotion.
+        charged_s: device-seconds charged so far.
+    """
+
+    decision_id: str
+    stage: str
+    ledger_stage: str
+    arm: str
+    base_version: str
+    candidate_version: str = ""
+    new_version: str = ""
+    started_s: float
+    traffic_share: float
+    mean_drop: float
+    shares: dict[str, float]
+    scale_s: float
+    estimate: NetEstimate
+    cutoff_s: float = 0.0
+    deadline_s: float = 0.0
+    requests_mark: int = 0
+    next_look: int = 0
+    looks: int = 0
+    rows: tuple[PairedReplay, ...] = ()
+    promoted_s: float = 0.0
+    charged_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accrual:
+    """A settled update that still serves: its measured saving goes on.
+
+    Attributes:
+        saving_s_per_token: measured device-seconds saved per committed token.
+        tokens_mark: tokens the version had served when it was settled.
+    """
+
+    decision_id: str
+    version: str
+    saving_s_per_token: float
+    tokens_mark: int
+
+
+@dataclass(slots=True)
+class BanditState:
+    """The whole state. Needs no generator state: nothing the policy does is random.
+
+    Attributes:
+        learned: events learned (flagged ones included).
+        flagged: of these, events of mixed versions.
+        first_event_s: oldest event time; 0 before any.
+    """
+
+    domains: dict[str, DomainStatistics] = field(default_factory=dict)
+    versions: dict[str, VersionTotals] = field(default_factory=dict)
+    watermarks: Watermarks = field(default_factory=Watermarks)
+    policy: PolicyState = field(default_factory=PolicyState)
+    pending: PendingUpdate | None = None
+    accrual: Accrual | None = None
+    learned: int = 0
+    flagged: int = 0
+    first_event_s: float = 0.0
+    last_decision_s: float = 0.0
+    learned_at_decision: int = 0
+    paused: bool = False
+
+    @property
+    def requests(self) -> int:
+        """Requests finished under any remembered version."""
+        return sum(totals.requests for totals in self.versions.values())
+
+    def learn(self, event: AcceptanceEvent, config: PolicyConfig) -> bool:
+        """Take one event; False (and no effect) when it was learned before."""
+        if not self.watermarks.accept(event.incarnation, event.sequence, event.time_s, config.statistics.gap_patience):
+            return False
+        self.watermarks.forget(config.statistics.max_incarnations)
+        self.learned += 1
+        self.flagged += event.flagged
+        self.first_event_s = min(self.first_event_s or event.time_s, event.time_s)
+        known = event.domain in self.domains or len(self.domains) < config.statistics.max_domains - 1
+        domain = self.domains.setdefault(event.domain if known else OTHER, DomainStatistics())
+        domain.learn(event, config.statistics, config.detector)
+        self._total(event)
+        return True
+
+    def _total(self, event: AcceptanceEvent) -> None:
+        totals = self.versions.setdefault(event.drafter_version, VersionTotals())
+        totals.requests += event.last
+        totals.tokens += event.committed_tokens
+        totals.last_time_s = max(totals.last_time_s, event.time_s)
+        if len(self.versions) > MAX_VERSION_TOTALS:
+            del self.versions[min(self.versions, key=lambda name: (self.versions[name].last_time_s, name))]

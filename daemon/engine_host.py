@@ -1,0 +1,240 @@
+"""An engine with a thread of its own: requests in, coalesced chunks out, weights swapped between cycles.
+
+Everything a caller does returns at once; only ``next_chunks`` waits, for output.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specblock.daemon.engine import Engine
+from specblock.daemon.messages import EngineStatus, GenerationRequest, RequestStats, TokenChunk
+from specblock.daemon.request import RequestState
+from specblock.daemon.windows import WindowStore
+from specblock.drafter.checkpoint import load_weights
+
+log = logging.getLogger(__name__)
+
+_ABOVE_BACKBONE = ("lm_head.", "norm.", "rank_head.", "t2d", "d2t")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapResult:
+    """Outcome of a swap: how long decoding stood still, and whether running requests kept valid drafter rows."""
+
+    version: str
+    stall_s: float
+    rows_stay_valid: bool
+
+
+class EngineHost:
+    """Owns the decode thread."""
+
+    def __init__(self, engine: Engine, windows: WindowStore, stream_interval_s: float, max_waiting: int) -> None:
+        self.engine, self.windows = engine, windows
+        self._interval_s, self._max_waiting = stream_interval_s, max_waiting
+        self._changed = threading.Condition()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._output: list[TokenChunk] = []
+        self._last_delivery = 0.0
+        self._phase, self._detail = "ready", ""
+        self._finished: Counter[str] = Counter()
+        self._totals: Counter[str] = Counter()
+        self._per_position: list[int] = []
+        self._swaps = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Hands a request to the decode thread; a request that cannot run answers with an error chunk."""
+        self._post(lambda: self._accept(request))
+
+    def cancel(self, request_id: str) -> None:
+        """Cancels a request wherever it is."""
+
+        def drop() -> None:
+            chunk = self.engine.cancel(request_id)
+            if chunk is not None:
+                self._emit([chunk])
+
+        self._post(drop)
+
+    def next_chunks(self, timeout_s: float) -> list[TokenChunk]:
+        """Chunks of all requests since the last call, coalesced to the stream interval; [] after ``timeout_s``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._output or self._stopping, timeout_s)
+            wait = self._last_delivery + self._interval_s - time.monotonic()
+            if self._output and wait > 0:
+                self._changed.wait_for(lambda: self._stopping, wait)
+            chunks, self._output = self._output, []
+            self._last_delivery = time.monotonic()
+            return chunks
+
+    def swap(self, version: str, weights: dict[str, Tensor], timeout_s: float = 60.0) -> SwapResult:
+        """Puts ``weights`` in place between two cycles and waits until they serve.
+
+        Raises:
+            ValueError: the weights do not fit; the old ones stay.
+            TimeoutError: the decode thread did not get to it.
+        """
+        done: list[SwapResult | Exception] = []
+        event = threading.Event()
+
+        def apply() -> bool:
+            begin = time.perf_counter()
+            try:
+                valid = self._load(version, weights)
+            except ValueError as error:
+                done.append(error)
+                event.set()
+                return True
+            done.append(SwapResult(version=version, stall_s=time.perf_counter() - begin, rows_stay_valid=valid))
+            event.set()
+            return valid
+
+        self._post(lambda: self.engine.swap_between_cycles(apply))
+        if not event.wait(timeout_s):
+            raise TimeoutError("the decode loop did not reach the swap in time")
+        result = done[0]
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def drain(self) -> None:
+        """Reports "draining"; running and waiting requests go on."""
+        self._phase = "draining"
+
+    def status(self) -> EngineStatus:
+        """A snapshot; reads counters without stopping the decode thread."""
+        engine, totals = self.engine, self._totals
+        return EngineStatus(
+            phase=self._phase,
+            detail=self._detail,
+            running=len(engine.running),
+            waiting=len(engine.waiting) + len(self._inbox),
+            slots=engine.settings.slots,
+            drafter_version=engine.drafter_version,
+            cycles=totals["cycles"],
+            draft_tokens=totals["draft_tokens"],
+            accepted_tokens=totals["accepted_tokens"],
+            accepted_per_position=tuple(self._per_position),
+            prompt_tokens=totals["prompt_tokens"],
+            generation_tokens=totals["generation_tokens"],
+            finished=dict(self._finished),
+            draft_s=totals["draft_us"] / 1e6,
+            verify_s=totals["verify_us"] / 1e6,
+            other_s=totals["other_us"] / 1e6,
+            kv_tokens_used=sum(len(s.tokens) for s in list(engine.running)),
+            kv_tokens_capacity=engine.settings.slots * engine.settings.capacity_tokens,
+            windows=len(self.windows),
+            window_bytes=self.windows.num_bytes,
+            windows_dropped=self.windows.dropped,
+            swaps=self._swaps,
+            speculation=engine.speculation,
+        )
+
+    def close(self) -> None:
+        """Stops the decode thread after its current cycle."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        self._thread.join(timeout=30)
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._changed:
+            self._inbox.append(action)
+            self._changed.notify_all()
+
+    def _accept(self, request: GenerationRequest) -> None:
+        if len(self.engine.waiting) >= self._max_waiting:
+            self._refuse(request, "the queue is full")
+            return
+        try:
+            self.engine.submit(request)
+        except ValueError as error:
+            self._refuse(request, str(error))
+
+    def _refuse(self, request: GenerationRequest, message: str) -> None:
+        self._emit(
+            [TokenChunk(request_id=request.request_id, tokens=(), text="", finish_reason="error", error=message)]
+        )
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._inbox or self._stopping or not self.engine.idle, 1.0)
+                if self._stopping:
+                    return
+                actions = list(self._inbox)
+                self._inbox.clear()
+            for action in actions:
+                action()
+            try:
+                chunks = self.engine.step()
+            except Exception as error:  # whatever broke, callers must hear of it instead of waiting forever
+                log.exception("the decode loop failed")
+                self._fail(error)
+                continue
+            if chunks:
+                self._emit(chunks)
+
+    def _fail(self, error: Exception) -> None:
+        self._phase, self._detail = "failed", f"{type(error).__name__}: {error}"
+        lost: list[RequestState] = [*self.engine.running, *self.engine.waiting]
+        self.engine.running.clear()
+        self.engine.waiting.clear()
+        self._emit(
+            [
+                TokenChunk(
+                    request_id=s.request.request_id, tokens=(), text="", finish_reason="error", error=self._detail
+                )
+                for s in lost
+            ]
+        )
+
+    def _emit(self, chunks: list[TokenChunk]) -> None:
+        for chunk in chunks:
+            self._totals["generation_tokens"] += len(chunk.tokens)
+            if chunk.finish_reason is not None:
+                self._finished[chunk.finish_reason] += 1
+                if chunk.stats is not None:
+                    self._count(chunk.stats)
+        with self._changed:
+            self._output.extend(chunks)
+            self._changed.notify_all()
+
+    def _count(self, stats: RequestStats) -> None:
+        totals = self._totals
+        totals["prompt_tokens"] += stats.prompt_tokens
+        totals["cycles"] += stats.cycles
+        totals["draft_tokens"] += stats.draft_tokens
+        totals["accepted_tokens"] += stats.accepted_tokens
+        for name, seconds in (("draft", stats.draft_s), ("verify", stats.verify_s), ("other", stats.other_s)):
+            totals[f"{name}_us"] += round(seconds * 1e6)
+        histogram = stats.acceptance_histogram
+        while len(self._per_position) < len(histogram) - 1:
+            self._per_position.append(0)
+        for position in range(len(histogram) - 1):
+            self._per_position[position] += sum(histogram[position + 1 :])
+
+    def _load(self, version: str, weights: dict[str, Tensor]) -> bool:
+        if self.engine.drafter is None:
+            raise ValueError("this engine has no drafter to swap")
+        model = self.engine.drafter.model
+        own = model.state_dict()
+        valid = all(
+            name.startswith(_ABOVE_BACKBONE) or torch.equal(own[name], weights.get(name, own[name])) for name in own
+        )
+        load_weights(model, weights, version)
+        self.engine.drafter_version = version
+        self._swaps += 1
+        return valid

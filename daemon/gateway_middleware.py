@@ -1,0 +1,107 @@
+"""What happens around every HTTP request: id, size limit, API key, response counter. Plain ASGI, so disconnects pass."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+from collections.abc import Callable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from specblock.daemon.api_error import ApiError
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+REQUEST_ID_HEADER = "x-request-id"
+
+
+def error_response(error: ApiError) -> JSONResponse:
+    """The JSON answer of an error."""
+    return JSONResponse(error.body, status_code=error.status, headers=error.headers)
+
+
+class RequestGuard:
+    """Outermost layer.
+
+    Args:
+        app: what it guards.
+        api_key: Bearer token asked for on everything but /health*; None asks for none.
+        max_body_bytes: longer bodies are answered with 413.
+        new_id: makes a request id when the client sent none.
+        count: called with the status code of every answer.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        api_key: str | None,
+        max_body_bytes: int,
+        new_id: Callable[[], str],
+        count: Callable[[int], None],
+    ) -> None:
+        self._app = app
+        self._key_digest = None if api_key is None else hashlib.sha256(api_key.encode()).digest()
+        self._max_body_bytes = max_body_bytes
+        self._new_id = new_id
+        self._count = count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one connection event."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        given = headers.get(REQUEST_ID_HEADER, "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else self._new_id()
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def tagged_send(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                self._count(message["status"])
+            await send(message)
+
+        refusal = self._refusal(scope["path"], headers)
+        if refusal is None:
+            await self._app(scope, _limited(receive, self._max_body_bytes), tagged_send)
+        else:
+            await error_response(refusal)(scope, receive, tagged_send)
+
+    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
+        open_path = path == "/health" or path.startswith("/health/")
+        if self._key_digest is not None and not open_path and not self._key_matches(headers):
+            return ApiError(401, "a valid API key is needed: Authorization: Bearer <key>")
+        length = headers.get("content-length", "0")
+        if length.isdigit() and int(length) > self._max_body_bytes:
+            return _too_large(self._max_body_bytes)
+        return None
+
+    def _key_matches(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        # Hashes have one length, so the comparison's time says nothing about the key.
+        digest = hashlib.sha256(key.strip().encode()).digest()
+        assert self._key_digest is not None
+        return hmac.compare_digest(digest, self._key_digest) and scheme.lower() == "bearer"
+
+
+def _too_large(limit_bytes: int) -> ApiError:
+    return ApiError(413, f"the request body is larger than {limit_bytes} bytes")
+
+
+def _limited(receive: Receive, limit_bytes: int) -> Receive:
+    """Counts body bytes of requests that did not announce their length."""
+    received = 0
+
+    async def limited_receive() -> Message:
+        nonlocal received
+        message = await receive()
+        if message["type"] == "http.request":
+            received += len(message.get("body", b""))
+            if received > limit_bytes:
+                raise _too_large(limit_bytes)
+        return message
+
+    return limited_receive

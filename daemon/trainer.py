@@ -1,0 +1,177 @@
+"""The trainer's work as a plain class: online updates, exact replay, versions on disk. The Ray actor is a shell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from specblock.bandit.actions import CompareReport, PairedReplay, ParityReport, ParityRow, TrainReport
+from specblock.bandit.config import Arm
+from specblock.daemon.registry import DrafterRegistry
+from specblock.drafter.checkpoint import load_drafter, load_weights, save_drafter
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.loss import LossSettings
+from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.replay import Replay, replay
+from specblock.drafter.train import TrainRun, TrainSettings
+from specblock.drafter.window import Window
+
+Weights = dict[str, Tensor]
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """An update in progress: its run over float32 master weights, and what it came from."""
+
+    run: TrainRun
+    arm: Arm
+    base_version: str
+    cutoff_time_s: float
+
+
+class Trainer:
+    """Trains candidates from recorded windows and scores versions by exact replay.
+
+    Args:
+        embedding: the target's input embedding [V, H].
+        registry: versions on disk; this process is its only writer.
+        settings: tree settings of the serving engines, so that replay proposes the same trees.
+        serving_dtype: type the engines run drafters in.
+        batch_windows: conversations per optimiser step.
+    """
+
+    def __init__(
+        self,
+        embedding: Tensor,
+        registry: DrafterRegistry,
+        settings: DraftSettings,
+        serving_dtype: torch.dtype,
+        batch_windows: int,
+    ) -> None:
+        self._embedding, self.registry, self._settings = embedding, registry, settings
+        self._dtype, self._batch_windows = serving_dtype, batch_windows
+        self._candidates: dict[str, _Candidate] = {}
+
+    def train(
+        self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool, windows: Sequence[Window]
+    ) -> TrainReport:
+        """Runs steps of ``arm`` until ``fraction`` of them are done; ``resume`` continues the micro-profile.
+
+        Raises:
+            ValueError: no training windows, or nothing to resume.
+        """
+        if not windows:
+            raise ValueError("no training windows")
+        begin = time.perf_counter()
+        name = f"candidate-{decision_id}"
+        if not resume:
+            self._candidates[name] = self._start(arm, base_version, windows)
+        elif name not in self._candidates:
+            raise ValueError(f"{name} is not in memory (the trainer was restarted): the update is abandoned")
+        candidate = self._candidates[name]
+        until = max(1, round(arm.steps * fraction))
+        before = candidate.run.positions
+        # The micro-profile's windows stay the training set, so that resuming trains on what was profiled.
+        for batch in candidate.run.batches(windows):
+            if candidate.run.done >= until:
+                break
+            candidate.run.step(batch)
+        candidate.cutoff_time_s = max(candidate.cutoff_time_s, *(w.time_s for w in windows))
+        seconds = time.perf_counter() - begin
+        return TrainReport(
+            candidate_version=name,
+            positions=candidate.run.positions - before,
+            train_s=seconds,
+            device_s=seconds,
+            cutoff_time_s=candidate.cutoff_time_s,
+        )
+
+    def parity(self, version: str, windows: Sequence[Window]) -> ParityReport:
+        """Replays ``version`` on windows it served live; live and replayed cycles must be the same."""
+        begin = time.perf_counter()
+        served = [w for w in windows if w.drafter_version == version and w.accepted]
+        rows = tuple(
+            ParityRow(
+                conversation_id=w.conversation_id,
+                tokens=sum(w.accepted) + len(w.accepted),
+                live_cycles=len(w.accepted),
+                replay_cycles=r.cycles,
+            )
+            for w, r in zip(served, self._replay(version, served), strict=True)
+        )
+        return ParityReport(rows=rows, device_s=time.perf_counter() - begin)
+
+    def compare(self, old: str, new: str, windows: Sequence[Window], cycle_s: float) -> CompareReport:
+        """Replays both versions on the same windows. Cycle time is the same: the architecture does not change."""
+        begin = time.perf_counter()
+        rows = tuple(
+            PairedReplay(
+                conversation_id=w.conversation_id,
+                domain=w.domain,
+                time_s=w.time_s,
+                tokens=w.num_generated,
+                cycles_old=a.cycles,
+                cycles_new=b.cycles,
+                live_version=w.drafter_version,
+                live_cycles=len(w.accepted),
+            )
+            for w, a, b in zip(windows, self._replay(old, windows), self._replay(new, windows), strict=True)
+        )
+        return CompareReport(rows=rows, cycle_s_old=cycle_s, cycle_s_new=cycle_s, device_s=time.perf_counter() - begin)
+
+    def store(self, name: str, decision_id: str) -> str:
+        """Writes a candidate to the registry; returns its version name."""
+        candidate = self._candidates[name]
+
+        def write(directory: Path) -> None:
+            save_drafter(candidate.run.model, directory, self._dtype)
+
+        metadata = {
+            "decision_id": decision_id,
+            "arm": candidate.arm.name,
+            "steps": candidate.run.done,
+            "positions": candidate.run.positions,
+        }
+        fingerprint = candidate.run.model.config.target_fingerprint
+        return self.registry.save(
+            candidate.arm.name, candidate.base_version, write, metadata, target_fingerprint=fingerprint
+        )
+
+    def weights(self, version: str) -> Weights:
+        """State of a version in the serving type, ready to travel."""
+        return {name: value.contiguous() for name, value in self._serving(version).state_dict().items()}
+
+    def discard(self, name: str) -> None:
+        """Forgets a candidate; unknown names are fine."""
+        self._candidates.pop(name, None)
+
+    def _start(self, arm: Arm, base_version: str, windows: Sequence[Window]) -> _Candidate:
+        model = load_drafter(self.registry.path(base_version), self._embedding.float(), dtype=torch.float32)
+        settings = TrainSettings(
+            steps=arm.steps,
+            batch_windows=self._batch_windows,
+            learning_rate=arm.learning_rate,
+            warmup_steps=max(1, arm.steps // 20),
+            patterns=arm.patterns,
+            blocks=self._settings.blocks,
+            loss=LossSettings(prefix="acceptance"),
+        )
+        return _Candidate(TrainRun(model.train(), settings), arm, base_version, max(w.time_s for w in windows))
+
+    def _replay(self, version: str, windows: Sequence[Window]) -> list[Replay]:
+        return replay(SpecBlockDrafter(self._serving(version).eval(), self._settings), windows) if windows else []
+
+    def _serving(self, version: str) -> SpecBlockModel:
+        candidate = self._candidates.get(version)
+        if candidate is None:
+            return load_drafter(self.registry.path(version), self._embedding, dtype=self._dtype)
+        trained = candidate.run.model
+        model = SpecBlockModel(trained.config, self._embedding)
+        load_weights(model, trained.state_dict(), version)
+        return model.to(self._dtype)
