@@ -8,7 +8,7 @@ from specblock.bandit.acceptance import DomainStatistics, Level, Segment, Versio
 from specblock.bandit.actions import DomainWindows, WindowSummary
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.decision import DecisionContext, DomainContext
-from specblock.bandit.gain import ratio
+from specblock.bandit.intervals import ratio_of
 from specblock.bandit.state import BanditState
 
 SHARE_PRIOR_S_PER_S = 1e-6
@@ -32,7 +32,7 @@ def build_context(
             domain_context(name, state, serving_version, flow[name] / total, available.get(name), config)
             for name in sorted(state.domains)
         ),
-        busy_fraction=min(total / config.cost.serving_devices, 1.0),
+        busy_devices=min(total, config.cost.serving_devices),
         num_changes=sum(domain.changes for domain in state.domains.values()),
         observed_s=max(now_s - state.first_event_s, 0.0) if state.first_event_s else 0.0,
     )
@@ -83,11 +83,10 @@ def _drop(
     if not known:
         return 0.0, 0.0, 0.0
     cycles = sum(segment.cycles for segment in known)
-    expected = [segment.cycles * levels[segment.stratum] for segment in known]
-    kept, se = ratio([float(segment.tokens) for segment in known], expected)
+    kept = ratio_of((segment.cycles * levels[segment.stratum], segment.tokens) for segment in known)
     # The reference was measured on a finite number of cycles with the same scatter per cycle.
-    se *= math.sqrt(1 + cycles / config.statistics.reference_cycles)
-    return 1 - kept, min(se, 1.0), math.fsum(expected) / cycles
+    se = kept.se * math.sqrt(1 + cycles / config.statistics.reference_cycles)
+    return 1 - kept.ratio, min(se, 1.0), kept.x / cycles
 
 
 def reference_level(name: str, stratum: str, state: BanditState, version: str, config: PolicyConfig) -> float:

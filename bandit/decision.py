@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from specblock.bandit.cost import NetEstimate
-from specblock.bandit.estimate import LinearEvidence, ScalarEvidence
-from specblock.bandit.gain import MeasuredGain
-from specblock.bandit.parity import ParityResult
+from specblock.bandit.cost import MeanSums, NetValue, TrainingSums
+from specblock.bandit.estimate import LinearEvidence
+from specblock.bandit.gate import Saving
+from specblock.bandit.parity import ParityEvidence
 
 NONE, DRIFT, FAULT, LOAD = "none", "drift", "fault", "load_or_sampling"
 """Verdicts on what happened to acceptance."""
@@ -24,7 +24,7 @@ class DomainContext:
         share: posterior share of serving seconds.
         acceptance: pooled acceptance length of the recent window.
         reference: what the window's strata should give.
-        drop: ``1 - acceptance / reference``; 0 when there is no reference.
+        drop: ``1 - acceptance / reference`` (over the strata that have a reference); 0 when none has.
         drop_se: its standard error.
         raw_drop: the same against the version's own first cycles, whatever their sampling and load.
         cycles: of the recent window.
@@ -49,30 +49,51 @@ class DomainContext:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A domain that an update is expected to help, as it was when the update was decided."""
+
+    domain: str
+    share: float
+    drop: float
+    drop_se: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """The outcome of a micro-profile: what it saves on held-out conversations, against the base version."""
+
+    arm: str
+    targets: tuple[Target, ...]
+    saving: Saving
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecisionContext:
     """Everything a decision reads besides the policy's own state.
 
     Attributes:
         serving_version: the registry's name.
-        busy_fraction: share of serving time spent in speculative cycles.
+        busy_devices: serving devices busy with speculative cycles, on average.
         num_changes: changes of acceptance reported by the detectors so far.
         observed_s: length of the observation.
-        measured: gain of a candidate after its micro-profile; None at rest.
-        measured_arm: its arm.
-        traffic_share: at the decision to probe; only with ``measured``.
-        mean_drop: at the decision to probe; only with ``measured``.
+        probed: None at rest.
     """
 
     now_s: float
     serving_version: str
     domains: tuple[DomainContext, ...]
-    busy_fraction: float
+    busy_devices: float
     num_changes: int
     observed_s: float
-    measured: MeasuredGain | None = None
-    measured_arm: str = ""
-    traffic_share: float = 0.0
-    mean_drop: float = 0.0
+    probed: Probed | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """An arm's predicted net value, and why it may not be used now (empty if it may)."""
+
+    value: NetValue
+    blocked: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,30 +105,28 @@ class Decision:
         arm: of the action; empty for skip and check_parity.
         verdict: none, drift, fault or load_or_sampling.
         reason: in words.
-        estimates: one per training arm, or the one arm that was measured.
-        traffic_share: share of serving seconds of the domains expected to gain.
-        mean_drop: their share-weighted drop.
+        options: one per training arm, or the one arm that was measured.
+        targets: domains that the arm is expected to help.
     """
 
     action: str
     arm: str = ""
     verdict: str
     reason: str
-    estimates: tuple[NetEstimate, ...] = ()
-    traffic_share: float = 0.0
-    mean_drop: float = 0.0
+    options: tuple[Option, ...] = ()
+    targets: tuple[Target, ...] = ()
 
-    def estimate(self) -> NetEstimate | None:
-        """The chosen arm's estimate."""
-        return next((estimate for estimate in self.estimates if estimate.arm == self.arm), None)
+    def option(self) -> Option | None:
+        """The chosen arm's option."""
+        return next((option for option in self.options if option.value.arm == self.arm), None)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ArmEvidence:
-    """What was learned of one arm: realised gains, and device-seconds per training position."""
+    """What was learned of one arm: gains of complete updates over the drop, and training seconds over positions."""
 
     gain: LinearEvidence = field(default_factory=LinearEvidence)
-    seconds: ScalarEvidence = field(default_factory=ScalarEvidence)
+    training: TrainingSums = field(default_factory=TrainingSums)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +143,7 @@ class ParityRecord:
 
     version: str
     time_s: float
-    result: ParityResult
+    evidence: ParityEvidence
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,12 +157,12 @@ class PolicyState:
         ended_s: end of the newest update; 0 before any.
         cooldown_s: plain cool-down of its arm.
         abandoned_in_row: updates that ended without a realised gain since the last that had one.
-        abandoned_drop: drop at the newest abandoned update.
+        abandoned_drop: share-weighted drop at the newest abandoned update.
     """
 
     arms: dict[str, ArmEvidence] = field(default_factory=dict)
-    score: ScalarEvidence = field(default_factory=ScalarEvidence)
-    stall: ScalarEvidence = field(default_factory=ScalarEvidence)
+    score: MeanSums = field(default_factory=MeanSums)
+    stall: MeanSums = field(default_factory=MeanSums)
     parity: ParityRecord | None = None
     decisions: int = 0
     charges: tuple[Charge, ...] = ()

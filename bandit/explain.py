@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from specblock.bandit.cost import NetEstimate
-from specblock.bandit.decision import CHECK, FAULT, PROBE
+from specblock.bandit.decision import CHECK, FAULT, PROBE, Option
 from specblock.bandit.ledger import DECIDED, LedgerRecord
 
 
@@ -18,12 +17,12 @@ def explain(record: LedgerRecord) -> str:
 
 def _decided(record: LedgerRecord) -> str:
     if record.action == PROBE:
-        return f"Trying {record.arm} on {record.base_version}: {_sentence(record.reason)}{_terms(record.estimate())}"
+        return f"Trying {record.arm} on {record.base_version}: {_sentence(record.reason)}{_terms(record.option())}"
     if record.action == CHECK:
         return f"Checking live acceptance against exact replay: {_sentence(record.reason)}"
     if record.verdict == FAULT:
         return f"Fault, nothing is trained: {_sentence(record.reason)}"
-    best = max(record.estimates, key=lambda e: e.net_lower_s, default=None)
+    best = max(record.options, key=lambda option: option.value.net_lower, default=None)
     return f"No update: {_sentence(record.reason)}{_terms(best)}"
 
 
@@ -52,15 +51,14 @@ def _stage(record: LedgerRecord) -> str:
     return f"{openings.get(name, name)} {_sentence(record.reason)}".strip()
 
 
-def _terms(estimate: NetEstimate | None) -> str:
-    if estimate is None:
+def _terms(option: Option | None) -> str:
+    if option is None:
         return ""
-    blocked = f" It may not run now: {estimate.blocked}." if estimate.blocked else ""
+    value, blocked = option.value, f" It may not run now: {option.blocked}." if option.blocked else ""
     return (
-        f" Terms of {estimate.arm}: saving {estimate.gain_mean:.1%} of {estimate.busy_fraction:.0%} busy time on "
-        f"{estimate.serving_devices:g} device(s) for {estimate.value_s:.0f} s is worth {estimate.benefit_s:.1f} "
-        f"device-seconds; training {estimate.train_s:.1f}, trial {estimate.probe_s:.1f}, scoring "
-        f"{estimate.score_s:.1f}, in all {estimate.cost_s:.1f}.{blocked}"
+        f" Terms of {value.arm}: saving {value.gain:.1%} of {value.busy_devices:.2f} busy devices for "
+        f"{value.horizon_value_s:.0f} s is worth {value.benefit:.1f} device-seconds; training {value.train_s:.1f}, "
+        f"trial {value.probe_s:.1f}, scoring {value.score_s:.1f}, in all {value.cost:.1f}.{blocked}"
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from specblock.bandit.actions import TrainReport
 from specblock.bandit.config import Arm
-from specblock.bandit.decision import ArmEvidence, Charge, ParityRecord, PolicyState
-from specblock.bandit.parity import INSUFFICIENT, ParityResult
+from specblock.bandit.decision import ArmEvidence, Charge, ParityRecord, PolicyState, Target
+from specblock.bandit.gate import Saving
+from specblock.bandit.parity import ParityEvidence
 
 GAIN_NOISE_SD = 0.01
 """Variation of an arm's gain from one update to the next, beyond the measurement's own error."""
@@ -18,18 +20,15 @@ def charge(state: PolicyState, now_s: float, device_s: float) -> PolicyState:
     return replace(state, charges=(*state.charges, Charge(now_s, device_s))) if device_s > 0 else state
 
 
-def learn_seconds(state: PolicyState, arm: Arm, report: TrainReport) -> PolicyState:
-    """Learn an arm's device-seconds per position; a run counts by its share of a complete update."""
-    if report.positions <= 0:
-        return state
-    weight = min(1.0, report.positions / (arm.steps * arm.positions_per_step))
+def learn_training(state: PolicyState, arm: Arm, fraction: float, report: TrainReport) -> PolicyState:
+    """Learn an arm's device-seconds per position from a run of ``fraction`` of its steps."""
     evidence = state.arms.get(arm.name, ArmEvidence())
-    seconds = evidence.seconds.observe(report.device_s / report.positions, weight)
-    return _with_arm(state, arm, replace(evidence, seconds=seconds))
+    training = evidence.training.observe(arm.steps * fraction, report.positions, report.device_s)
+    return _with_arm(state, arm, replace(evidence, training=training))
 
 
 def learn_score(state: PolicyState, device_s: float) -> PolicyState:
-    """Learn what a comparison costs."""
+    """Learn what a comparison or parity check costs."""
     return replace(state, score=state.score.observe(device_s))
 
 
@@ -38,18 +37,38 @@ def learn_stall(state: PolicyState, stall_s: float) -> PolicyState:
     return replace(state, stall=state.stall.observe(stall_s))
 
 
-def learn_gain(state: PolicyState, arm: Arm, share: float, drop: float, gain: float, se: float) -> PolicyState:
-    """Learn the saving over all traffic that a complete update by ``arm`` gave at a share-weighted ``drop``."""
+def learn_gain(
+    state: PolicyState, arm: Arm, targets: tuple[Target, ...], saving: Saving, seen: float = 1.0
+) -> PolicyState:
+    """Learn, domain by domain, what an update by ``arm`` saved at the drop it was made for.
+
+    Args:
+        state: before.
+        arm: what was done.
+        targets: domains it was made for.
+        saving: measured.
+        seen: share of a complete update's gain that the measurement is expected to show.
+    """
     evidence = state.arms.get(arm.name, ArmEvidence())
-    noise_sd = (se**2 + GAIN_NOISE_SD**2) ** 0.5
-    return _with_arm(state, arm, replace(evidence, gain=evidence.gain.observe(share, drop, gain, noise_sd)))
+    measured = {domain.domain: domain for domain in saving.domains if domain.conversations > 1}
+    gain = evidence.gain
+    for target in targets:
+        if found := measured.get(target.domain):
+            noise_sd = math.hypot(found.se / seen, GAIN_NOISE_SD)
+            gain = gain.observe(max(target.drop, 0.0), found.saving / seen, noise_sd)
+    return _with_arm(state, arm, replace(evidence, gain=gain))
 
 
-def learn_parity(state: PolicyState, version: str, now_s: float, result: ParityResult, num_changes: int) -> PolicyState:
+def learn_parity(
+    state: PolicyState, version: str, now_s: float, evidence: ParityEvidence, num_changes: int
+) -> PolicyState:
     """Remember a parity check; one with a verdict attributes the changes reported until now."""
-    seen = state.changes_attributed if result.verdict == INSUFFICIENT else num_changes
-    record = ParityRecord(version=version, time_s=now_s, result=result)
-    return replace(state, parity=record, changes_attributed=seen)
+    seen = state.changes_attributed if evidence.verdict == "insufficient" else num_changes
+    return replace(
+        state,
+        parity=ParityRecord(version=version, time_s=now_s, evidence=evidence),
+        changes_attributed=seen,
+    )
 
 
 def end_update(state: PolicyState, arm: Arm, now_s: float, drop: float, *, gained: bool) -> PolicyState:

@@ -15,10 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from specblock.bandit.codec import dumps, loads
-from specblock.bandit.cost import NetEstimate
-from specblock.bandit.decision import CHECK, PROBE, DecisionContext
+from specblock.bandit.decision import CHECK, PROBE, DecisionContext, Option
 from specblock.bandit.errors import LedgerError
-from specblock.bandit.snapshot import sync_directory
 
 DECIDED = "decided"
 TERMINAL = frozenset({"checked", "settled", "rejected", "abandoned", "rolled_back", "closed"})
@@ -41,7 +39,7 @@ class LedgerRecord:
         reason: in words.
         expected_s: device-seconds that the action about to start is expected to cost; charged if it is interrupted.
         charged_s: device-seconds spent since the previous record of this decision, weighted by the prices.
-        estimates: predicted net values.
+        options: predicted net values.
         numbers: measurements, names with units.
         inputs_sha256: of (context, policy state, configuration); the same inputs give the same decision.
         context: everything the decision read.
@@ -58,14 +56,14 @@ class LedgerRecord:
     candidate_version: str = ""
     expected_s: float = 0.0
     charged_s: float = 0.0
-    estimates: tuple[NetEstimate, ...] = ()
+    options: tuple[Option, ...] = ()
     numbers: dict[str, float] = field(default_factory=dict)
     inputs_sha256: str = ""
     context: DecisionContext | None = None
 
-    def estimate(self) -> NetEstimate | None:
-        """The estimate of this record's arm."""
-        return next((estimate for estimate in self.estimates if estimate.arm == self.arm), None)
+    def option(self) -> Option | None:
+        """The prediction for this record's arm."""
+        return next((option for option in self.options if option.value.arm == self.arm), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +95,11 @@ class Balance:
 
     def add(self, record: LedgerRecord) -> Balance:
         """The balance after ``record``."""
-        estimate = record.estimate()
+        option = record.option()
         promoted = record.stage == "promoted"
         return Balance(
             charged_s=self.charged_s + record.charged_s,
-            predicted_s=self.predicted_s + (estimate.benefit_s if promoted and estimate else 0.0),
+            predicted_s=self.predicted_s + (option.value.benefit if promoted and option else 0.0),
             realised_s=self.realised_s + record.numbers.get("realised_s", 0.0),
             decisions=self.decisions + (record.stage == DECIDED),
             skips=self.skips + (record.stage == DECIDED and record.action not in (CHECK, PROBE)),
@@ -128,10 +126,9 @@ class Ledger:
         self._stages: dict[str, set[str]] = {}
         self._open: dict[str, LedgerRecord] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-        sync_directory(path.parent)
-        self._load()
         self._file: IO[bytes] = path.open("ab")
+        _sync_directory(path.parent)
+        self._load()
 
     def append(self, record: LedgerRecord, *, durable: bool = True) -> None:
         """Write one record; on disk when this returns (unless not ``durable``).
@@ -211,3 +208,12 @@ def read_ledger(path: Path) -> Iterator[LedgerRecord]:
                 yield loads(LedgerRecord, line.decode(), ignore_unknown=True)
             except ValueError as error:
                 raise LedgerError(f"{path.name}:{number}: unreadable record: {error}") from error
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a new file in ``directory`` durable."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

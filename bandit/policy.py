@@ -10,7 +10,6 @@ import math
 from dataclasses import replace
 
 from specblock.bandit.config import Arm, PolicyConfig
-from specblock.bandit.cost import Horizon, NetEstimate, UpdateSeconds, horizon, net_estimate
 from specblock.bandit.decision import (
     ABANDON,
     CHECK,
@@ -21,18 +20,15 @@ from specblock.bandit.decision import (
     NONE,
     PROBE,
     SKIP,
-    ArmEvidence,
     Decision,
     DecisionContext,
+    Option,
     PolicyState,
+    Probed,
+    Target,
 )
-from specblock.bandit.estimate import LinearPrior, Normal, combine
-from specblock.bandit.gain import MeasuredGain
-from specblock.bandit.parity import BROKEN, INSUFFICIENT, ParityResult
-from specblock.bandit.parity import OK as PARITY_OK
-
-COMPARISONS = 4
-"""Paired replays of a complete update: micro-profile, two looks at the gate, realised gain."""
+from specblock.bandit.forecast import complete_value, mean_drop, remaining_value, targets
+from specblock.bandit.parity import ParityEvidence
 
 HOUR_S = 3600.0
 
@@ -53,63 +49,52 @@ def decide(context: DecisionContext, state: PolicyState, config: PolicyConfig) -
         decisions=state.decisions + 1,
         charges=tuple(charge for charge in state.charges if charge.time_s > context.now_s - HOUR_S),
     )
-    if context.measured is not None:
-        return _after_probe(context, context.measured, state, config), state
+    if context.probed is not None:
+        return _after_probe(context, context.probed, state, config), state
     return _at_rest(context, state, config), state
 
 
 def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> Decision:
     verdict, evidence = attribute(context, state, config)
-    share, drop = gaining_traffic(context)
-    estimates = tuple(_estimate(arm, context, state, config, share, drop) for arm in config.arms if arm.steps > 0)
-    best = max((estimate for estimate in estimates if not estimate.blocked), key=lambda e: e.net_lower_s, default=None)
-
-    def answer(action: str, reason: str, arm: str = "") -> Decision:
-        return Decision(
-            action=action,
-            arm=arm,
-            verdict=verdict,
-            reason=reason,
-            estimates=estimates,
-            traffic_share=share,
-            mean_drop=drop,
-        )
-
-    wanted = best is not None and best.net_lower_s > 0
-    check = _parity_wanted(context, state, config, wanted)
-    if check:
-        return answer(CHECK, check)
-    parity = _parity_of(context, state)
+    reached = targets(context)
+    options = tuple(_option(arm, reached, context, state, config) for arm in config.arms if arm.steps > 0)
+    best = max((o for o in options if not o.blocked), key=lambda o: o.value.net_lower, default=None)
+    plain = Decision(action=SKIP, verdict=verdict, reason="", options=options, targets=reached)
+    wanted = best is not None and best.value.net_lower > 0
+    if check := _check_wanted(context, state, config, wanted):
+        return replace(plain, action=CHECK, reason=check)
     if verdict == FAULT:
-        return answer(SKIP, evidence)
+        return replace(plain, reason=evidence)
     if context.num_changes > state.changes_attributed:
-        return answer(SKIP, "acceptance changed; the parity check that attributes it is not due yet")
+        return replace(
+            plain, reason=f"{evidence}; acceptance changed, the parity check on it is not due or has no data"
+        )
     if best is None or not wanted:
-        return answer(SKIP, f"{evidence}; {_why_not(estimates, best)}")
-    if parity is None or parity.verdict != PARITY_OK:
-        return answer(SKIP, "training would pay, but parity could not be checked yet (too few conversations)")
-    return answer(PROBE, f"{evidence}; {_why(best)}", best.arm)
+        return replace(plain, reason=f"{evidence}; {_why_not(options, best)}")
+    parity = parity_of(context, state)
+    if parity is None or parity.verdict != "ok":
+        return replace(plain, reason=f"{evidence}; an update would pay, but parity has too few conversations to judge")
+    return replace(plain, action=PROBE, arm=best.value.arm, reason=f"{evidence}; {_why(best)}")
 
 
 def attribute(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> tuple[str, str]:
     """The verdict on acceptance, and its evidence in words."""
-    parity = _parity_of(context, state)
-    if parity is not None and parity.verdict == BROKEN:
+    parity = parity_of(context, state)
+    if parity is not None and parity.verdict == "broken":
         return FAULT, (
             f"live acceptance differs from exact replay of {context.serving_version} by {parity.difference:+.1%} "
             f"(interval {parity.lower:+.1%} to {parity.upper:+.1%}, {parity.conversations} conversations): "
             "something is broken, training would not repair it"
         )
     measurable = [domain for domain in context.domains if domain.measurable]
-    fallen = [d for d in measurable if d.drop > config.min_drop and d.drop > config.drop_z * d.drop_se]
-    if fallen:
+    floor = config.min_drop
+    if fallen := [d for d in measurable if d.drop > max(floor, config.drop_z * d.drop_se)]:
         worst = max(fallen, key=lambda d: d.share * d.drop)
         return DRIFT, (
             f"acceptance of {worst.domain} is {worst.acceptance:.2f}, {worst.drop:.0%} below its reference "
             f"{worst.reference:.2f}"
         )
-    shifted = [d for d in measurable if d.raw_drop > config.min_drop and d.raw_drop > config.drop_z * d.drop_se]
-    if shifted:
+    if shifted := [d for d in measurable if d.raw_drop > max(floor, config.drop_z * d.drop_se)]:
         worst = max(shifted, key=lambda d: d.share * d.raw_drop)
         return LOAD, (
             f"acceptance of {worst.domain} is {worst.raw_drop:.0%} lower, but not within the same sampling class and "
@@ -120,105 +105,41 @@ def attribute(context: DecisionContext, state: PolicyState, config: PolicyConfig
     return NONE, "acceptance is at its reference"
 
 
-def gaining_traffic(context: DecisionContext) -> tuple[float, float]:
-    """Share of serving seconds of domains that training can reach, and their share-weighted drop."""
-    reached = [d for d in context.domains if d.measurable and d.num_train > 0]
-    return math.fsum(d.share for d in reached), math.fsum(d.share * max(d.drop, 0.0) for d in reached)
-
-
-def _parity_of(context: DecisionContext, state: PolicyState) -> ParityResult | None:
-    """The newest parity result, if it is about the version that serves."""
+def parity_of(context: DecisionContext, state: PolicyState) -> ParityEvidence | None:
+    """The newest parity evidence, if it is about the version that serves."""
     record = state.parity
-    return record.result if record is not None and record.version == context.serving_version else None
+    return record.evidence if record is not None and record.version == context.serving_version else None
 
 
-def _parity_wanted(context: DecisionContext, state: PolicyState, config: PolicyConfig, wanted: bool) -> str:
+def _check_wanted(context: DecisionContext, state: PolicyState, config: PolicyConfig, wanted: bool) -> str:
     """Why a parity check is due now; empty if none is."""
-    rules, record, parity = config.parity, state.parity, _parity_of(context, state)
+    rules, record, parity = config.parity, state.parity, parity_of(context, state)
     if not any(d.measurable for d in context.domains):
         return ""
     age_s = math.inf if record is None or parity is None else context.now_s - record.time_s
     if age_s < rules.retry_s:
         return ""
-    if parity is not None and parity.verdict == BROKEN:
+    if parity is not None and parity.verdict == "broken":
         return "parity was broken; looking again"
     if context.num_changes > state.changes_attributed:
         return "acceptance changed; first find out whether something is broken"
-    if wanted and (age_s > rules.valid_s or (parity is not None and parity.verdict == INSUFFICIENT)):
-        return "training would pay; first make sure that nothing is broken"
-    if age_s > rules.every_s:
-        return "regular check of live acceptance against exact replay"
-    return ""
+    if wanted and (age_s > rules.valid_s or (parity is not None and parity.verdict != "ok")):
+        return "an update would pay; first make sure that nothing is broken"
+    return "regular check of live acceptance against exact replay" if age_s > rules.every_s else ""
 
 
-def _estimate(
-    arm: Arm, context: DecisionContext, state: PolicyState, config: PolicyConfig, share: float, drop: float
-) -> NetEstimate:
-    gain = predict_gain(arm, state, context, share, drop)
-    return net_estimate(
-        arm.name,
-        gain,
-        context.busy_fraction,
-        _seconds(arm, state, config, COMPARISONS, config.probe_fraction),
-        _horizon(context, config),
-        config.cost,
-        config.confidence,
-        _blocked(arm, context, state, config, share, drop),
-    )
-
-
-def predict_gain(arm: Arm, state: PolicyState, context: DecisionContext, share: float, drop: float) -> Normal:
-    """Relative saving over all traffic that ``arm`` is expected to give, before anything is measured."""
-    evidence = state.arms.get(arm.name, ArmEvidence())
-    believed = evidence.gain.predict(share, drop, gain_prior(arm))
-    noise = math.sqrt(math.fsum((d.share * d.drop_se) ** 2 for d in context.domains if d.measurable and d.num_train))
-    return Normal(believed.mean, math.hypot(believed.sd, arm.drop_recovery * noise))
-
-
-def gain_prior(arm: Arm) -> LinearPrior:
-    """Prior of the two coefficients of ``gain = base * share + recovery * drop``."""
-    return LinearPrior(arm.prior_gain_mean, arm.prior_gain_sd, arm.drop_recovery, arm.drop_recovery_sd)
-
-
-def _seconds(
-    arm: Arm, state: PolicyState, config: PolicyConfig, comparisons: int, probe_fraction: float
-) -> UpdateSeconds:
-    cost = config.cost
-    evidence = state.arms.get(arm.name, ArmEvidence())
-    per_position = evidence.seconds.predict(arm.prior_s_per_position, cost.prior_strength, cost.prior_relative_sd)
-    score = state.score.predict(cost.prior_score_s, cost.prior_strength, cost.prior_relative_sd)
-    positions = arm.steps * arm.positions_per_step
-    probe, rest = positions * probe_fraction, positions * (1 - config.probe_fraction)
-    return UpdateSeconds(
-        train=Normal(rest * per_position.mean, rest * per_position.sd),
-        probe=Normal(probe * per_position.mean, probe * per_position.sd),
-        score=Normal(comparisons * score.mean, comparisons * score.sd),
-        stall=state.stall.predict(cost.prior_stall_s, cost.prior_strength, cost.prior_relative_sd),
-    )
-
-
-def predicted_score_s(state: PolicyState, config: PolicyConfig) -> float:
-    """Device-seconds that one comparison or parity check is expected to take."""
-    cost = config.cost
-    return state.score.predict(cost.prior_score_s, cost.prior_strength, cost.prior_relative_sd).mean
-
-
-def predicted_train_s(arm: Arm, fraction: float, state: PolicyState, config: PolicyConfig) -> float:
-    """Device-seconds that ``fraction`` of the arm's steps are expected to take."""
-    evidence = state.arms.get(arm.name, ArmEvidence())
-    cost = config.cost
-    each = evidence.seconds.predict(arm.prior_s_per_position, cost.prior_strength, cost.prior_relative_sd)
-    return fraction * arm.steps * arm.positions_per_step * each.mean
-
-
-def _horizon(context: DecisionContext, config: PolicyConfig) -> Horizon:
-    return horizon(config.horizon, context.num_changes, context.observed_s)
+def _option(
+    arm: Arm, reached: tuple[Target, ...], context: DecisionContext, state: PolicyState, config: PolicyConfig
+) -> Option:
+    value = complete_value(arm, context, state, config)
+    needed_s = config.cost.price * (value.train_s + value.probe_s + value.score_s)
+    return Option(value=value, blocked=_blocked(needed_s, reached, context, state, config))
 
 
 def _blocked(
-    arm: Arm, context: DecisionContext, state: PolicyState, config: PolicyConfig, share: float, drop: float
+    needed_s: float, reached: tuple[Target, ...], context: DecisionContext, state: PolicyState, config: PolicyConfig
 ) -> str:
-    if share <= 0:
+    if not reached:
         return "no domain has both enough recent traffic and training conversations"
     num_train = sum(d.num_train for d in context.domains)
     num_heldout = sum(d.num_heldout for d in context.domains)
@@ -226,18 +147,16 @@ def _blocked(
         return f"{num_train} of {config.min_train_windows} training conversations"
     if num_heldout < config.min_heldout_windows:
         return f"{num_heldout} of {config.min_heldout_windows} held-out conversations"
-    wait_s = _cooldown_left_s(context.now_s, state, config, drop)
+    wait_s = cooldown_left_s(context.now_s, state, config, mean_drop(reached))
     if wait_s > 0:
         return f"cooling down for another {wait_s:.0f} s"
-    spent_s = math.fsum(charge.device_s for charge in state.charges)
-    seconds = _seconds(arm, state, config, COMPARISONS, config.probe_fraction)
-    needed_s = seconds.train.mean + seconds.probe.mean + seconds.score.mean
-    if spent_s + needed_s > config.budget_device_s_per_hour:
-        return f"needs {needed_s:.0f} device-s, {spent_s:.0f} of {config.budget_device_s_per_hour:.0f} spent this hour"
+    spent_s, budget_s = math.fsum(c.device_s for c in state.charges), config.budget_device_s_per_hour
+    if spent_s + needed_s > budget_s:
+        return f"needs {needed_s:.1f} device-s, {spent_s:.1f} of {budget_s:.0f} are spent this hour"
     return ""
 
 
-def _cooldown_left_s(now_s: float, state: PolicyState, config: PolicyConfig, drop: float) -> float:
+def cooldown_left_s(now_s: float, state: PolicyState, config: PolicyConfig, drop: float) -> float:
     """Seconds until the next update may start; a drop that has grown ends the back-off, not the plain cool-down."""
     if state.ended_s == 0.0:
         return 0.0
@@ -245,56 +164,42 @@ def _cooldown_left_s(now_s: float, state: PolicyState, config: PolicyConfig, dro
     # Beyond 64 doublings the cap has long been reached, and a float power would overflow.
     rounds = 0 if grown else min(state.abandoned_in_row, 64)
     longest_s = max(config.backoff_max_s, state.cooldown_s)
-    return state.ended_s + min(state.cooldown_s * config.backoff_factor**rounds, longest_s) - now_s
+    return max(0.0, state.ended_s + min(state.cooldown_s * config.backoff_factor**rounds, longest_s) - now_s)
 
 
-def _why(best: NetEstimate) -> str:
-    pays = "never" if best.break_even_s is None else f"after {best.break_even_s:.0f} s"
-    return (
-        f"{best.arm} is expected to save {best.gain_mean:.1%} of serving time: {best.benefit_s:.1f} device-s over the "
-        f"horizon for {best.cost_s:.1f}, net at least {best.net_lower_s:.1f}, paid back {pays}"
-    )
-
-
-def _why_not(estimates: tuple[NetEstimate, ...], best: NetEstimate | None) -> str:
-    if not estimates:
-        return "no arm trains"
-    if best is None:
-        return "; ".join(f"{estimate.arm}: {estimate.blocked}" for estimate in estimates)
-    return (
-        f"the best arm, {best.arm}, is expected to save {best.benefit_s:.1f} device-s over the horizon and to cost "
-        f"{best.cost_s:.1f}; its net value may be as low as {best.net_lower_s:.1f}"
-    )
-
-
-def _after_probe(
-    context: DecisionContext, measured: MeasuredGain, state: PolicyState, config: PolicyConfig
-) -> Decision:
-    """Continue or abandon, from the gain measured after the micro-profile; what the probe cost is sunk."""
-    arm = config.arm(context.measured_arm)
-    prior = predict_gain(arm, state, context, context.traffic_share, context.mean_drop)
-    gain = combine(prior, measured.mean, arm.probe_gain_share, measured.se)
-    estimate = net_estimate(
-        arm.name,
-        gain,
-        context.busy_fraction,
-        _seconds(arm, state, config, COMPARISONS - 1, 0.0),
-        _horizon(context, config),
-        config.cost,
-        config.confidence,
-    )
-    verdict, _ = attribute(context, state, config)
+def _after_probe(context: DecisionContext, probed: Probed, state: PolicyState, config: PolicyConfig) -> Decision:
+    """Continue or abandon, from the gain measured after the micro-profile."""
+    option = Option(value=remaining_value(config.arm(probed.arm), probed, context, state, config))
+    verdict, evidence = attribute(context, state, config)
     found = (
-        f"the micro-profile saves {measured.mean:+.1%} (standard error {measured.se:.1%}) on "
-        f"{measured.conversations} held-out conversations"
+        f"the micro-profile saves {probed.saving.relative:+.1%} on {probed.saving.conversations} held-out conversations"
     )
-    go = estimate.net_lower_s > 0 and verdict != FAULT
+    go = option.value.net_lower > 0 and verdict != FAULT
+    why = evidence if verdict == FAULT else _why(option) if go else _why_not((option,), option)
     return Decision(
         action=CONTINUE if go else ABANDON,
-        arm=arm.name,
+        arm=probed.arm,
         verdict=verdict,
-        reason=f"{found}; {_why(estimate) if go else _why_not((estimate,), estimate)}",
-        estimates=(estimate,),
-        traffic_share=context.traffic_share,
-        mean_drop=context.mean_drop,
+        reason=f"{found}; {why}",
+        options=(option,),
+        targets=probed.targets,
+    )
+
+
+def _why(best: Option) -> str:
+    value = best.value
+    pays = "never" if value.break_even_s is None else f"after {value.break_even_s:.0f} s"
+    return (
+        f"{value.arm} is expected to save {value.gain:.1%} of serving time: {value.benefit:.1f} device-s over the "
+        f"horizon for {value.cost:.1f}, net at least {value.net_lower:.1f}, paid back {pays}"
+    )
+
+
+def _why_not(options: tuple[Option, ...], best: Option | None) -> str:
+    if best is None:
+        return "; ".join(f"{option.value.arm}: {option.blocked}" for option in options) or "no arm trains"
+    value = best.value
+    return (
+        f"the best arm, {value.arm}, is expected to save {value.benefit:.1f} device-s over the horizon and to cost "
+        f"{value.cost:.1f}; its net value may be as low as {value.net_lower:.1f}"
     )

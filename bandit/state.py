@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from specblock.bandit.acceptance import OTHER, DomainStatistics
-from specblock.bandit.actions import PairedReplay
 from specblock.bandit.config import PolicyConfig
-from specblock.bandit.cost import NetEstimate
-from specblock.bandit.decision import PolicyState
+from specblock.bandit.decision import Option, PolicyState, Target
 from specblock.bandit.events import AcceptanceEvent
+from specblock.bandit.gate import GateRow
 from specblock.bandit.watermark import Watermarks
 
 MAX_VERSION_TOTALS = 64
@@ -31,17 +30,15 @@ class PendingUpdate:
     Attributes:
         decision_id: of the decision to probe.
         stage: what comes next: probing, training, gating, promoting, verifying or settling.
-        ledger_stage: newest stage the ledger has; a ledger that is ahead means that an action was interrupted.
+        ledger_stage: newest stage this state has recorded; a ledger that is ahead means an interrupted action.
         arm: name.
         base_version: what served when it was decided.
         candidate_version: what the trainer made.
         new_version: the registry's name of the candidate once it serves.
         started_s: time of the decision.
-        traffic_share: share of serving seconds of the domains that are expected to gain, at the decision.
-        mean_drop: share-weighted drop of acceptance of those domains.
-        shares: share of serving seconds per domain, at the decision.
+        targets: domains it is made for.
         scale_s: the base version's device-seconds per token, at the decision.
-        estimate: newest predicted net value.
+        option: newest predicted net value.
         cutoff_s: newest conversation trained on.
         deadline_s: when waiting ends.
         requests_mark: finished requests at the start of the present wait.
@@ -49,7 +46,6 @@ class PendingUpdate:
         looks: looks taken at the gate.
         rows: gate conversations, in the order they became known.
         promoted_s: time of the promotion.
-        charged_s: device-seconds charged so far.
     """
 
     decision_id: str
@@ -60,19 +56,16 @@ class PendingUpdate:
     candidate_version: str = ""
     new_version: str = ""
     started_s: float
-    traffic_share: float
-    mean_drop: float
-    shares: dict[str, float]
+    targets: tuple[Target, ...]
     scale_s: float
-    estimate: NetEstimate
+    option: Option
     cutoff_s: float = 0.0
     deadline_s: float = 0.0
     requests_mark: int = 0
     next_look: int = 0
     looks: int = 0
-    rows: tuple[PairedReplay, ...] = ()
+    rows: tuple[GateRow, ...] = ()
     promoted_s: float = 0.0
-    charged_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

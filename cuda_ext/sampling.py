@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-_PREFIX_TOKENS = 512  # a nucleus that needs more than this is found by a full sort
+_PREFIX_TOKENS = 1024  # a nucleus that needs more than this is found by a full sort
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,7 +4,7 @@ SpecblockError
 ├── ConfigError          2  the policy file or the command line
 ├── DependencyError      3  Redis, Ray, a port or a running daemon cannot be reached
 ├── DeviceError          4  no such device, or not enough memory on it
-├── IncompatibleModelError    5  target and drafter (or a stored version) do not fit together
+├── IncompatibleError    5  target and drafter (or a stored version) do not fit together
 │   └── CorruptVersionError
 └── VerificationError    6  a check of the running system failed
 """
@@ -52,13 +52,13 @@ class DeviceError(SpecblockError):
     exit_code = ExitCode.DEVICE
 
 
-class IncompatibleModelError(SpecblockError):
+class IncompatibleError(SpecblockError):
     """Target and drafter, or a stored drafter version, do not fit together."""
 
     exit_code = ExitCode.INCOMPATIBLE
 
 
-class CorruptVersionError(IncompatibleModelError):
+class CorruptVersionError(IncompatibleError):
     """A stored drafter version is torn or damaged; the message names the file."""
 
 

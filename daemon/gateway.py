@@ -1,4 +1,4 @@
-"""The OpenAI-compatible endpoint (FastAPI): routes and their order of checks; everything else is in the modules it uses.
+"""The OpenAI-compatible endpoint (FastAPI): routes and the order of their checks.
 
 ``create_app`` needs only an ``EngineClient`` and a tokenizer, so tests run it against a scripted engine.
 """
@@ -26,7 +26,7 @@ from specblock.daemon.errors import SpecblockError
 from specblock.daemon.gateway_middleware import RequestGuard, error_response
 from specblock.daemon.generation_job import AdmissionState, EngineClient, GenerationJob
 from specblock.daemon.messages import EngineStatus
-from specblock.daemon.metrics import GatewayMetrics, render
+from specblock.daemon.metrics import CONTENT_TYPE, GatewayMetrics
 from specblock.daemon.openai_request import Batch, Limits, TextCodec, chat_batch, completion_batch, fresh_seed
 from specblock.daemon.openai_response import AnswerFormat, event_stream, whole_answer
 from specblock.daemon.openai_schema import ChatBody, CompletionBody, GenerationBody
@@ -34,7 +34,7 @@ from specblock.daemon.openai_schema import ChatBody, CompletionBody, GenerationB
 _LOG = logging.getLogger(__name__)
 _RETRY_AFTER_S = 5
 _MAX_LOGGED_FIELDS = 100
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_REJECTIONS = {429: "queue_full", 500: "failed", 503: "unavailable"}
 
 
 def served_name(config: DaemonConfig) -> str:
@@ -54,7 +54,7 @@ class Gateway:
         clock: monotonic seconds, for latencies.
         wall_clock: seconds since the epoch, for ``created``.
         version: of this package.
-        bandit_status: the bandit's latest status, see ``metrics._BANDIT``.
+        bandit_status: the bandit's latest numbers, by name; published on /metrics and /specblock/status.
     """
 
     def __init__(
@@ -96,6 +96,11 @@ class Gateway:
     def drain(self) -> None:
         """Refuses new generations with 503 from now on; running ones go on."""
         self.draining = True
+
+    def count_answer(self, status: int) -> None:
+        """Counts an answer that is an error under its reason."""
+        if reason := _REJECTIONS.get(status, "invalid" if 400 <= status < 499 else None):
+            self.metrics.rejected(reason)
 
     def new_id(self) -> str:
         """128 random bits in hex."""
@@ -180,7 +185,7 @@ class JobStream(StreamingResponse):
             await super().__call__(scope, receive, watched_send)
         finally:
             if not ended:
-                self._metrics.disconnect()
+                self._metrics.rejected("client_gone")
             await _close(self._job)
 
 
@@ -206,7 +211,7 @@ async def _unless_disconnected(
     try:
         await asyncio.wait({answer, watcher}, return_when=asyncio.FIRST_COMPLETED)
         if not answer.done():
-            metrics.disconnect()
+            metrics.rejected("client_gone")
             raise ApiError(499, "the client closed the connection")
         return await answer
     finally:
@@ -248,7 +253,7 @@ def create_app(
         # Generous: 64 bytes per token of context, and room for a batch of prompts.
         max_body_bytes=max(1 << 20, 64 * config.target.max_context_tokens) * 4,
         new_id=gateway.new_id,
-        count=gateway.metrics.response,
+        count=gateway.count_answer,
     )
     return app
 
@@ -352,10 +357,10 @@ def _add_information_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/metrics", response_model=None)
     async def metrics() -> Response:
         """Prometheus text."""
-        text = render(await gateway.status(), gateway.bandit_status(), gateway.metrics, gateway.version)
-        return PlainTextResponse(text, media_type=_METRICS_TYPE)
+        text = gateway.metrics.render(await gateway.status(), gateway.bandit_status())
+        return PlainTextResponse(text, media_type=CONTENT_TYPE)
 
-    @app.get("/status", response_model=None)
+    @app.get("/specblock/status", response_model=None)
     async def status() -> Response:
         """Engine snapshot and bandit status, for ``specblockd status``."""
         engine = asdict(await gateway.status())

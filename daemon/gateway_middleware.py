@@ -1,4 +1,4 @@
-"""What happens around every HTTP request: id, size limit, API key, response counter. Plain ASGI, so disconnects pass."""
+"""Around every HTTP request: id, size limit, API key, answer counter. Plain ASGI, so that disconnects get through."""
 
 from __future__ import annotations
 
@@ -58,7 +58,11 @@ class RequestGuard:
         request_id = given if _REQUEST_ID.fullmatch(given) else self._new_id()
         scope.setdefault("state", {})["request_id"] = request_id
 
+        body = _LimitedBody(receive, self._max_body_bytes)
+
         async def tagged_send(message: Message) -> None:
+            if body.too_large:
+                return  # FastAPI turns the failed read into a 400; the caller gets the 413 below
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
                 self._count(message["status"])
@@ -66,8 +70,9 @@ class RequestGuard:
 
         refusal = self._refusal(scope["path"], headers)
         if refusal is None:
-            await self._app(scope, _limited(receive, self._max_body_bytes), tagged_send)
-        else:
+            await self._app(scope, body.receive, tagged_send)
+            refusal = body.refusal()
+        if refusal is not None:
             await error_response(refusal)(scope, receive, tagged_send)
 
     def _refusal(self, path: str, headers: Headers) -> ApiError | None:
@@ -91,17 +96,25 @@ def _too_large(limit_bytes: int) -> ApiError:
     return ApiError(413, f"the request body is larger than {limit_bytes} bytes")
 
 
-def _limited(receive: Receive, limit_bytes: int) -> Receive:
+class _LimitedBody:
     """Counts body bytes of requests that did not announce their length."""
-    received = 0
 
-    async def limited_receive() -> Message:
-        nonlocal received
-        message = await receive()
-        if message["type"] == "http.request":
-            received += len(message.get("body", b""))
-            if received > limit_bytes:
-                raise _too_large(limit_bytes)
+    def __init__(self, receive: Receive, limit_bytes: int) -> None:
+        self._receive = receive
+        self._limit_bytes = limit_bytes
+        self._received_bytes = 0
+        self.too_large = False
+
+    async def receive(self) -> Message:
+        """The next message; a body beyond the limit ends like a lost connection."""
+        message = await self._receive()
+        self._received_bytes += len(message.get("body", b""))
+        if self._received_bytes > self._limit_bytes:
+            self.too_large = True
+            return {"type": "http.disconnect"}
         return message
 
-    return limited_receive
+    def refusal(self) -> ApiError | None:
+        """The 413, if the body was too large; nothing was sent then."""
+        self.too_large, found = False, self.too_large
+        return _too_large(self._limit_bytes) if found else None

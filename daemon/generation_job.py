@@ -109,8 +109,6 @@ class GenerationJob:
         Raises:
             ApiError: 400 if the engine refused a request, 500 if one failed, 503 if the engine is gone.
         """
-        for request in self.batch.requests:
-            self.metrics.admitted(request.domain)
         self._tasks = [asyncio.create_task(self._pump(index)) for index in range(len(self.batch.requests))]
         while not self.complete:
             item = await self._queue.get()
@@ -135,8 +133,8 @@ class GenerationJob:
     async def _cancel(self, request_id: str) -> None:
         try:
             await asyncio.wait_for(self.client.cancel(request_id), _CANCEL_DEADLINE_S)
-        except (SpecblockError, TimeoutError) as error:
-            _LOG.warning("request %s could not be cancelled: %s", request_id, error)
+        except Exception as error:  # an engine that cannot be told is gone, and the request with it
+            _LOG.warning("request %s could not be cancelled: %r", request_id, error)
 
     async def _pump(self, index: int) -> None:
         try:
@@ -152,14 +150,16 @@ class GenerationJob:
         progress, chunk, now_s = self._progress[item.index], item.chunk, self.clock()
         if chunk.tokens:
             if progress.tokens:
-                self.metrics.tokens(now_s - progress.last_s, len(chunk.tokens))
+                self.metrics.later_tokens(now_s - progress.last_s, len(chunk.tokens))
             else:
                 self.metrics.first_token(now_s - progress.started_s)
             progress.tokens += len(chunk.tokens)
             progress.last_s = now_s
         if chunk.finish_reason is not None:
             progress.done = True
-            self.metrics.finished(now_s - progress.started_s, chunk)
+            if chunk.stats is not None and chunk.finish_reason in ("stop", "length"):
+                domain = self.batch.requests[item.index].domain
+                self.metrics.finished(domain, chunk.stats, now_s - progress.started_s)
         if chunk.finish_reason == "error":
             raise _as_api_error(RuntimeError(chunk.error or "the engine reported an error"))
         return item

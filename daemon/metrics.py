@@ -29,6 +29,8 @@ _FINISH_REASONS = ("stop", "length", "abort", "error")
 _LATENCY_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
 _ACCEPTANCE = (1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 8.0)
+# Values of one family by those of its own labels.
+_Values = dict[tuple[str, ...], float]
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 # Our family name -> vLLM's, both without the suffix that counters get.
@@ -77,7 +79,7 @@ _GAUGES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # a registry's keys: compared by identity
 class _Snapshot(Collector):
     """The engine's and the adaptation service's numbers at one moment, as metric families."""
 
@@ -95,14 +97,15 @@ class _Snapshot(Collector):
         usage = status.kv_tokens_used / status.kv_tokens_capacity if status.kv_tokens_capacity else 0.0
         yield self._gauge("kv_cache_usage_ratio", "Share of the KV cache in use, 0 to 1.", {(): usage})
         depths = status.accepted_per_position or (0,)
-        by_depth = {(str(depth),): float(count) for depth, count in enumerate(depths)}
+        by_depth: _Values = {(str(depth),): float(count) for depth, count in enumerate(depths)}
         name = "spec_decode_accepted_tokens_per_pos"
         yield self._counter(name, "Accepted draft tokens by depth in the tree.", by_depth, ("position",))
         reasons = dict.fromkeys(_FINISH_REASONS, 0) | status.finished
-        by_reason = {(reason,): float(count) for reason, count in reasons.items()}
+        by_reason: _Values = {(reason,): float(count) for reason, count in reasons.items()}
         yield self._counter("request_success", "Finished requests.", by_reason, ("finished_reason",))
-        yield self._gauge("engine_phase", "The engine's phase; always 1.", {(status.phase,): 1.0}, ("phase",))
-        version = {(status.drafter_version,): 1.0}
+        phase: _Values = {(status.phase,): 1.0}
+        yield self._gauge("engine_phase", "The engine's phase; always 1.", phase, ("phase",))
+        version: _Values = {(status.drafter_version,): 1.0}
         yield self._gauge("drafter_version_info", "The serving drafter version; always 1.", version, ("version",))
         yield from self._of_bandit()
 
@@ -115,32 +118,28 @@ class _Snapshot(Collector):
                 continue
             stem, by, label = key.removesuffix("_total").rpartition("_by_")
             if by and stem and isinstance(value, Mapping):
-                found = {(str(name),): float(number) for name, number in value.items() if _is_number(number)}
+                found: _Values = {(str(name),): float(number) for name, number in value.items() if _is_number(number)}
                 yield self._reported(stem + ("_total" if key.endswith("_total") else ""), (label,), found)
 
-    def _reported(self, key: str, names: tuple[str, ...], values: Mapping[tuple[str, ...], float]) -> Metric:
+    def _reported(self, key: str, names: tuple[str, ...], values: _Values) -> Metric:
         text = "Reported by the adaptation service."
         make = self._counter if key.endswith("_total") else self._gauge
         return make(f"bandit_{key.removesuffix('_total')}", text, values, names)
 
-    def _counter(
-        self, name: str, text: str, values: Mapping[tuple[str, ...], float], names: tuple[str, ...] = ()
-    ) -> Metric:
+    def _counter(self, name: str, text: str, values: _Values, names: tuple[str, ...] = ()) -> Metric:
         family = CounterMetricFamily(f"specblock_{name}", text, labels=(*_BASE, *names))
         for key, value in values.items():
             family.add_metric((*self.labels, *key), value)
         return family
 
-    def _gauge(
-        self, name: str, text: str, values: Mapping[tuple[str, ...], float], names: tuple[str, ...] = ()
-    ) -> Metric:
+    def _gauge(self, name: str, text: str, values: _Values, names: tuple[str, ...] = ()) -> Metric:
         family = GaugeMetricFamily(f"specblock_{name}", text, labels=(*_BASE, *names))
         for key, value in values.items():
             family.add_metric((*self.labels, *key), value)
         return family
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Families(Collector):
     """Families that were collected already, with vLLM's names added."""
 
@@ -165,7 +164,8 @@ class GatewayMetrics:
     """
 
     def __init__(self, model_name: str, *, vllm_compat: bool = True, max_domain_labels: int = 16) -> None:
-        disable_created_metrics()  # *_created gauges would be summed by clients that add up every vllm: line
+        # Clients that add up every vllm: line would count the timestamps of *_created gauges.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = CollectorRegistry()
         self._labels = (model_name, _ENGINE)
         self._vllm_compat = vllm_compat

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from specblock.daemon.errors import CorruptVersionError, IncompatibleModelError
+from specblock.daemon.errors import CorruptVersionError, IncompatibleError
 from specblock.daemon.manifest import (
     MANIFEST,
     Manifest,
@@ -67,7 +67,7 @@ class DrafterRegistry:
             The version to serve.
 
         Raises:
-            IncompatibleModelError: ``base_path`` holds no drafter, or no stored version is intact.
+            IncompatibleError: ``base_path`` holds no drafter, or no stored version is intact.
         """
         self._root.mkdir(parents=True, exist_ok=True)
         for left in self._root.glob(f"{_TEMPORARY}*"):
@@ -112,7 +112,7 @@ class DrafterRegistry:
 
         Raises:
             CorruptVersionError: a file is missing or damaged; the message names it.
-            IncompatibleModelError: no such version.
+            IncompatibleError: no such version.
         """
         folder = self._folder(version)
         verify_files(folder, read_manifest(folder))
@@ -159,11 +159,11 @@ class DrafterRegistry:
         """Goes back to the previous version and returns it.
 
         Raises:
-            IncompatibleModelError: there is none.
+            IncompatibleError: there is none.
         """
         previous = self.previous()
         if previous is None:
-            raise IncompatibleModelError("there is no previous drafter version to go back to")
+            raise IncompatibleError("there is no previous drafter version to go back to")
         self.promote(previous)
         return previous
 
@@ -196,7 +196,7 @@ class DrafterRegistry:
     def _folder(self, version: str) -> Path:
         if not is_version_name(version) or not (self._root / version).is_dir():
             known = ", ".join(self._names()) or "none"
-            raise IncompatibleModelError(f"no drafter version {version!r}; there are: {known}")
+            raise IncompatibleError(f"no drafter version {version!r}; there are: {known}")
         return self._root / version
 
     def _store(
@@ -239,7 +239,7 @@ class DrafterRegistry:
 
     def _copy_base(self, base_path: Path, target_fingerprint: str) -> None:
         if not (base_path / "config.json").is_file():
-            raise IncompatibleModelError(f"{base_path}: no drafter here (config.json is missing)")
+            raise IncompatibleError(f"{base_path}: no drafter here (config.json is missing)")
 
         def copy(folder: Path) -> None:
             for path in sorted(base_path.iterdir()):
@@ -256,7 +256,7 @@ class DrafterRegistry:
         for version in dict.fromkeys(name for name in order if name):
             try:
                 self.path(version)
-            except IncompatibleModelError as error:
+            except IncompatibleError as error:
                 _LOG.error("drafter version %s cannot be used: %s", version, error)
                 failures.append(str(error))
                 continue
@@ -265,7 +265,7 @@ class DrafterRegistry:
             if self.previous() == version:
                 (self._root / _PREVIOUS).unlink()
             return version
-        raise IncompatibleModelError("no stored drafter version is intact:\n" + "\n".join(failures))
+        raise IncompatibleError("no stored drafter version is intact:\n" + "\n".join(failures))
 
     def _read_pointer(self, name: str) -> str | None:
         try:

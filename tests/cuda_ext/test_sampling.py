@@ -71,7 +71,7 @@ def test_large_vocabularies_with_small_and_huge_nuclei():
         SamplingParams(top_p=0.95),
         SamplingParams(top_k=2500, top_p=0.9),
         SamplingParams(min_p=1e-4, temperature=0.7),
-        SamplingParams(top_k=512),
+        SamplingParams(top_k=1024),
         SamplingParams(top_k=5000, top_p=0.5),
         SamplingParams(),
     ]
@@ -83,7 +83,7 @@ def test_large_vocabularies_with_small_and_huge_nuclei():
             alone = processed_log_probs(logits[row : row + 1], SamplingBatch.of([one]))[0]
             assert torch.equal(alone, ours[row])
             expected = warped(logits[row], one)
-            sizes.add(int(ours[row].isfinite().sum()) > 512)
+            sizes.add(int(ours[row].isfinite().sum()) > 1024)
             if row != 4:  # transformers keeps every token that ties with the last of top-k
                 assert torch.equal(ours[row].isinf(), expected.isinf())
                 assert torch.allclose(ours[row].exp(), expected.exp(), atol=1e-12)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from specblock.daemon import registry as registry_module
-from specblock.daemon.errors import CorruptVersionError, ExitCode, IncompatibleModelError
+from specblock.daemon.errors import CorruptVersionError, ExitCode, IncompatibleError
 from specblock.daemon.registry import BASE_VERSION, DrafterRegistry
 
 
@@ -75,13 +75,13 @@ def test_add_promote_rollback(registry: DrafterRegistry, tmp_path: Path, base: P
 
 
 def test_rollback_without_a_previous(registry: DrafterRegistry) -> None:
-    with pytest.raises(IncompatibleModelError, match="no previous"):
+    with pytest.raises(IncompatibleError, match="no previous"):
         registry.rollback()
 
 
 @pytest.mark.parametrize("name", ["v000009-head-00000000", "../base", "v1", ""])
 def test_unknown_versions(registry: DrafterRegistry, name: str) -> None:
-    with pytest.raises(IncompatibleModelError, match="no drafter version") as caught:
+    with pytest.raises(IncompatibleError, match="no drafter version") as caught:
         registry.path(name)
     assert caught.value.exit_code == ExitCode.INCOMPATIBLE
 
@@ -121,12 +121,12 @@ def test_damage_is_refused_and_the_last_good_version_serves(
 
 def test_nothing_intact(registry: DrafterRegistry, tmp_path: Path, base: Path) -> None:
     (tmp_path / "drafters" / BASE_VERSION / "model.safetensors").write_bytes(b"x")
-    with pytest.raises(IncompatibleModelError, match=r"model\.safetensors"):
+    with pytest.raises(IncompatibleError, match=r"model\.safetensors"):
         DrafterRegistry(tmp_path).import_base(base)
 
 
 def test_no_base_drafter(tmp_path: Path) -> None:
-    with pytest.raises(IncompatibleModelError, match=r"config\.json is missing"):
+    with pytest.raises(IncompatibleError, match=r"config\.json is missing"):
         DrafterRegistry(tmp_path).import_base(tmp_path / "nowhere")
 
 

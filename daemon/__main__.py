@@ -1,0 +1,5 @@
+"""``python -m specblock.daemon``."""
+
+from specblock.daemon.app import main
+
+main()

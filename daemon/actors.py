@@ -1,0 +1,186 @@
+"""Ray shells: they build the plain classes from the configuration and pass calls through. They decide nothing."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specblock.bandit.actions import CompareReport, ParityReport, TrainReport
+from specblock.bandit.config import Arm, StreamConfig
+from specblock.bandit.producer import EventProducer
+from specblock.bandit.stream import RedisStream
+from specblock.daemon.config import DaemonConfig
+from specblock.daemon.engine import Engine, EngineSettings
+from specblock.daemon.engine_host import EngineHost, SwapResult
+from specblock.daemon.feedback import Feedback
+from specblock.daemon.messages import EngineStatus, GenerationRequest, TokenChunk
+from specblock.daemon.models import draft_settings, dtype_of, load_target, load_version
+from specblock.daemon.registry import DrafterRegistry
+from specblock.daemon.trainer import Trainer, Weights
+from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore
+from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.window import Window
+
+
+def waiter() -> Callable[[float], object]:
+    """A pause that needs no sleep loop: an event that is never set."""
+    return threading.Event().wait
+
+
+class EngineActor:
+    """Verifier and inference drafter on one device, with the event producer beside them."""
+
+    def __init__(self, config: DaemonConfig, name: str, stream: StreamConfig | None) -> None:
+        torch.set_num_threads(config.engine.threads)
+        self._name = name
+        registry = DrafterRegistry(Path(config.state_dir))
+        version = registry.serving()
+        assert version is not None, "the daemon imports a base drafter before it starts engines"
+        target = load_target(config)
+        drafter = SpecBlockDrafter(load_version(config, target, registry.path(version)), draft_settings(config))
+        limits = config.windows
+        self._windows = WindowStore(
+            WindowLimits(
+                budget_bytes=limits.budget_bytes,
+                per_domain_quota=limits.per_domain_quota,
+                heldout_fraction=limits.heldout_fraction,
+                max_window_tokens=limits.max_window_tokens,
+                ttl_s=limits.ttl_s,
+            ),
+            time.time,
+        )
+        self._producer: EventProducer | None = None
+        if stream is not None:
+            incarnation = f"{name}-{os.getpid()}-{time.time_ns()}"
+            self._producer = EventProducer(RedisStream(stream, waiter()), incarnation)
+            self._producer.start()
+        feedback = Feedback(self._producer, self._windows, name, time.time, lambda: len(engine.running))
+        settings = EngineSettings(
+            slots=config.engine.slots,
+            capacity_tokens=config.target.max_context_tokens,
+            prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
+            top_k=limits.top_k,
+            segment_cycles=config.engine.segment_cycles,
+        )
+        engine = Engine(target, drafter, settings, time.perf_counter, feedback, version)
+        engine.speculation = config.engine.speculation
+        self._host = EngineHost(engine, self._windows, config.engine.stream_interval_s, config.engine.max_waiting)
+
+    def __repr__(self) -> str:
+        return f"Engine({self._name}, drafter {self._host.engine.drafter_version})"
+
+    def submit(self, request: GenerationRequest) -> None:
+        """See EngineHost.submit."""
+        self._host.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        """See EngineHost.cancel."""
+        self._host.cancel(request_id)
+
+    def next_chunks(self, timeout_s: float) -> list[TokenChunk]:
+        """See EngineHost.next_chunks."""
+        return self._host.next_chunks(timeout_s)
+
+    def status(self) -> EngineStatus:
+        """Engine counters with the producer's added."""
+        status = self._host.status()
+        if self._producer is None:
+            return status
+        stats = self._producer.stats()
+        return replace(status, events_sent=stats.sent, events_dropped=stats.dropped + stats.lost)
+
+    def pid(self) -> int:
+        """Process id of the actor's worker."""
+        return os.getpid()
+
+    def swap(self, version: str, weights: Weights) -> SwapResult:
+        """See EngineHost.swap."""
+        return self._host.swap(version, weights)
+
+    def window_summary(self) -> tuple[DomainCount, ...]:
+        """What is kept per domain."""
+        return self._windows.summary()
+
+    def pull_windows(
+        self, heldout: bool | None, after_time_s: float | None, version: str | None, most: int
+    ) -> list[Window]:
+        """The newest ``most`` windows that match; they travel through the object store."""
+        return self._windows.pull(heldout=heldout, after_time_s=after_time_s, version=version)[-most:]
+
+    def close(self, deadline_s: float) -> None:
+        """Stops decoding and flushes events."""
+        self._host.close()
+        if self._producer is not None:
+            self._producer.close(deadline_s)
+
+
+class TrainerActor:
+    """Online updates, replay and the registry of versions."""
+
+    def __init__(self, config: DaemonConfig) -> None:
+        torch.set_num_threads(config.trainer.threads)
+        target = load_target(config)
+        self._registry = DrafterRegistry(Path(config.state_dir))
+        self._trainer = Trainer(
+            target.embedding.clone(),
+            self._registry,
+            draft_settings(config),
+            dtype_of(config),
+            config.trainer.batch_windows,
+        )
+
+    def __repr__(self) -> str:
+        return f"Trainer(serving {self._registry.serving()})"
+
+    def train(
+        self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool, windows: list[Window]
+    ) -> TrainReport:
+        """See Trainer.train."""
+        return self._trainer.train(decision_id, arm, base_version, fraction, resume, windows)
+
+    def parity(self, version: str, windows: list[Window]) -> ParityReport:
+        """See Trainer.parity."""
+        return self._trainer.parity(version, windows)
+
+    def compare(self, old: str, new: str, windows: list[Window], cycle_s: float) -> CompareReport:
+        """See Trainer.compare."""
+        return self._trainer.compare(old, new, windows, cycle_s)
+
+    def store(self, candidate: str, decision_id: str) -> str:
+        """Writes a candidate to the registry."""
+        return self._trainer.store(candidate, decision_id)
+
+    def weights(self, version: str) -> Weights:
+        """State of a version, for a swap."""
+        return self._trainer.weights(version)
+
+    def promote(self, version: str) -> None:
+        """Makes ``version`` the one that a restart comes back with."""
+        self._registry.promote(version)
+
+    def discard(self, candidate: str) -> None:
+        """Forgets a candidate."""
+        self._trainer.discard(candidate)
+
+    def pid(self) -> int:
+        """Process id of the actor's worker."""
+        return os.getpid()
+
+
+def remote_options(name: str, num_cpus: float, num_gpus: float, concurrency: int, restarts: int) -> dict[str, Any]:
+    """Options every actor shares: owned by the daemon, a bounded number of restarts, no silent retries of calls."""
+    return {
+        "name": name,
+        "num_cpus": num_cpus,
+        "num_gpus": num_gpus,
+        "max_concurrency": concurrency,
+        "max_restarts": restarts,
+        "max_task_retries": 0,
+    }

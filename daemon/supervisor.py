@@ -1,0 +1,242 @@
+"""``specblockd serve``: start order, health, signals, drain, stop.
+
+Order: port and drafter checks, Redis, Ray, HTTP (503 while loading), trainer and engine, bandit. Stop is the reverse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import signal
+import socket
+import time
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+import ray
+import uvicorn
+from transformers import AutoTokenizer
+
+from specblock.bandit.config import StreamConfig
+from specblock.daemon.actors import EngineActor, TrainerActor, remote_options
+from specblock.daemon.bandit_actor import BanditActor, BanditView
+from specblock.daemon.config import DaemonConfig
+from specblock.daemon.engine_client import RayEngineClient
+from specblock.daemon.errors import ConfigError, DependencyError, SpecblockError
+from specblock.daemon.gateway import create_app
+from specblock.daemon.redis_server import RedisServer
+from specblock.daemon.registry import DrafterRegistry
+from specblock.daemon.runfile import DaemonInfo, remove_run_file, write_run_file
+
+log = logging.getLogger(__name__)
+
+
+def serve(config: DaemonConfig) -> int:
+    """Runs the daemon until a signal; returns the exit code.
+
+    Raises:
+        SpecblockError: something is missing; nothing stays half-started.
+    """
+    state_dir = Path(config.state_dir).resolve()
+    state_dir.mkdir(parents=True, exist_ok=True)
+    _check_files(config)
+    _check_port(config.http.host, config.http.port)
+    if config.ray.address == "local" and config.ray.dashboard:
+        _check_port(config.ray.dashboard_host, config.ray.dashboard_port)
+    registry = DrafterRegistry(state_dir)
+    serving = registry.import_base(Path(config.drafter.path))
+    log.info("drafter version %s", serving)
+    redis = RedisServer(config.redis, state_dir)
+    endpoint = redis.start()
+    try:
+        _start_ray(config)
+        return asyncio.run(_Daemon(config, state_dir, endpoint.url).run())
+    finally:
+        ray.shutdown()
+        redis.stop()
+        remove_run_file(state_dir)
+        log.info("stopped")
+
+
+def _check_files(config: DaemonConfig) -> None:
+    for name, place in (("target.model", config.target.model), ("drafter.path", config.drafter.path)):
+        looks_local = name == "drafter.path" or Path(place).is_absolute() or str(place).startswith((".", "models/"))
+        if looks_local and not (Path(place) / "config.json").is_file():
+            raise ConfigError(f"{name}: no model at {place} (config.json is missing)")
+
+
+def _check_port(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise DependencyError(f"cannot listen on {host}:{port}: {error.strerror}; is a daemon running?") from None
+
+
+def _start_ray(config: DaemonConfig) -> None:
+    settings = config.ray
+    log.info("starting Ray (%s)", settings.address)
+    if settings.address != "local":
+        ray.init(address=settings.address, namespace="specblock", log_to_driver=False)
+        return
+    # Logical CPUs for the three actors, whatever the machine has: on two cores they share.
+    ray.init(
+        address="local",
+        namespace="specblock",
+        num_cpus=max(4, os.cpu_count() or 1),
+        include_dashboard=settings.dashboard,
+        dashboard_host=settings.dashboard_host,
+        dashboard_port=settings.dashboard_port,
+        object_store_memory=settings.object_store_memory_bytes,
+        log_to_driver=False,
+        logging_level="warning",
+    )
+    token = Path.home() / ".ray" / "auth_token"
+    if token.exists():
+        token.chmod(0o600)
+    if settings.dashboard:
+        log.info(
+            "Ray dashboard on http://%s:%d (it asks for a token: `ray get-auth-token`)",
+            settings.dashboard_host,
+            settings.dashboard_port,
+        )
+
+
+class _Daemon:
+    """The running daemon: everything between Ray's start and its shutdown."""
+
+    def __init__(self, config: DaemonConfig, state_dir: Path, redis_url: str) -> None:
+        self._config, self._state_dir = config, state_dir
+        self._stream = StreamConfig(
+            url=redis_url,
+            max_entries=config.redis.stream_max_entries,
+            socket_timeout_s=config.redis.socket_timeout_s,
+            block_max_s=config.redis.block_s,
+        )
+        self._client = RayEngineClient()
+        self._bandit = BanditView()
+        self._stop = asyncio.Event()
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
+            loop.add_signal_handler(number, self._stop.set)
+        server = self._http_server()
+        serving = asyncio.create_task(server.serve())
+        actors: list[Any] = []
+        code = 0
+        try:
+            starting = asyncio.create_task(self._start_actors(actors))
+            stopping = asyncio.create_task(self._stop.wait())
+            await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                await starting
+                await stopping
+            else:
+                starting.cancel()
+        except SpecblockError as error:
+            log.error("%s", error)
+            code = int(error.exit_code)
+        await self._shut_down(server, serving, actors)
+        return code
+
+    def _http_server(self) -> uvicorn.Server:
+        tokenizer = AutoTokenizer.from_pretrained(self._config.target.model)
+        app = create_app(
+            self._client,
+            self._config,
+            tokenizer,
+            rng=random.SystemRandom(),
+            clock=time.monotonic,
+            wall_clock=time.time,
+            version=installed_version("specblock"),
+            bandit_status=self._bandit.status,
+        )
+        http = self._config.http
+        server = uvicorn.Server(
+            uvicorn.Config(app, host=http.host, port=http.port, log_level="warning", access_log=False, lifespan="off")
+        )
+        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
+        server.capture_signals = _no_signals  # type: ignore[method-assign]
+        return server
+
+    async def _start_actors(self, actors: list[Any]) -> None:
+        config = self._config
+        begin = time.monotonic()
+        self._client.report("loading", "loading target and drafter")
+        engine = (
+            ray.remote(EngineActor)
+            .options(**remote_options("engine-0", 1, config.ray.engine_gpus, concurrency=16, restarts=3))
+            .remote(config, "engine-0", self._stream)
+        )
+        actors.append(engine)
+        trainer = (
+            ray.remote(TrainerActor)
+            .options(**remote_options("trainer", 1, config.ray.trainer_gpus, concurrency=1, restarts=3))
+            .remote(config)
+        )
+        actors.append(trainer)
+        await self._ready(engine, "engine")
+        await self._ready(trainer, "trainer")
+        bandit = (
+            ray.remote(BanditActor)
+            .options(**remote_options("bandit", 0.5, 0, concurrency=4, restarts=-1))
+            .remote(config, str(self._state_dir / "bandit"), self._stream, engine, trainer)
+        )
+        actors.append(bandit)
+        await self._ready(bandit, "bandit")
+        self._client.attach(engine)
+        self._bandit.attach(bandit)
+        self._client.report("", "")
+        url = f"http://{config.http.host}:{config.http.port}"
+        write_run_file(
+            self._state_dir,
+            DaemonInfo(pid=os.getpid(), url=url, version=installed_version("specblock"), started_at_unix_s=time.time()),
+        )
+        log.info("ready on %s after %.1f s", url, time.monotonic() - begin)
+
+    async def _ready(self, actor: Any, name: str) -> None:
+        try:
+            await actor.pid.remote()
+        except ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None) or error
+            message = str(cause).strip().splitlines()[-1] if str(cause).strip() else repr(cause)
+            raise DependencyError(f"the {name} did not start: {message}") from None
+
+    async def _shut_down(self, server: uvicorn.Server, serving: asyncio.Task[None], actors: list[Any]) -> None:
+        self._client.report("draining", "no new requests")
+        deadline = time.monotonic() + self._config.http.drain_deadline_s
+        while self._client.queue_depth and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        server.should_exit = True
+        await asyncio.wait({serving}, timeout=5)
+        self._bandit.detach()
+        await self._client.close()
+        if len(actors) == 3:
+            await asyncio.wait(
+                [
+                    asyncio.ensure_future(actors[0].close.remote(2.0)),
+                    asyncio.ensure_future(actors[2].close.remote(5.0)),
+                ],
+                timeout=8,
+            )
+        for actor in actors:
+            ray.kill(actor)
+
+
+class _NoSignals:
+    """uvicorn would otherwise take the signals that drain the daemon."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+
+def _no_signals() -> _NoSignals:
+    return _NoSignals()

@@ -1,0 +1,117 @@
+"""``specblockd train``: conversations by the target, then offline training, resumable at every point."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from specblock.daemon.collect import CollectSettings, Prompt, read_prompts
+from specblock.daemon.train_data import generate_shards
+from specblock.drafter.checkpoint import save_drafter
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.dataset import load_windows
+from specblock.drafter.initialise import config_for_target, frequent_tokens, initialise_from_target
+from specblock.drafter.loss import LossSettings
+from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.train import TrainRun, TrainSettings, heldout_acceptance, train_to_deadline
+from specblock.drafter.window import Window
+from specblock.verifier.model import TargetModel
+
+_HELDOUT_TOKENS = 64
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(prog="specblockd train", description=__doc__)
+    made.add_argument("--target", required=True, help="target model: directory or hub id")
+    made.add_argument("--prompts", required=True, nargs="+", type=Path, help="JSON lines with domain and prompt")
+    made.add_argument("--heldout", nargs="+", type=Path, default=[], help="prompts for held-out acceptance")
+    made.add_argument("--out", required=True, type=Path, help="directory of the finished drafter")
+    made.add_argument("--work", required=True, type=Path, help="directory of data and checkpoints; resumes from it")
+    made.add_argument("--minutes", type=float, default=60.0, help="time limit of the training loop")
+    made.add_argument("--steps", type=int, default=2000, help="optimiser steps over which the rate decays")
+    made.add_argument("--learning-rate", type=float, default=8e-4)
+    made.add_argument("--batch-windows", type=int, default=8, help="conversations per step")
+    made.add_argument("--blocks", type=int, default=3, help="drafter blocks per step")
+    made.add_argument("--tokens", type=int, default=96, help="tokens generated per prompt")
+    made.add_argument(
+        "--temperatures", type=float, nargs="+", default=[1.0, 1.0, 1.0, 0.7, 0.3], help="drawn with equal weight"
+    )
+    made.add_argument("--most-prompts", type=int, default=0, help="use this many prompts at most (0: all)")
+    made.add_argument("--draft-vocab", type=int, default=0, help="size of the draft vocabulary (0: the target's)")
+    made.add_argument("--prefix", choices=["argmax", "acceptance"], default="acceptance", help="see LossSettings")
+    made.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="type of the target")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--seed", type=int, default=1)
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command; returns the exit code."""
+    options = parser().parse_args(list(argv))
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    target = TargetModel.load(options.target, dtype=dtype, device=options.device)
+    train, heldout = _conversations(target, options)
+    vocab = options.draft_vocab or target.vocab_size
+    config = config_for_target(target.config, target.fingerprint, target.feature_layers, vocab)
+    model = SpecBlockModel(config, target.embedding.float())
+    if vocab < target.vocab_size:
+        model.set_vocabulary(frequent_tokens(train, target.vocab_size, vocab))
+    initialise_from_target(model, target.output_head, target.final_norm)
+    settings = TrainSettings(
+        steps=options.steps,
+        learning_rate=options.learning_rate,
+        batch_windows=options.batch_windows,
+        blocks=options.blocks,
+        warmup_steps=max(1, options.steps // 20),
+        loss=LossSettings(prefix=options.prefix),
+        seed=options.seed,
+    )
+    run = TrainRun(model.to(options.device), settings)
+    if run.resume(options.work / "run"):
+        _say(f"resumed at step {run.done}")
+    begin = time.monotonic()
+
+    def evaluate() -> dict[str, float]:
+        return heldout_acceptance(model, heldout, DraftSettings()) if heldout else {}
+
+    deadline = begin + 60 * options.minutes
+    train_to_deadline(run, train, options.work / "run", deadline, _say, evaluate=evaluate)
+    save_drafter(model, options.out)
+    facts = {
+        "steps": run.done,
+        "positions": run.positions,
+        "training_s": round(time.monotonic() - begin, 1),
+        "heldout_acceptance_length": {d: round(a, 3) for d, a in evaluate().items()},
+    }
+    (options.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+    _say(json.dumps(facts))
+    return 0
+
+
+def _conversations(target: TargetModel, options: argparse.Namespace) -> tuple[list[Window], list[Window]]:
+    prompts: list[Prompt] = [p for path in options.prompts for p in read_prompts(path)]
+    if options.most_prompts:
+        prompts = prompts[:: max(1, len(prompts) // options.most_prompts)][: options.most_prompts]
+    settings = CollectSettings(
+        max_tokens=options.tokens, temperatures=tuple(options.temperatures), slots=64, seed=options.seed
+    )
+    shards = generate_shards(target, prompts, options.work / "train", settings, _say)
+    held: list[Window] = []
+    for path in options.heldout:
+        own = CollectSettings(max_tokens=_HELDOUT_TOKENS, slots=48, seed=options.seed + 1, heldout=True)
+        made = generate_shards(target, read_prompts(path)[:48], options.work / f"heldout-{path.stem}", own, _say)
+        held.extend(w for shard in made for w in load_windows(shard))
+    return [w for shard in shards for w in load_windows(shard)], held
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
