@@ -8,7 +8,7 @@ CONFIG ?= configs/local.yaml
 ROOTS  := bandit cuda_ext daemon drafter verifier
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint types ci demo bench gpu-check clean
+.PHONY: help setup run test test-fast lint types ci bench gpu-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -36,9 +36,6 @@ types: setup  ## mypy --strict
 	$(BIN)/mypy
 
 ci: lint types test  ## exactly what CI runs
-
-demo: setup  ## traffic shift against a self-started daemon; ends with an HTML page
-	$(BIN)/specblockd demo -c configs/demo.yaml --out build/demo
 
 bench: setup  ## transformers generate, plain decoding and SpecBlock side by side
 	$(BIN)/specblockd bench speed --small

@@ -123,6 +123,7 @@ class Ledger:
         self.balance = Balance()
         self.repaired_bytes = 0
         self.next_number = 0
+        self.last_record: LedgerRecord | None = None
         self._stages: dict[str, set[str]] = {}
         self._open: dict[str, LedgerRecord] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -186,12 +187,13 @@ class Ledger:
         match = _ID.fullmatch(record.decision_id)
         self.next_number = max(self.next_number, int(match.group(1)) + 1 if match else 0)
         self.balance = self.balance.add(record)
+        # The context is only needed in the file.
+        self.last_record = replace(record, context=None)
         acts = record.stage != DECIDED or record.action in (CHECK, PROBE)
         if record.stage in TERMINAL or not acts:
             self._open.pop(record.decision_id, None)
         else:
-            # The context is only needed in the file.
-            self._open[record.decision_id] = replace(record, context=None)
+            self._open[record.decision_id] = self.last_record
 
 
 def read_ledger(path: Path) -> Iterator[LedgerRecord]:

@@ -32,6 +32,9 @@ from specblock.bandit.parity import ParityEvidence
 
 HOUR_S = 3600.0
 
+MIN_PROBED = 2
+"""Held-out conversations without which a micro-profile has measured nothing."""
+
 
 def decide(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> tuple[Decision, PolicyState]:
     """Take one decision.
@@ -42,16 +45,13 @@ def decide(context: DecisionContext, state: PolicyState, config: PolicyConfig) -
         config: the operator's numbers.
 
     Returns:
-        The decision, and the state with the decision counted and expired charges dropped.
+        The decision, and the state without expired charges; a decision at rest is counted (its number is its id).
     """
-    state = replace(
-        state,
-        decisions=state.decisions + 1,
-        charges=tuple(charge for charge in state.charges if charge.time_s > context.now_s - HOUR_S),
-    )
+    recent = tuple(charge for charge in state.charges if charge.time_s > context.now_s - HOUR_S)
+    state = replace(state, charges=recent)
     if context.probed is not None:
         return _after_probe(context, context.probed, state, config), state
-    return _at_rest(context, state, config), state
+    return _at_rest(context, state, config), replace(state, decisions=state.decisions + 1)
 
 
 def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> Decision:
@@ -174,8 +174,11 @@ def _after_probe(context: DecisionContext, probed: Probed, state: PolicyState, c
     found = (
         f"the micro-profile saves {probed.saving.relative:+.1%} on {probed.saving.conversations} held-out conversations"
     )
-    go = option.value.net_lower > 0 and verdict != FAULT
-    why = evidence if verdict == FAULT else _why(option) if go else _why_not((option,), option)
+    measured = probed.saving.conversations >= MIN_PROBED
+    go = measured and option.value.net_lower > 0 and verdict != FAULT
+    why = _why(option) if go else _why_not((option,), option)
+    if verdict == FAULT or not measured:
+        why = evidence if verdict == FAULT else "too few to judge a candidate by"
     return Decision(
         action=CONTINUE if go else ABANDON,
         arm=probed.arm,

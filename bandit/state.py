@@ -46,6 +46,7 @@ class PendingUpdate:
         looks: looks taken at the gate.
         rows: gate conversations, in the order they became known.
         promoted_s: time of the promotion.
+        tokens_mark: tokens the new version had served by then.
     """
 
     decision_id: str
@@ -66,6 +67,7 @@ class PendingUpdate:
     looks: int = 0
     rows: tuple[GateRow, ...] = ()
     promoted_s: float = 0.0
+    tokens_mark: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +112,10 @@ class BanditState:
     def requests(self) -> int:
         """Requests finished under any remembered version."""
         return sum(totals.requests for totals in self.versions.values())
+
+    def totals(self, version: str) -> VersionTotals:
+        """What ``version`` has served."""
+        return self.versions.get(version, VersionTotals())
 
     def learn(self, event: AcceptanceEvent, config: PolicyConfig) -> bool:
         """Take one event; False (and no effect) when it was learned before."""

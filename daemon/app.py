@@ -194,21 +194,6 @@ def bench_speed(
 
 @app.command()
 @command
-def demo(
-    config: ConfigFile = Path("configs/demo.yaml"),
-    out: Annotated[Path, typer.Option(help="Folder of the report page.")] = Path("build/demo"),
-    overrides: Overrides = None,
-) -> int:
-    """Run a traffic shift against a daemon of its own and write a report page."""
-    loaded: DaemonConfig = load_config(config, overrides or ())
-    configure_logging(loaded.logging)
-    from specblock.daemon import demo as shift
-
-    return shift.run(loaded, out)
-
-
-@app.command()
-@command
 def version(as_json: AsJson = False) -> int:
     """Print the version."""
     found = installed_version("specblock")

@@ -19,6 +19,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
+from specblock.daemon.bandit_metrics import flat_numbers
 from specblock.daemon.messages import EngineStatus, RequestStats
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
@@ -218,8 +219,13 @@ class GatewayMetrics:
         self._rejections.labels(*self._labels, reason).inc()
 
     def render(self, status: EngineStatus, bandit: Mapping[str, Any]) -> bytes:
-        """The text of ``/metrics``, format 0.0.4."""
-        snapshot = _Snapshot(status, bandit, self._labels)
+        """The text of ``/metrics``, format 0.0.4.
+
+        Args:
+            status: the engine's snapshot.
+            bandit: the adaptation service's status, as in ``flat_numbers``; empty while there is none.
+        """
+        snapshot = _Snapshot(status, flat_numbers(bandit, self._max_domain_labels), self._labels)
         families = (*self._registry.collect(), *snapshot.collect())
         registry = CollectorRegistry(auto_describe=False)
         registry.register(_Families(families, self._vllm_compat))

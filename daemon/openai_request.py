@@ -6,7 +6,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.api_error import bad_request
@@ -21,6 +21,7 @@ _GREEDY_BELOW = 1e-5
 """Temperatures below this mean arg-max, as in vLLM: dividing by them only overflows."""
 
 
+@runtime_checkable
 class TextCodec(Protocol):
     """The part of a tokenizer the gateway needs."""
 
@@ -45,14 +46,13 @@ class TextCodec(Protocol):
 class TransformersCodec:
     """A transformers tokenizer as ``TextCodec``."""
 
-    def __init__(self, tokenizer: Any, vocab_size: int) -> None:
+    def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
 
     @property
     def vocab_size(self) -> int:
-        """Token ids are below this: the size of the model's output, not of the tokenizer."""
-        return self._vocab_size
+        """Token ids the tokenizer knows are below this; the model's output may be padded beyond it."""
+        return len(self._tokenizer)
 
     @property
     def has_chat_template(self) -> bool:

@@ -12,6 +12,8 @@ import random
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
@@ -160,7 +162,6 @@ class _Daemon:
         server = uvicorn.Server(
             uvicorn.Config(app, host=http.host, port=http.port, log_level="warning", access_log=False, lifespan="off")
         )
-        server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
         server.capture_signals = _no_signals  # type: ignore[method-assign]
         return server
 
@@ -185,7 +186,7 @@ class _Daemon:
         bandit = (
             ray.remote(BanditActor)
             .options(**remote_options("bandit", 0.5, 0, concurrency=4, restarts=-1))
-            .remote(config, str(self._state_dir / "bandit"), self._stream, engine, trainer)
+            .remote(config, str(self._state_dir / "bandit"), self._stream)
         )
         actors.append(bandit)
         await self._ready(bandit, "bandit")
@@ -228,15 +229,7 @@ class _Daemon:
             ray.kill(actor)
 
 
-class _NoSignals:
+@contextmanager
+def _no_signals() -> Iterator[None]:
     """uvicorn would otherwise take the signals that drain the daemon."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-def _no_signals() -> _NoSignals:
-    return _NoSignals()
+    yield

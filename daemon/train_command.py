@@ -36,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--minutes", type=float, default=60.0, help="time limit of the training loop")
     made.add_argument("--steps", type=int, default=2000, help="optimiser steps over which the rate decays")
     made.add_argument("--learning-rate", type=float, default=8e-4)
+    made.add_argument("--matrix-rate", type=float, default=0.02, help="Muon's rate for hidden matrices; 0: AdamW")
     made.add_argument("--batch-windows", type=int, default=8, help="conversations per step")
     made.add_argument("--blocks", type=int, default=3, help="drafter blocks per step")
     made.add_argument("--tokens", type=int, default=96, help="tokens generated per prompt")
@@ -69,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
     settings = TrainSettings(
         steps=options.steps,
         learning_rate=options.learning_rate,
+        matrix_rate=options.matrix_rate,
         batch_windows=options.batch_windows,
         blocks=options.blocks,
         warmup_steps=max(1, options.steps // 20),

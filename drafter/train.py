@@ -25,6 +25,10 @@ from specblock.drafter.replay import acceptance_length, replay
 from specblock.drafter.window import Window, collate
 
 
+_NOT_HIDDEN = ("lm_head.", "input_layer.position_queries.", "rank_head.")
+"""Matrices that Muon is not meant for: outputs and tables."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSettings:
     """One training run.
@@ -32,7 +36,9 @@ class TrainSettings:
     Attributes:
         steps: optimiser steps; the learning rate decays linearly to ``final_rate`` of its peak over them.
         batch_windows: conversations per step.
-        learning_rate: peak rate of AdamW.
+        learning_rate: peak rate of AdamW, which moves the head, norms, tables and everything not a hidden matrix.
+        matrix_rate: peak rate of Muon (orthogonalised momentum), which moves the hidden matrices; 0 leaves them to
+            AdamW as the published recipe does. On few positions Muon learns several times faster.
         patterns: parameters that move, as shell patterns over their names.
         blocks: drafter blocks per step (test-time training).
         autocast: bfloat16 matrix products with float32 master weights.
@@ -41,6 +47,7 @@ class TrainSettings:
     steps: int
     batch_windows: int = 8
     learning_rate: float = 5e-4
+    matrix_rate: float = 0.0
     warmup_steps: int = 50
     final_rate: float = 0.05
     betas: tuple[float, float] = (0.9, 0.95)
@@ -64,18 +71,27 @@ class TrainRun:
         self.done = 0
         self.positions = 0
         self._generator = torch.Generator().manual_seed(settings.seed)
-        chosen = []
+        matrices: list[torch.nn.Parameter] = []
+        others: list[torch.nn.Parameter] = []
         for name, parameter in model.named_parameters():
             moves = any(fnmatch(name, pattern) for pattern in settings.patterns)
             parameter.requires_grad_(moves)
             if moves:
-                chosen.append(parameter)
-        if not chosen:
+                hidden = parameter.ndim == 2 and not name.startswith(_NOT_HIDDEN) and settings.matrix_rate > 0
+                (matrices if hidden else others).append(parameter)
+        if not matrices and not others:
             raise ValueError(f"no drafter parameter matches {settings.patterns}")
-        self._parameters = chosen
-        self._optimizer = torch.optim.AdamW(
-            chosen, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
-        )
+        self._parameters = matrices + others
+        # (optimiser, its peak rate)
+        self._optimizers: list[tuple[torch.optim.Optimizer, float]] = []
+        if others:
+            adam = torch.optim.AdamW(
+                others, lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+            )
+            self._optimizers.append((adam, settings.learning_rate))
+        if matrices:
+            muon = torch.optim.Muon(matrices, lr=settings.matrix_rate, weight_decay=settings.weight_decay)
+            self._optimizers.append((muon, settings.matrix_rate))
 
     def rate(self) -> float:
         """Learning-rate factor of the next step: linear warm-up, linear decay."""
@@ -89,14 +105,16 @@ class TrainRun:
         batch = collate(windows, device)
         width = self.model.config.num_slots
         consumed = torch.randint(1, width + 1, (self.settings.blocks - 1,), generator=self._generator).tolist()
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate * self.rate()
+        for optimizer, peak in self._optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = peak * self.rate()
         with torch.autocast(device.type, torch.bfloat16, enabled=self.settings.autocast):
             report = training_loss(self.model, batch, consumed, self.settings.loss)
-        self._optimizer.zero_grad(set_to_none=True)
         torch.autograd.backward(report.total)
         torch.nn.utils.clip_grad_norm_(self._parameters, self.settings.clip)
-        self._optimizer.step()
+        for optimizer, _ in self._optimizers:
+            optimizer.step()
         self.done += 1
         self.positions += int(batch.valid.sum())
         return report
@@ -118,8 +136,9 @@ class TrainRun:
         """Writes everything an exact resume needs (no pickles)."""
         directory.mkdir(parents=True, exist_ok=True)
         tensors: dict[str, Tensor] = {f"model.{k}": v.contiguous() for k, v in self.model.state_dict().items()}
-        for index, state in self._optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items()}
+        for which, (optimizer, _) in enumerate(self._optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{which}.{index}.{key}": value for key, value in state.items()}
         tensors["generator"] = self._generator.get_state()
         save_file(tensors, directory / "run.partial")
         facts = {"done": self.done, "positions": self.positions, "settings": asdict(self.settings)}
@@ -141,13 +160,13 @@ class TrainRun:
         tensors = load_file(directory / "run.safetensors")
         self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
         self.model.refresh_vocabulary()
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                state.setdefault(int(index), {})[key] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for which, (optimizer, _) in enumerate(self._optimizers):
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith(f"optimizer.{which}."):
+                    _, _, index, key = name.split(".")
+                    state.setdefault(int(index), {})[key] = value
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         self._generator.set_state(tensors["generator"])
         self.done, self.positions = facts["done"], facts["positions"]
         return True

@@ -142,6 +142,11 @@ class TargetModel:
         return weight.detach()
 
     @property
+    def transformers_model(self) -> Any:
+        """The transformers model itself, for comparisons with its own generation modes."""
+        return self._model
+
+    @property
     def config(self) -> Any:
         """The transformers configuration."""
         return self._model.config

@@ -49,7 +49,7 @@ def test_version() -> None:
     assert code == ExitCode.OK and json.loads(out)["version"]
 
 
-@pytest.mark.parametrize("command", [("serve",), ("check",), ("generate", "x"), ("status",), ("explain",), ("demo",)])
+@pytest.mark.parametrize("command", [("serve",), ("check",), ("generate", "x"), ("status",), ("explain",), ("ledger",)])
 def test_config_errors_end_every_command_with_2(tmp_path: Path, command: tuple[str, ...]) -> None:
     path = tmp_path / "bad.yaml"
     path.write_text("target: {modl: x}\nhttp: {port: 0}\n")

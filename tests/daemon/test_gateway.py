@@ -15,7 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.errors import DependencyError
-from specblock.daemon.gateway import create_app, served_name
+from specblock.daemon.gateway import create_app
+from specblock.daemon.gateway_state import served_name
 from tests.fakes import LetterCodec, ScriptedEngine
 
 DEADLINE_S = 20.0

@@ -135,3 +135,31 @@ def test_without_vllm_names() -> None:
     text = GatewayMetrics("m", vllm_compat=False).render(EngineStatus(phase="ready"), {})
     assert b"vllm:" not in text
     assert parse(text)["specblock_time_to_first_token_seconds_count", LABELS] == 0
+
+
+def test_the_status_of_the_adaptation_service() -> None:
+    domain = {"domain": "cpp", "version": "v1", "acceptance": 2.5, "cycles": 10, "requests": 3, "changes": 1}
+    bandit = {
+        "stage": "gating-1",
+        "decisions": 4,
+        "accrued_s": 1.5,
+        "balance": {"charged_s": 3.0, "skips": 2},
+        "counters": {"read": 9},
+        "domains": [domain, {**domain, "domain": "rare", "cycles": 1}],
+        "last_record": None,
+        "open_records": [{"decision_id": "d1"}],
+    }
+    found = parse(GatewayMetrics("m", max_domain_labels=1).render(EngineStatus(phase="ready"), bandit))
+    own = {key: value for key, value in found.items() if key[0].startswith("specblock_bandit")}
+    assert own == {
+        ("specblock_bandit_stage", labels(stage="gating-1")): 1,
+        ("specblock_bandit_decisions_total", labels()): 4,
+        ("specblock_bandit_accrued_s", labels()): 1.5,
+        ("specblock_bandit_balance_charged_s", labels()): 3,
+        ("specblock_bandit_balance_skips", labels()): 2,
+        ("specblock_bandit_loop_read_total", labels()): 9,
+        ("specblock_bandit_acceptance", labels(domain="cpp")): 2.5,
+        ("specblock_bandit_cycles", labels(domain="cpp")): 10,
+        ("specblock_bandit_requests", labels(domain="cpp")): 3,
+        ("specblock_bandit_changes", labels(domain="cpp")): 1,
+    }

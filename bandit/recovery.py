@@ -1,0 +1,93 @@
+"""Ending updates that cannot go on: an action failed, was interrupted by a crash, or proved wrong while live.
+
+The ledger decides. If its newest stage of an update is one that this state did not write, the process died between
+the two; the action may or may not have happened, so it is charged in full and never repeated.
+"""
+
+from __future__ import annotations
+
+from specblock.bandit.config import Arm
+from specblock.bandit.cost import charge_s
+from specblock.bandit.decision import PROBE
+from specblock.bandit.forecast import mean_drop
+from specblock.bandit.learning import end_update, learn_stall
+from specblock.bandit.ledger import LedgerRecord
+from specblock.bandit.outside import ActionError, Journal, attempt
+
+LIVE = frozenset({"promoted", "verifying", "verified", "settling"})
+"""Ledger stages at which the candidate serves."""
+
+UNDOING = frozenset({"promoting", "rolling_back"})
+"""Ledger stages at which nobody knows what serves."""
+
+
+class Recovery:
+    """Ends updates early. Uses the ledger's newest record only, so it works without a pending update too."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def orphans(self) -> tuple[LedgerRecord, ...]:
+        """Open updates and checks that the state does not have at the same stage."""
+        pending = self._journal.state.pending
+        known = (pending.decision_id, pending.ledger_stage) if pending else None
+        return tuple(r for r in self._journal.ledger.open_records() if (r.decision_id, r.stage) != known)
+
+    def end(self, record: LedgerRecord, now_s: float, why: str) -> None:
+        """End an update whose newest stage is ``record``; an action it had begun is charged as expected."""
+        if record.stage in LIVE:
+            self.finish(record, "settled", now_s, f"{why}; its realised gain was not measured", gained=True)
+        elif record.stage in UNDOING and attempt(self._journal.actions.serving_version) != record.base_version:
+            self.roll_back(record, now_s, why)
+        else:
+            problem = self._journal.discard(record.candidate_version)
+            self.finish(record, "abandoned", now_s, why + problem)
+
+    def roll_back(self, record: LedgerRecord, now_s: float, why: str) -> None:
+        """Make the base version serve again.
+
+        Raises:
+            ActionError: the outside world raised; the update stays open, so the next step tries again.
+        """
+        journal = self._journal
+        if not journal.ledger.knows(record.decision_id, "rolling_back"):
+            record = journal.write(record.decision_id, "rolling_back", now_s, why, charged_s=record.expected_s)
+        swap = attempt(lambda: journal.actions.rollback(record.decision_id, record.base_version))
+        stage, detail = ("rolled_back", "") if swap.ok else ("abandoned", f"; the roll-back was refused: {swap.detail}")
+        journal.state.policy = learn_stall(journal.state.policy, swap.stall_s)
+        cost_s = charge_s(journal.config.cost, stall_s=swap.stall_s)
+        problem = journal.discard(record.candidate_version) if swap.ok else ""
+        self.finish(record, stage, now_s, why + detail + problem, charged_s=cost_s)
+
+    def finish(
+        self,
+        record: LedgerRecord,
+        stage: str,
+        now_s: float,
+        reason: str,
+        *,
+        charged_s: float | None = None,
+        gained: bool = False,
+        numbers: dict[str, float] | None = None,
+    ) -> None:
+        """Write the last stage and start the cool-down. ``charged_s`` defaults to what the begun action should cost."""
+        state, config = self._journal.state, self._journal.config
+        cost_s = record.expected_s if charged_s is None else charged_s
+        self._journal.write(record.decision_id, stage, now_s, reason, charged_s=cost_s, numbers=numbers or {})
+        pending = state.pending
+        mine = pending is not None and pending.decision_id == record.decision_id
+        if record.action == PROBE:
+            drop = mean_drop(pending.targets) if mine and pending is not None else 0.0
+            arm = next((arm for arm in config.arms if arm.name == record.arm), Arm(name=record.arm))
+            state.policy = end_update(state.policy, arm, now_s, drop, gained=gained)
+        if mine:
+            state.pending = None
+
+
+def retry_or_end(recovery: Recovery, record: LedgerRecord, now_s: float, why: str) -> str:
+    """End ``record``; if even that fails, say so and leave it open for the next step."""
+    try:
+        recovery.end(record, now_s, why)
+    except ActionError as error:
+        return f"{record.decision_id} could not be ended: {error}"
+    return ""

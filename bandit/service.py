@@ -1,0 +1,305 @@
+"""The bandit's loop: read, decode, learn once, snapshot, acknowledge; then decide or move the pending update on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from specblock.bandit.actions import Actions
+from specblock.bandit.codec import digest, dumps, loads
+from specblock.bandit.config import PolicyConfig, ServiceConfig
+from specblock.bandit.context import base_s_per_token, build_context
+from specblock.bandit.cost import charge_s
+from specblock.bandit.decision import CHECK, PROBE, SKIP, Decision, DecisionContext
+from specblock.bandit.errors import SnapshotError, StreamError
+from specblock.bandit.events import EventError, decode
+from specblock.bandit.forecast import score_s
+from specblock.bandit.ledger import DECIDED, Ledger, LedgerRecord
+from specblock.bandit.lifecycle import Lifecycle
+from specblock.bandit.outside import ActionError, attempt
+from specblock.bandit.policy import decide
+from specblock.bandit.recovery import retry_or_end
+from specblock.bandit.snapshot import SnapshotStore
+from specblock.bandit.state import BanditState, PendingUpdate
+from specblock.bandit.status import BanditStatus, LoopCounters, StepReport, build_status
+from specblock.bandit.stream_types import Stream, StreamEntry
+
+logger = logging.getLogger(__name__)
+
+CLAIM_EVERY_S = 5.0
+"""How often entries that were delivered and lost (a broken connection, another consumer) are looked for."""
+
+RETRY_S = 10.0
+"""Pause after the outside world failed to end an update."""
+
+
+class BanditService:
+    """One consumer of the event stream and the owner of the state, the ledger and the decision.
+
+    Everything is rebuilt from ``config.directory`` at construction; nothing outside is called before the first step.
+    One thread may call ``step`` or ``run``; ``status``, ``pause``, ``resume`` and ``decide_now`` may come from any.
+
+    Args:
+        stream: of acceptance events.
+        actions: the outside world.
+        policy: decision rule.
+        config: pace and places.
+
+    Raises:
+        SnapshotError: snapshots exist and none can be used.
+        LedgerError: the ledger is damaged in its middle.
+    """
+
+    def __init__(self, stream: Stream, actions: Actions, policy: PolicyConfig, config: ServiceConfig) -> None:
+        directory = Path(config.directory)
+        self._stream, self._actions, self._policy, self._config = stream, actions, policy, config
+        self._snapshots = SnapshotStore(directory / "snapshots", config.keep_snapshots)
+        self._ledger = Ledger(directory / "ledger.jsonl")
+        self.state = self._restore()
+        self._lifecycle = Lifecycle(self.state, self._ledger, actions, policy)
+        self.counters = LoopCounters(ledger_repaired_bytes=self._ledger.repaired_bytes)
+        self._unacked: list[str] = []
+        self._dirty = False
+        self._snapshot_s = self._claim_s = self._retry_s = self._synced_s = float("-inf")
+        self._last_skip = ""
+        self._paused = threading.Event()
+        if self.state.paused:
+            self._paused.set()
+        self._now = threading.Event()
+        self._status = self._build_status()
+
+    def step(self, now_s: float) -> StepReport:
+        """One iteration: whatever is there is learned, at most one stage of an update is done. Never waits for events.
+
+        Args:
+            now_s: wall clock, Unix seconds, the same clock as the events'.
+
+        Raises:
+            StreamError: the stream did not answer in its bounded number of tries; nothing is lost.
+        """
+        before = replace(self.counters)
+        self._ingest(now_s)
+        durable = self._persist(now_s) if self._due_for_snapshot(now_s) else True
+        error = ""
+        if durable and not self._paused.is_set():
+            error = self._adapt(now_s)
+        self._status = self._build_status()
+        if error:
+            self.counters.action_errors += 1
+            logger.warning("bandit: %s", error)
+        return StepReport.between(before, self.counters, self._status.stage, error)
+
+    def run(self, stop: threading.Event, clock: Callable[[], float]) -> None:
+        """Step until ``stop``; a stream or disk that is away is waited for. Ends with a snapshot."""
+        while not stop.is_set():
+            try:
+                idle = self.step(clock()).read == 0
+            except StreamError as error:
+                self.counters.stream_errors += 1
+                logger.warning("bandit: %s", error)
+                idle = True
+            if idle:
+                stop.wait(self._config.block_s)
+        self.close(clock())
+
+    def close(self, now_s: float) -> None:
+        """Last snapshot and acknowledgement, then close the ledger."""
+        try:
+            self._persist(now_s)
+        except StreamError as error:
+            logger.warning("bandit: acknowledgements are left for the next start: %s", error)
+        self._ledger.close()
+
+    def status(self) -> BanditStatus:
+        """As of the end of the last step, or of the stage that is under way."""
+        return self._status
+
+    def pause(self) -> None:
+        """Go on learning, decide nothing; an update under way waits. Survives a restart."""
+        self._paused.set()
+
+    def resume(self) -> None:
+        """Decide again."""
+        self._paused.clear()
+
+    def decide_now(self) -> None:
+        """Decide at the next step, whatever the pace."""
+        self._now.set()
+
+    def _restore(self) -> BanditState:
+        loaded = self._snapshots.load()
+        if loaded is None:
+            state = BanditState()
+        else:
+            for reason in loaded.refused:
+                logger.warning("bandit: snapshot refused: %s", reason)
+            try:
+                state = loads(BanditState, loaded.text)
+            except (ValueError, TypeError) as error:
+                raise SnapshotError(f"{loaded.path.name} does not fit this version: {error}") from error
+        # The ledger may be ahead of the snapshot; a number is never used twice.
+        numbered = max(state.policy.decisions, self._ledger.next_number)
+        state.policy = replace(state.policy, decisions=numbered)
+        return state
+
+    def _ingest(self, now_s: float) -> None:
+        if now_s - self._claim_s >= CLAIM_EVERY_S:
+            while batch := self._stream.claim(self._config.read_count):
+                self._learn(batch)
+            self._claim_s = now_s
+        self._learn(self._stream.read(self._config.read_count, 0.0))
+
+    def _learn(self, entries: list[StreamEntry]) -> None:
+        for entry in entries:
+            self.counters.read += 1
+            if not entry.fields:
+                self._unacked.append(entry.entry_id)
+                continue
+            try:
+                event = decode(entry.fields)
+            except EventError as error:
+                self._stream.park(entry, str(error))
+                self.counters.parked += 1
+                continue
+            fresh = self.state.learn(event, self._policy)
+            self.counters.learned += fresh
+            self.counters.duplicates += not fresh
+            self._dirty = self._dirty or fresh
+            self._unacked.append(entry.entry_id)
+
+    def _due_for_snapshot(self, now_s: float) -> bool:
+        waiting = bool(self._unacked) or self.state.paused != self._paused.is_set()
+        return waiting and now_s - self._snapshot_s >= self._config.snapshot_every_s
+
+    def _persist(self, now_s: float) -> bool:
+        """Snapshot, then acknowledge; False when the disk refused (then nothing is acknowledged or decided)."""
+        if self._dirty or self.state.paused != self._paused.is_set():
+            self.state.paused = self._paused.is_set()
+            try:
+                self._snapshots.save(dumps(self.state))
+            except OSError as error:
+                self.counters.snapshot_errors += 1
+                logger.error("bandit: no snapshot could be written, events stay unacknowledged: %s", error)
+                return False
+            self.counters.snapshots += 1
+            self._dirty = False
+        self._snapshot_s = now_s
+        acked, self._unacked = self._unacked, []
+        try:
+            self._stream.ack(acked)
+        except StreamError:
+            self._unacked = acked + self._unacked
+            raise
+        self.counters.acked += len(acked)
+        return True
+
+    def _adapt(self, now_s: float) -> str:
+        """Recover, move the update on, or decide; returns what failed."""
+        if now_s < self._retry_s:
+            return ""
+        if orphans := self._lifecycle.recovery.orphans():
+            return self._recover(orphans, now_s)
+        if self.state.pending is not None:
+            changed, error = self._lifecycle.advance(now_s)
+            self._save(now_s, changed)
+            return error
+        waited = now_s - self.state.last_decision_s >= self._config.decide_every_s
+        enough = self.state.learned - self.state.learned_at_decision >= self._config.decide_every_events
+        if not (self._now.is_set() or (waited and enough)):
+            return ""
+        try:
+            return self._decide(now_s)
+        except ActionError as error:
+            self.state.last_decision_s = now_s
+            return f"no decision could be taken: {error}"
+
+    def _recover(self, orphans: tuple[LedgerRecord, ...], now_s: float) -> str:
+        problems = []
+        for record in orphans:
+            why = f"interrupted after {record.stage!r}; the action is charged and not repeated"
+            problems.append(retry_or_end(self._lifecycle.recovery, record, now_s, why))
+        if any(problems):
+            self._retry_s = now_s + RETRY_S
+        self._save(now_s, True)
+        return "; ".join(problem for problem in problems if problem)
+
+    def _decide(self, now_s: float) -> str:
+        serving = attempt(self._actions.serving_version)
+        self._lifecycle.close_accrual(serving, now_s)
+        windows = attempt(self._actions.windows)
+        self._now.clear()
+        self.state.last_decision_s = now_s
+        self.state.learned_at_decision = self.state.learned
+        error = ""
+        # A parity check is a decision of its own; the second decision has its result to go by.
+        for _ in range(2):
+            context = build_context(self.state, windows, serving, now_s, self._policy)
+            inputs = digest([dumps(context), dumps(self.state.policy), dumps(self._policy)])
+            decision_id = f"d{self.state.policy.decisions:06d}"
+            decision, self.state.policy = decide(context, self.state.policy, self._policy)
+            self._record(decision_id, decision, context, inputs)
+            if decision.action != CHECK:
+                break
+            self._save(now_s, True)
+            error = self._lifecycle.check_parity(decision_id, serving, now_s)
+            if error:
+                break
+        if decision.action == PROBE:
+            self.state.pending = _pending(decision_id, decision, context)
+        self._save(now_s, True)
+        return error
+
+    def _record(self, decision_id: str, decision: Decision, context: DecisionContext, inputs: str) -> None:
+        checking = decision.action == CHECK
+        expected_s = score_s(self.state.policy, self._policy).mean if checking else 0.0
+        skip = decision.verdict if decision.action == SKIP else ""
+        fresh = skip != self._last_skip or not skip
+        durable = fresh or context.now_s - self._synced_s >= self._config.ledger_sync_every_s
+        self._ledger.append(
+            LedgerRecord(
+                decision_id=decision_id,
+                stage=DECIDED,
+                time_s=context.now_s,
+                action=decision.action,
+                arm=decision.arm,
+                verdict=decision.verdict,
+                reason=decision.reason,
+                base_version=context.serving_version,
+                expected_s=charge_s(self._policy.cost, device_s=expected_s),
+                options=decision.options,
+                inputs_sha256=inputs,
+                context=context,
+            ),
+            durable=durable,
+        )
+        self._last_skip = skip
+        self._synced_s = context.now_s if durable else self._synced_s
+
+    def _save(self, now_s: float, changed: bool) -> None:
+        """Make a change of the update or the policy durable at once."""
+        if changed:
+            self._dirty = True
+            self._status = self._build_status()
+            self._persist(now_s)
+
+    def _build_status(self) -> BanditStatus:
+        return build_status(self.state, self._ledger, self.counters, paused=self._paused.is_set())
+
+
+def _pending(decision_id: str, decision: Decision, context: DecisionContext) -> PendingUpdate:
+    option = decision.option()
+    assert option is not None
+    return PendingUpdate(
+        decision_id=decision_id,
+        stage="probing",
+        ledger_stage=DECIDED,
+        arm=decision.arm,
+        base_version=context.serving_version,
+        started_s=context.now_s,
+        targets=decision.targets,
+        scale_s=base_s_per_token(context),
+        option=option,
+    )
