@@ -30,6 +30,7 @@ def _stage(record: LedgerRecord) -> str:
     name, candidate, base = record.stage.partition("-")[0], record.candidate_version, record.base_version
     openings = {
         "probing": f"Training a micro-profile of {record.arm}.",
+        "scoring": f"Comparing the micro-profile of {record.arm} with {base} on held-out conversations.",
         "probed": "Micro-profile measured:",
         "training": f"Training the rest of {record.arm}.",
         "trained": f"Trained {candidate}.",

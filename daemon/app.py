@@ -15,7 +15,6 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from specblock.daemon import cli_read
-from specblock.daemon.config import DaemonConfig
 from specblock.daemon.config_loader import load_config
 from specblock.daemon.environment import prepare_environment
 from specblock.daemon.errors import ExitCode, SpecblockError

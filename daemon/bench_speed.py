@@ -64,6 +64,8 @@ class Row:
 
 
 Way = Callable[[Prompt, int], Run]
+Name = tuple[str, bool | None]
+"""(way, shared noise on or off where it applies)."""
 
 
 def run(small: bool, as_json: bool) -> int:
@@ -71,7 +73,7 @@ def run(small: bool, as_json: bool) -> int:
     torch.set_num_threads(1)
     target, drafter = load_pair(TARGET, DRAFTER, "bfloat16", "cpu", DraftSettings())
     assert drafter is not None
-    ways: dict[tuple[str, bool | None], Way] = {
+    ways: dict[Name, Way] = {
         ("transformers_generate", None): _transformers(target),
         ("plain", None): _engine(target, None),
         ("specblock", True): _engine(target, drafter),
@@ -160,7 +162,7 @@ def _transformers(target: TargetModel) -> Way:
 def _interleaved(
     ways: dict[tuple[str, bool | None], Way], prompts: Sequence[Prompt]
 ) -> dict[tuple[str, bool | None], list[Run]]:
-    results: dict[tuple[str, bool | None], list[Run]] = {name: [] for name in ways}
+    results: dict[Name, list[Run]] = {name: [] for name in ways}
     order = list(ways)
     for way in ways.values():  # warm-up, not counted
         way(prompts[0], 1)
@@ -170,7 +172,7 @@ def _interleaved(
     return results
 
 
-def _rows(domain: str, results: dict[tuple[str, bool | None], list[Run]]) -> list[Row]:
+def _rows(domain: str, results: dict[Name, list[Run]]) -> list[Row]:
     plain, rival = results["plain", None], results["transformers_generate", None]
     rows = []
     for (name, shared_noise), runs in results.items():

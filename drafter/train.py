@@ -24,7 +24,6 @@ from specblock.drafter.model import SpecBlockModel
 from specblock.drafter.replay import acceptance_length, replay
 from specblock.drafter.window import Window, collate
 
-
 _NOT_HIDDEN = ("lm_head.", "input_layer.position_queries.", "rank_head.")
 """Matrices that Muon is not meant for: outputs and tables."""
 

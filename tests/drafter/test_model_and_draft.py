@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock.drafter.config import DraftSettings, DrafterConfig
+from specblock.drafter.config import DrafterConfig, DraftSettings
 from specblock.drafter.draft import NewPositions, SpecBlockDrafter, _Leaves
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.loss import later_block_mask, train_blocks

@@ -1,0 +1,199 @@
+"""Windows stay inside their budget; the trainer trains, scores and stores what the registry can serve again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from specblock.bandit.config import Arm
+from specblock.daemon.engine_host import EngineHost
+from specblock.daemon.feedback import band, sampling_class
+from specblock.daemon.registry import DrafterRegistry
+from specblock.daemon.trainer import Trainer
+from specblock.daemon.windows import WindowLimits, WindowStore
+from specblock.drafter.checkpoint import save_drafter
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.window import Window
+from tests.drafter.helpers import random_window, tiny_model
+
+
+def store(budget_bytes: int, now: list[float], **limits: float) -> WindowStore:
+    return WindowStore(WindowLimits(budget_bytes=budget_bytes, **limits), lambda: now[0])  # type: ignore[arg-type]
+
+
+def named(seed: int, domain: str, time_s: float) -> Window:
+    from dataclasses import replace
+
+    return replace(random_window(seed), conversation_id=f"{domain}-{seed}", domain=domain, time_s=time_s)
+
+
+def test_budget_is_never_exceeded_and_drops_are_counted() -> None:
+    one = random_window(0).num_bytes
+    kept = store(5 * one, [0.0])
+    for i in range(20):
+        kept.add(named(i, "python", 0.0))
+        assert kept.num_bytes <= 5 * one
+    assert len(kept) == 5 and kept.dropped == 15
+    assert [w.conversation_id for w in kept.pull()] == [f"python-{i}" for i in range(15, 20)]
+    tiny = store(one - 1, [0.0])
+    tiny.add(random_window(0))
+    assert len(tiny) == 0 and tiny.dropped == 1
+
+
+def test_a_busy_domain_cannot_push_another_out() -> None:
+    one = random_window(0).num_bytes
+    kept = store(10 * one, [0.0], per_domain_quota=0.5)
+    for i in range(4):
+        kept.add(named(i, "rare", 0.0))
+    for i in range(50):
+        kept.add(named(i, "busy", 0.0))
+    assert sum(w.domain == "rare" for w in kept.pull()) == 4
+
+
+def test_expired_windows_go() -> None:
+    now = [0.0]
+    kept = store(10**9, now, ttl_s=10.0)
+    kept.add(named(1, "python", 0.0))
+    now[0] = 11.0
+    kept.add(named(2, "python", 11.0))
+    assert [w.conversation_id for w in kept.pull()] == ["python-2"]
+
+
+def test_split_is_a_function_of_the_conversation_and_near_its_share() -> None:
+    kept = store(10**9, [0.0], heldout_fraction=0.25)
+    marks = [kept.is_heldout(f"c{i}") for i in range(2000)]
+    assert marks == [kept.is_heldout(f"c{i}") for i in range(2000)]
+    assert 0.2 < sum(marks) / 2000 < 0.3
+
+
+def test_summary_forget_and_filters() -> None:
+    kept = store(10**9, [0.0])
+    for i in range(4):
+        kept.add(named(i, "a" if i % 2 else "b", float(i)))
+    assert [(c.domain, c.num_train, c.train_positions) for c in kept.summary()] == [("a", 2, 40), ("b", 2, 40)]
+    assert [w.time_s for w in kept.pull(after_time_s=1.0)] == [2.0, 3.0]
+    assert kept.forget(lambda w: w.domain == "a") == 2
+    assert len(kept) == 2
+
+
+def test_bands_and_classes() -> None:
+    assert [band(n) for n in (0, 1, 2, 3, 64, 65)] == ["1", "1", "2", "4", "64", "128"]
+    assert [sampling_class(t) for t in (0.0, 0.4, 0.8, 1.0, 1.5)] == [
+        "greedy", "t0-0.5", "t0.5-0.9", "t0.9-1.1", "t1.1+",
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Trainer:
+    model = tiny_model()
+    save_drafter(model, tmp_path / "base", torch.float32)
+    registry = DrafterRegistry(tmp_path / "state", lambda: 1.0)
+    registry.import_base(tmp_path / "base")
+    return Trainer(model.embedding.clone(), registry, DraftSettings(), torch.float32, batch_windows=2)
+
+
+FULL = Arm(name="full", patterns=("*",), steps=10, learning_rate=1e-3)
+
+
+def test_micro_profile_then_rest_then_store_and_reload(trainer: Trainer) -> None:
+    windows = [random_window(i) for i in range(4)]
+    base = trainer.registry.serving()
+    assert base is not None
+    probe = trainer.train("d000001", FULL, base, 0.2, False, windows)
+    rest = trainer.train("d000001", FULL, base, 1.0, True, windows)
+    assert probe.candidate_version == rest.candidate_version
+    assert rest.positions == 4 * probe.positions, "2 of 10 steps, then the other 8"
+    assert probe.cutoff_time_s == max(w.time_s for w in windows)
+    report = trainer.compare(base, rest.candidate_version, windows, 0.01)
+    assert [r.conversation_id for r in report.rows] == [w.conversation_id for w in windows]
+    version = trainer.store(rest.candidate_version, "d000001")
+    stored, candidate = trainer.weights(version), trainer.weights(rest.candidate_version)
+    assert all(torch.equal(stored[name], candidate[name]) for name in stored)
+    assert trainer.registry.show(version).metadata["decision_id"] == "d000001"
+
+
+def test_parity_of_a_version_with_itself_has_no_difference(trainer: Trainer) -> None:
+    from dataclasses import replace
+
+    from specblock.drafter.replay import replay
+
+    base = trainer.registry.serving()
+    assert base is not None
+    windows = [random_window(i) for i in range(4)]
+    drafter_cycles = replay(trainer_drafter(trainer, base), windows)
+    live = [replace(w, drafter_version=base, accepted=r.accepted) for w, r in zip(windows, drafter_cycles, strict=True)]
+    assert all(r.live_cycles == r.replay_cycles for r in trainer.parity(base, live).rows)
+    assert trainer.parity("another", live).rows == ()
+
+
+def trainer_drafter(trainer: Trainer, version: str):  # type: ignore[no-untyped-def]
+    from specblock.drafter.draft import SpecBlockDrafter
+
+    return SpecBlockDrafter(trainer._serving(version).eval(), DraftSettings())
+
+
+def test_unknown_resume_and_empty_windows_are_refused(trainer: Trainer) -> None:
+    with pytest.raises(ValueError, match="not in memory"):
+        trainer.train("d000009", FULL, "v000000-base", 1.0, True, [random_window(0)])
+    with pytest.raises(ValueError, match="no training windows"):
+        trainer.train("d000009", FULL, "v000000-base", 1.0, False, [])
+
+
+def test_host_swaps_while_decoding_and_the_text_stays_the_same() -> None:
+    from specblock.cuda_ext.sampling import SamplingParams
+    from specblock.daemon.engine import Engine, EngineSettings
+    from specblock.daemon.messages import GenerationRequest
+    from tests.daemon.test_engine import drafter_of, target_of
+
+    target = target_of("llama", torch.float64)
+
+    def texts(swap: bool) -> tuple[dict[str, list[int]], EngineHost]:
+        drafter = drafter_of(target)
+        engine = Engine(target, drafter, EngineSettings(slots=2, capacity_tokens=120), lambda: 0.0, drafter_version="a")
+        host = EngineHost(engine, store(10**9, [0.0]), 0.0, 16)
+        for i in range(4):
+            sampling = SamplingParams(temperature=1.0, seed=i)
+            host.submit(
+                GenerationRequest(
+                    request_id=str(i), prompt_tokens=(2, 3, 4), sampling=sampling, max_tokens=60, ignore_eos=True
+                )
+            )
+        if swap:
+            weights = {k: v.clone() for k, v in drafter.model.state_dict().items()}
+            weights["lm_head.weight"] = torch.randn_like(weights["lm_head.weight"])
+            assert host.swap("b", weights).rows_stay_valid
+            weights["layers.0.mlp.up_proj.weight"] = weights["layers.0.mlp.up_proj.weight"] * 1.5
+            assert not host.swap("c", weights).rows_stay_valid
+            with pytest.raises(ValueError, match="missing tensors"):
+                host.swap("d", {})
+            assert engine.drafter_version == "c"
+        tokens: dict[str, list[int]] = {str(i): [] for i in range(4)}
+        finished = 0
+        while finished < 4:
+            for chunk in host.next_chunks(10.0):
+                tokens[chunk.request_id].extend(chunk.tokens)
+                finished += chunk.finish_reason is not None
+        return tokens, host
+
+    plain, first = texts(swap=False)
+    swapped, second = texts(swap=True)
+    assert plain == swapped
+    assert second.status().swaps == 2 and second.status().finished == {"length": 4}
+    first.close()
+    second.close()
+
+
+def test_host_answers_requests_that_do_not_fit() -> None:
+    from specblock.cuda_ext.sampling import SamplingParams
+    from specblock.daemon.engine import Engine, EngineSettings
+    from specblock.daemon.messages import GenerationRequest
+    from tests.daemon.test_engine import target_of
+
+    engine = Engine(target_of("llama", torch.float32), None, EngineSettings(slots=1, capacity_tokens=8), lambda: 0.0)
+    host = EngineHost(engine, store(10**9, [0.0]), 0.0, 4)
+    host.submit(GenerationRequest(request_id="x", prompt_tokens=(2,) * 9, sampling=SamplingParams(), max_tokens=1))
+    [chunk] = host.next_chunks(10.0)
+    assert chunk.finish_reason == "error" and chunk.error is not None and "context length" in chunk.error
+    host.close()
