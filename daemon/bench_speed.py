@@ -226,6 +226,7 @@ def _table(known: object, rows: Sequence[Row]) -> str:
         rival = "{:.2f} [{:.2f}, {:.2f}]".format(r.ratio_to_transformers, *r.ratio_to_transformers_interval)
         lines.append(
             f"{r.domain:<12}{r.drafter:<24}{noise:<8}{r.acceptance_length:>7.2f}{r.repeated_4grams:>6.2f}"
-            f"{r.drafting_ms_per_cycle:>9.2f}{r.verify_ms_per_cycle:>10.2f}{r.tokens_per_s:>8.1f}  {plain:<20}{rival:<20}"
+            f"{r.drafting_ms_per_cycle:>9.2f}{r.verify_ms_per_cycle:>10.2f}{r.tokens_per_s:>8.1f}  "
+            f"{plain:<20}{rival:<20}"
         )
     return "\n".join(lines)

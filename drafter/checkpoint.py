@@ -72,7 +72,8 @@ def load_drafter(
         )
     if feature_layers and config.feature_layers and config.feature_layers != feature_layers:
         raise ValueError(
-            f"drafter {directory} reads target layers {list(config.feature_layers)}, target gives {list(feature_layers)}"
+            f"drafter {directory} reads target layers {list(config.feature_layers)}, "
+            f"the target gives {list(feature_layers)}"
         )
     model = SpecBlockModel(config, embedding)
     try:

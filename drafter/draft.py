@@ -42,7 +42,10 @@ class NewPositions:
 
 @dataclass(frozen=True, slots=True)
 class _Leaves:
-    """Open ends of the tree. node, slot, token int64 [B, n]; score, valid [B, n]; hidden [B, n, H]; seen [B, n, scratch]."""
+    """Open ends of the tree.
+
+    node, depth, token int64 [B, n]; score, valid [B, n]; hidden [B, n, H]; seen bool [B, n, scratch rows].
+    """
 
     node: Tensor
     depth: Tensor
@@ -55,7 +58,7 @@ class _Leaves:
 
 @dataclass(frozen=True, slots=True)
 class _Proposals:
-    """Per slot the best W tokens: token int64 [..., K, W] (target ids), log_prob [..., K, W], fan_out int64 [..., K]."""
+    """Per slot the best W tokens: token int64 [.., K, W] (target ids), log_prob [.., K, W], fan_out int64 [.., K]."""
 
     token: Tensor
     log_prob: Tensor
@@ -238,7 +241,7 @@ class SpecBlockDrafter:
         self, nodes: Candidates, hidden_BnKH: Tensor, parents: _Leaves, block: int, offset: int
     ) -> _Leaves:
         """The ``leaf_cap`` best-scoring nodes of the last block that may be extended (method reference 4.2)."""
-        batch, num_parents, width_k, hidden = hidden_BnKH.shape
+        batch, num_parents, width_k, _ = hidden_BnKH.shape
         grid = nodes.valid.view(batch, num_parents, width_k, -1)
         width_w = grid.shape[-1]
         extendable = grid & (grid.sum(dim=-1, keepdim=True) > 1)

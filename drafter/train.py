@@ -9,7 +9,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -54,7 +54,7 @@ class TrainSettings:
     clip: float = 0.5
     blocks: int = 3
     patterns: tuple[str, ...] = ("*",)
-    loss: LossSettings = LossSettings()
+    loss: LossSettings = field(default_factory=LossSettings)
     autocast: bool = True
     seed: int = 0
 

@@ -86,7 +86,7 @@ def test_damage_in_the_middle_is_refused_with_its_line(path: Path) -> None:
     ledger.close()
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(lines[0] + b'{"decision_id": 7}\n' + lines[2])
-    with pytest.raises(LedgerError, match="ledger.jsonl:2"):
+    with pytest.raises(LedgerError, match=r"ledger\.jsonl:2"):
         Ledger(path)
 
 

@@ -1,4 +1,4 @@
-"""The loss against a slow per-position definition; training that resumes bit for bit; checkpoints that refuse misfits."""
+"""The loss against a slow definition; training that resumes bit for bit; checkpoints that refuse misfits."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ def test_checkpoint_round_trip_and_refusals(tmp_path: Path) -> None:
         load_drafter(tmp_path / "d", model.embedding, dtype=torch.float32, target_fingerprint="xyz")
     with pytest.raises(ValueError, match="does not fit"):
         load_drafter(tmp_path / "d", torch.zeros(VOCAB, 16), dtype=torch.float32)
-    with pytest.raises(ValueError, match="config.json is missing"):
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
         load_drafter(tmp_path / "none", model.embedding, dtype=torch.float32)
     with pytest.raises(ValueError, match="reads target layers"):
         load_drafter(tmp_path / "d", model.embedding, dtype=torch.float32, feature_layers=(0, 1, 3))

@@ -145,8 +145,9 @@ def test_batched_drafting_equals_single() -> None:
     for i, (w, end) in enumerate(zip(windows, ends, strict=True)):
         features[i, :end], tokens[i, :end] = w.features[:end].double(), w.tokens[1 : end + 1]
     roots = torch.stack([w.tokens[end].long() for w, end in zip(windows, ends, strict=True)])
-    together = drafter.draft(drafter.new_cache(3, 40), [0, 1, 2], NewPositions(features, tokens, ends), roots,
-                             sampling_of(windows), noise_for(windows, [e + 1 for e in ends], drafter.max_depth))  # fmt: skip
+    noise = noise_for(windows, [end + 1 for end in ends], drafter.max_depth)
+    new = NewPositions(features, tokens, ends)
+    together = drafter.draft(drafter.new_cache(3, 40), [0, 1, 2], new, roots, sampling_of(windows), noise)
     for i, tree in enumerate(alone):
         size = int(tree.size[0])
         assert size == int(together.size[i])
