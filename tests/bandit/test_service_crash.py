@@ -30,9 +30,14 @@ class Fuse:
     """Counts the points passed and kills at one of them."""
 
     def __init__(self, at: int | None) -> None:
-        self.at, self.passed = at, 0
+        self.at, self.passed, self.armed = at, 0, True
+
+    def disarm(self) -> None:
+        self.armed = False
 
     def point(self) -> None:
+        if not self.armed:
+            return
         self.passed += 1
         if self.passed - 1 == self.at:
             raise Crash
@@ -73,6 +78,8 @@ def scenario(directory: Path, fuse: Fuse, patch: pytest.MonkeyPatch) -> tuple[Wo
             deaths += 1
             service._ledger._file.close()
             service = BanditService(MemoryStream(log), world, policy, config)
+    fuse.disarm()
+    service.step(1000.0 + STEPS + 20.0)
     return world, service, deaths
 
 

@@ -128,25 +128,36 @@ def test_a_vanished_group_is_recreated_and_counted(server: Server, open_stream: 
     assert stream.claim(1) == [] and stream.info().groups_recreated == 2
 
 
-def test_a_restarted_server_is_reconnected_to(server: Server, open_stream: Callable[..., RedisStream]) -> None:
+def test_a_restarted_server_that_kept_nothing_is_read_on_from(
+    server: Server, open_stream: Callable[..., RedisStream]
+) -> None:
     stream = open_stream(attempts=20)
     stream.read(1, 0.0)
     server.kill()
     server.start()
-    stream.append({"n": "1"}) if stream.read(1, 0.0) == [] else None
+    assert stream.read(1, 0.0) == []
+    stream.append({"n": "1"})
     assert [entry.fields["n"] for entry in stream.read(1, 0.0)] == ["1"]
-    assert stream.info().reconnects >= 1
+    assert stream.info().groups_recreated == 1
 
 
-def test_entries_delivered_on_a_lost_connection_are_found_again(
+def test_a_read_whose_connection_breaks_is_repeated_and_its_entries_are_offered_again(
     server: Server, open_stream: Callable[..., RedisStream]
 ) -> None:
-    stream = open_stream()
-    stream.append({"n": "0"})
-    assert len(stream.read(1, 0.0)) == 1
+    stream, writer = open_stream(), open_stream("w")
+    assert stream.read(1, 0.0) == [] and stream.claim(5) == []
+    found: list[str] = []
+    thread = threading.Thread(target=lambda: found.extend(e.fields["n"] for e in stream.read(1, 2.0)))
+    thread.start()
+    until(lambda: "blocked_clients': 1" in str(server.command("INFO", "clients")))
     server.command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
-    assert stream.read(1, 0.0) == []
+    until(lambda: stream._reconnects == 1)
+    writer.append({"n": "0"})
+    thread.join(20)
+    assert found == ["0"]
+    # Delivered twice is harmless (the watermark knows it), never delivered is not.
     assert [entry.fields["n"] for entry in stream.claim(5)] == ["0"]
+    assert stream.info().reconnects == 1
 
 
 def test_a_server_that_stays_away_is_an_error_after_a_bounded_number_of_tries(
