@@ -7,12 +7,13 @@ cut off when the file is opened.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 from specblock.bandit.codec import dumps, loads
 from specblock.bandit.decision import CHECK, PROBE, DecisionContext, Option
@@ -127,7 +128,7 @@ class Ledger:
         self._stages: dict[str, set[str]] = {}
         self._open: dict[str, LedgerRecord] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file: IO[bytes] = path.open("ab")
+        self._file: FileIO = path.open("ab", buffering=0)
         _sync_directory(path.parent)
         self._load()
 
@@ -135,19 +136,28 @@ class Ledger:
         """Write one record; on disk when this returns (unless not ``durable``).
 
         Raises:
-            LedgerError: the decision has been through this stage before, or has ended.
+            LedgerError: the decision has been through this stage before.
+            OSError: the disk refused; the file is as it was.
         """
         if self.knows(record.decision_id, record.stage):
             raise LedgerError(f"{record.decision_id} has been through stage {record.stage!r} already")
-        self._file.write(dumps(record).encode() + b"\n")
-        self._file.flush()
-        if durable:
-            os.fsync(self._file.fileno())
+        line, size = dumps(record).encode() + b"\n", os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, "the ledger line was written in part only")
+            if durable:
+                os.fsync(self._file.fileno())
+        except OSError:
+            # Half a line must not stay in the middle of the file.
+            os.ftruncate(self._file.fileno(), size)
+            raise
         self._index(record)
 
     def knows(self, decision_id: str, stage: str) -> bool:
         """Whether (decision, stage) is recorded."""
-        return stage in self._stages.get(decision_id, ())
+        # Decisions that did nothing are known by their number alone; there are many of them.
+        decided = stage == DECIDED and _number(decision_id) < self.next_number
+        return decided or stage in self._stages.get(decision_id, ())
 
     def open_records(self) -> tuple[LedgerRecord, ...]:
         """The newest record of every update or check that has not ended, oldest decision first."""
@@ -167,7 +177,6 @@ class Ledger:
 
     def close(self) -> None:
         """Synchronise and close the file."""
-        self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
@@ -183,17 +192,24 @@ class Ledger:
             self._index(record)
 
     def _index(self, record: LedgerRecord) -> None:
-        self._stages.setdefault(record.decision_id, set()).add(record.stage)
-        match = _ID.fullmatch(record.decision_id)
-        self.next_number = max(self.next_number, int(match.group(1)) + 1 if match else 0)
+        self.next_number = max(self.next_number, _number(record.decision_id) + 1)
         self.balance = self.balance.add(record)
         # The context is only needed in the file.
         self.last_record = replace(record, context=None)
-        acts = record.stage != DECIDED or record.action in (CHECK, PROBE)
-        if record.stage in TERMINAL or not acts:
+        if record.stage == DECIDED and record.action not in (CHECK, PROBE):
+            return
+        self._stages.setdefault(record.decision_id, set()).add(record.stage)
+        if record.stage in TERMINAL:
             self._open.pop(record.decision_id, None)
         else:
             self._open[record.decision_id] = self.last_record
+
+
+def _number(decision_id: str) -> int:
+    match = _ID.fullmatch(decision_id)
+    if match is None:
+        raise LedgerError(f"{decision_id!r} is not a decision id")
+    return int(match.group(1))
 
 
 def read_ledger(path: Path) -> Iterator[LedgerRecord]:

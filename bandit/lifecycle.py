@@ -18,8 +18,9 @@ from specblock.bandit.config import PolicyConfig
 from specblock.bandit.context import build_context
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import CONTINUE, Probed
+from specblock.bandit.evidence import gate_numbers, parity_numbers, parity_words, saving_numbers
 from specblock.bandit.forecast import score_s, train_s
-from specblock.bandit.gate import GateEvidence, Saving, gate_rows, judge, pooled_saving
+from specblock.bandit.gate import Saving, gate_rows, judge, pooled_saving
 from specblock.bandit.intervals import one_sided_z
 from specblock.bandit.learning import learn_gain, learn_parity, learn_score, learn_stall, learn_training
 from specblock.bandit.ledger import Ledger, LedgerRecord
@@ -27,7 +28,7 @@ from specblock.bandit.outside import ActionError, Journal, attempt
 from specblock.bandit.parity import ParityEvidence
 from specblock.bandit.parity import judge as judge_parity
 from specblock.bandit.policy import decide
-from specblock.bandit.recovery import LIVE, Recovery, retry_or_end
+from specblock.bandit.recovery import BEGUN, LIVE, Recovery, retry_or_end
 from specblock.bandit.state import Accrual, BanditState, PendingUpdate
 
 ROLLBACK_CONFIDENCE = 0.95
@@ -51,6 +52,8 @@ class Lifecycle:
         if record is None:
             self._state.pending = None
             return True, f"{pending.decision_id} was pending, but the ledger does not have it open: forgotten"
+        if why := self._cannot_go_on(pending, record):
+            return True, retry_or_end(self.recovery, record, now_s, why)
         try:
             return self._advance(pending, record, now_s), ""
         except ActionError as error:
@@ -58,6 +61,14 @@ class Lifecycle:
             if newest is None or newest.stage == record.stage:
                 return False, str(error)
             return True, retry_or_end(self.recovery, newest, now_s, f"{newest.stage} failed: {error}") or str(error)
+
+    def _cannot_go_on(self, pending: PendingUpdate, record: LedgerRecord) -> str:
+        """Why the update must end before anything more is done; empty if it may go on."""
+        if record.stage.partition("-")[0] in BEGUN:
+            return f"interrupted after {record.stage!r}; the action is charged and not repeated"
+        if pending.arm not in {arm.name for arm in self._config.arms}:
+            return f"the arm {pending.arm!r} is no longer configured"
+        return ""
 
     def check_parity(self, decision_id: str, version: str, now_s: float) -> str:
         """Carry out a decision to check parity; returns what failed, in words."""
@@ -68,7 +79,7 @@ class Lifecycle:
             assert record is not None
             return retry_or_end(self.recovery, record, now_s, f"the check failed: {error}") or str(error)
         self._journal.write(
-            decision_id, "checked", now_s, _parity_words(evidence), charged_s=cost_s, numbers=_parity_numbers(evidence)
+            decision_id, "checked", now_s, parity_words(evidence), charged_s=cost_s, numbers=parity_numbers(evidence)
         )
         return ""
 
@@ -134,7 +145,7 @@ class Lifecycle:
             decision.reason,
             charged_s=cost_s,
             options=decision.options,
-            numbers=_saving_numbers(saving),
+            numbers=saving_numbers(saving),
         )
         if decision.action != CONTINUE:
             self._learn(pending, saving, arm.probe_gain_share)
@@ -182,7 +193,7 @@ class Lifecycle:
         fresh = [r for r in gate_rows(report) if r.time_s > pending.cutoff_s and r.conversation_id not in seen]
         rows = (*pending.rows, *fresh)
         evidence = judge(rows, pending.scale_s, rules)
-        numbers = _gate_numbers(evidence)
+        numbers = gate_numbers(evidence)
         self._journal.write(
             pending.decision_id, f"gated-{look}", now_s, evidence.reason, charged_s=cost_s, numbers=numbers
         )
@@ -232,7 +243,7 @@ class Lifecycle:
             return False
         self._begin(pending, "verifying", now_s)
         evidence, cost_s = self._parity(pending.new_version, now_s)
-        words, numbers = _parity_words(evidence), _parity_numbers(evidence)
+        words, numbers = parity_words(evidence), parity_numbers(evidence)
         record = self._journal.write(pending.decision_id, "verified", now_s, words, charged_s=cost_s, numbers=numbers)
         self._move(stage="settling")
         if evidence.verdict == "broken":
@@ -268,7 +279,7 @@ class Lifecycle:
             f"it saved {saving.relative:+.1%} (standard error {saving.se:.1%}) on {saving.conversations} conversations "
             f"served live, {realised_s:+.1f} device-seconds so far; predicted were {pending.option.value.gain:+.1%}"
         )
-        numbers = {**_saving_numbers(saving), "realised_s": realised_s, "predicted_gain": pending.option.value.gain}
+        numbers = {**saving_numbers(saving), "realised_s": realised_s, "predicted_gain": pending.option.value.gain}
         gained = saving.relative > 0
         self.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s, gained=gained, numbers=numbers)
         self._state.accrual = Accrual(
@@ -293,7 +304,7 @@ class Lifecycle:
             self._config.parity,
         )
         if parity.verdict == "broken":
-            return _parity_words(parity)
+            return parity_words(parity)
         if saving.relative + one_sided_z(ROLLBACK_CONFIDENCE) * saving.se < 0:
             return f"live it costs {-saving.relative:.1%} more per token than the version before"
         return ""
@@ -368,31 +379,3 @@ def accrued_s(state: BanditState, accrual: Accrual) -> float:
 def _as_served(row: PairedReplay) -> PairedReplay:
     """The row with the cycles that were really needed live in place of the replayed ones."""
     return replace(row, cycles_new=row.live_cycles)
-
-
-def _saving_numbers(saving: Saving) -> dict[str, float]:
-    per_domain = {f"saving.{domain.domain}": domain.saving for domain in saving.domains}
-    return {"saving": saving.relative, "saving_se": saving.se, "conversations": saving.conversations, **per_domain}
-
-
-def _gate_numbers(evidence: GateEvidence) -> dict[str, float]:
-    bounds = {"clipped_mean": evidence.mean, "lower": evidence.lower, "upper": evidence.upper}
-    return {**_saving_numbers(evidence.saving), **bounds}
-
-
-def _parity_numbers(evidence: ParityEvidence) -> dict[str, float]:
-    return {
-        "difference": evidence.difference,
-        "lower": evidence.lower,
-        "upper": evidence.upper,
-        "live_acceptance": evidence.live_acceptance,
-        "replay_acceptance": evidence.replay_acceptance,
-        "conversations": float(evidence.conversations),
-    }
-
-
-def _parity_words(evidence: ParityEvidence) -> str:
-    return (
-        f"{evidence.verdict}: live acceptance differs from exact replay by {evidence.difference:+.2%} "
-        f"({evidence.lower:+.2%} to {evidence.upper:+.2%}, {evidence.conversations} conversations)"
-    )

@@ -17,6 +17,9 @@ from specblock.bandit.outside import ActionError, Journal, attempt
 LIVE = frozenset({"promoted", "verifying", "verified", "settling"})
 """Ledger stages at which the candidate serves."""
 
+BEGUN = frozenset({"probing", "scoring", "training", "gating", "promoting", "verifying", "settling", "rolling_back"})
+"""Ledger stages (up to a number) that announce an action; found at rest, the action was interrupted."""
+
 UNDOING = frozenset({"promoting", "rolling_back"})
 """Ledger stages at which nobody knows what serves."""
 

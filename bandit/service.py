@@ -14,7 +14,7 @@ from specblock.bandit.config import PolicyConfig, ServiceConfig
 from specblock.bandit.context import base_s_per_token, build_context
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import CHECK, PROBE, SKIP, Decision, DecisionContext
-from specblock.bandit.errors import SnapshotError, StreamError
+from specblock.bandit.errors import BanditError, SnapshotError, StreamError
 from specblock.bandit.events import EventError, decode
 from specblock.bandit.forecast import score_s
 from specblock.bandit.ledger import DECIDED, Ledger, LedgerRecord
@@ -79,6 +79,7 @@ class BanditService:
 
         Raises:
             StreamError: the stream did not answer in its bounded number of tries; nothing is lost.
+            OSError: the ledger could not be written; the action it announces was not started.
         """
         before = replace(self.counters)
         self._ingest(now_s)
@@ -86,10 +87,10 @@ class BanditService:
         error = ""
         if durable and not self._paused.is_set():
             error = self._adapt(now_s)
-        self._status = self._build_status()
         if error:
             self.counters.action_errors += 1
             logger.warning("bandit: %s", error)
+        self._status = self._build_status()
         return StepReport.between(before, self.counters, self._status.stage, error)
 
     def run(self, stop: threading.Event, clock: Callable[[], float]) -> None:
@@ -100,6 +101,10 @@ class BanditService:
             except StreamError as error:
                 self.counters.stream_errors += 1
                 logger.warning("bandit: %s", error)
+                idle = True
+            except (BanditError, OSError) as error:
+                self.counters.step_errors += 1
+                logger.error("bandit: a step failed, the next one starts from what is recorded: %s", error)
                 idle = True
             if idle:
                 stop.wait(self._config.block_s)

@@ -24,6 +24,7 @@ class LoopCounters:
     snapshots: int = 0
     snapshot_errors: int = 0
     stream_errors: int = 0
+    step_errors: int = 0
     action_errors: int = 0
     ledger_repaired_bytes: int = 0
 

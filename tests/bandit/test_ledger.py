@@ -123,3 +123,22 @@ def test_the_balance_adds_up_and_survives_a_restart(path: Path) -> None:
     assert again.balance == balance
     assert [r.stage for r in again.tail(2)] == ["settled", "closed"] and again.tail(0) == ()
     again.close()
+
+
+def test_a_disk_that_refuses_leaves_the_file_as_it_was(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(path)
+    ledger.append(record(0))
+    size = path.stat().st_size
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specblock.bandit.ledger.os.fsync", full)
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space"):
+                ledger.append(record(1, reason="x" * 500))
+    assert path.stat().st_size == size and not ledger.knows("d000001", "decided")
+    ledger.append(record(1))
+    ledger.close()
+    assert [r.decision_id for r in read_ledger(path)] == ["d000000", "d000001"]

@@ -314,3 +314,47 @@ def test_a_changed_mix_of_sampling_is_not_called_drift(tmp_path: Path) -> None:
         service.step(step_s + 0.9)
     last = records(tmp_path)[-1]
     assert last.verdict == "load_or_sampling" and "mix changed" in last.reason
+
+
+@pytest.mark.parametrize("stage", ["trained", "promoted", "gated-1"])
+def test_a_ledger_that_cannot_be_written_after_an_action_ends_the_update(
+    stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world, service = make(tmp_path)
+    now_s = drive(world, service, 1000, 30)
+    world.shift("python", 0.4)
+    append, refused = service._ledger.append, []
+
+    def full(record: LedgerRecord, *, durable: bool = True) -> None:
+        if record.stage == stage and not refused:
+            refused.append(record.decision_id)
+            raise OSError(28, "No space left on device")
+        append(record, durable=durable)
+
+    monkeypatch.setattr(service._ledger, "append", full)
+    failures = 0
+    for step_s in range(now_s, now_s + 40):
+        world.serve("python", float(step_s))
+        world.serve("python", step_s + 0.5)
+        try:
+            service.step(step_s + 0.9)
+        except OSError:
+            failures += 1
+    assert failures == 1
+    ended = [r for r in records(tmp_path) if r.decision_id == refused[0]][-1]
+    assert ended.stage == ("rolled_back" if stage == "promoted" else "abandoned") and "interrupted" in ended.reason
+    assert service.state.pending is None or service.state.pending.decision_id != refused[0]
+
+
+def test_an_update_whose_arm_was_removed_from_the_configuration_ends(tmp_path: Path) -> None:
+    world, service = make(tmp_path)
+    now_s = drive(world, service, 1000, 30)
+    world.shift("python", 0.4)
+    while service.status().stage != "gating":
+        now_s = drive(world, service, now_s, 1)
+    service.close(float(now_s))
+    arms = (Arm(name="skip"), Arm(name="other", patterns=("*",), steps=1, learning_rate=0.1))
+    stream = MemoryStream(world.stream._log)
+    again = BanditService(stream, world, small_policy(arms=arms), service_config(tmp_path))
+    again.step(now_s + 1.0)
+    assert "no longer configured" in records(tmp_path)[-1].reason and again.status().stage == "idle"
