@@ -20,14 +20,15 @@ import torch
 
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.collect import Prompt, read_prompts
+from specblock.daemon.config_loader import load_config
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.messages import GenerationRequest
+from specblock.daemon.models import draft_settings
 from specblock.daemon.oneshot import load_pair
-from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import SpecBlockDrafter
 from specblock.verifier.model import TargetModel
 
-TARGET, DRAFTER, PROMPTS = "models/demo-target", Path("models/demo-drafter"), Path("models/demo-prompts")
+CONFIG, PROMPTS = Path("configs/local.yaml"), Path("models/demo-prompts")
 NEW_TOKENS, TEMPERATURE, TOP_P = 64, 1.0, 0.95
 _RESAMPLES = 2000
 
@@ -71,7 +72,9 @@ Name = tuple[str, bool | None]
 def run(small: bool, as_json: bool) -> int:
     """Measures and prints; returns the exit code."""
     torch.set_num_threads(1)
-    target, drafter = load_pair(TARGET, DRAFTER, "bfloat16", "cpu", DraftSettings())
+    config = load_config(CONFIG)
+    settings = draft_settings(config)
+    target, drafter = load_pair(config.target.model, Path(config.drafter.path), "bfloat16", "cpu", settings)
     assert drafter is not None
     ways: dict[Name, Way] = {
         ("transformers_generate", None): _transformers(target),
@@ -87,8 +90,9 @@ def run(small: bool, as_json: bool) -> int:
     for domain in domains:
         prompts = read_prompts(PROMPTS / f"{domain}.jsonl")[:count]
         rows.extend(_rows(domain, _interleaved(ways, prompts)))
-    result = {"facts": facts(), "rows": [asdict(row) for row in rows]}
-    print(json.dumps(result, indent=2) if as_json else _table(result["facts"], rows))
+    known = {**facts(), "tree": asdict(settings)}
+    result = {"facts": known, "rows": [asdict(row) for row in rows]}
+    print(json.dumps(result, indent=2) if as_json else _table(known, rows))
     return 0
 
 
