@@ -8,7 +8,7 @@ CONFIG ?= configs/local.yaml
 ROOTS  := bandit cuda_ext daemon drafter verifier
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint types ci bench gpu-check clean
+.PHONY: help setup run test test-fast lint types ci bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -39,9 +39,6 @@ ci: lint types test  ## exactly what CI runs
 
 bench: setup  ## transformers generate, plain decoding and SpecBlock side by side
 	$(BIN)/specblockd bench speed --small
-
-gpu-check:  ## GPU tests and measurements; needs torch, transformers, numpy, safetensors only
-	@$(PY) scripts/gpu_check.py
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
