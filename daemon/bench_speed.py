@@ -88,7 +88,7 @@ def run(small: bool, as_json: bool) -> int:
     count = 8 if small else 40
     rows: list[Row] = []
     for domain in domains:
-        prompts = read_prompts(PROMPTS / f"{domain}.jsonl")[:count]
+        prompts = read_prompts(PROMPTS / f"{domain}.jsonl")[-count:]
         rows.extend(_rows(domain, _interleaved(ways, prompts)))
     known = {**facts(), "tree": asdict(settings)}
     result = {"facts": known, "rows": [asdict(row) for row in rows]}

@@ -37,7 +37,7 @@ class TrainSettings:
         batch_windows: conversations per step.
         learning_rate: peak rate of AdamW, which moves the head, norms, tables and everything not a hidden matrix.
         matrix_rate: peak rate of Muon (orthogonalised momentum), which moves the hidden matrices; 0 leaves them to
-            AdamW as the published recipe does. On few positions Muon learns several times faster.
+            AdamW as the published recipe does. Not yet compared under equal conditions.
         patterns: parameters that move, as shell patterns over their names.
         blocks: drafter blocks per step (test-time training).
         autocast: bfloat16 matrix products with float32 master weights.
