@@ -11,8 +11,8 @@ import typer
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.errors import ConfigError, ExitCode
+from specblock.daemon.models import draft_settings
 from specblock.daemon.oneshot import complete, load_pair
-from specblock.drafter.config import DraftSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,14 +42,7 @@ def generate(config: DaemonConfig, prompt: str, settings: Settings, as_json: boo
             draft.path if settings.speculation else None,
             config.target.dtype,
             config.target.device,
-            DraftSettings(
-                blocks=draft.blocks,
-                leaf_cap=draft.leaf_cap,
-                node_budget=draft.node_budget,
-                beam=draft.beam,
-                shared_noise=draft.shared_noise,
-                noise_scale=draft.noise_scale,
-            ),
+            draft_settings(config),
         )
         show = (lambda text: None) if as_json else (lambda text: typer.echo(text, nl=False))
         answer = complete(target, drafter, prompt, sampling, settings.max_tokens, show)

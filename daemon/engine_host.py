@@ -109,10 +109,6 @@ class EngineHost:
             raise result
         return result
 
-    def drain(self) -> None:
-        """Reports "draining"; running and waiting requests go on."""
-        self._phase = "draining"
-
     def status(self) -> EngineStatus:
         """A snapshot; reads counters without stopping the decode thread."""
         engine, totals = self.engine, self._totals

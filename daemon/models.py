@@ -13,12 +13,12 @@ from specblock.drafter.config import DraftSettings
 from specblock.drafter.model import SpecBlockModel
 from specblock.verifier.model import TargetModel
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def dtype_of(config: DaemonConfig) -> torch.dtype:
     """The type both models run in."""
-    return _DTYPES[config.target.dtype]
+    return DTYPES[config.target.dtype]
 
 
 def draft_settings(config: DaemonConfig) -> DraftSettings:

@@ -7,18 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.errors import IncompatibleError
 from specblock.daemon.messages import GenerationRequest, RequestStats
+from specblock.daemon.models import DTYPES
 from specblock.drafter.checkpoint import load_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import SpecBlockDrafter
 from specblock.verifier.model import TargetModel
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,12 +110,7 @@ http: {{port: {self.port}, drain_deadline_s: 5}}
                     return value
             except httpx.TransportError:
                 pass
-            with socket.socket() as pause:  # a wait on nothing, bounded: the condition is polled
-                pause.settimeout(0.1)
-                with pytest.raises(TimeoutError):
-                    pause.bind(("127.0.0.1", 0))
-                    pause.listen()
-                    pause.accept()
+            threading.Event().wait(0.1)  # the condition is polled; nothing in another process can be waited on
         raise AssertionError(f"{what} did not happen in {deadline_s} s: {self.tail()} {self.status()}")
 
     def ready(self) -> Daemon:
