@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--matrix-rate", type=float, default=0.02, help="Muon's rate for hidden matrices; 0: AdamW")
     made.add_argument("--batch-windows", type=int, default=8, help="conversations per step")
     made.add_argument("--blocks", type=int, default=3, help="drafter blocks per step")
+    made.add_argument(
+        "--later-share", type=float, default=0.25, help="share of positions that blocks after the first train on"
+    )
     made.add_argument("--tokens", type=int, default=96, help="tokens generated per prompt")
     made.add_argument(
         "--temperatures", type=float, nargs="+", default=[1.0, 1.0, 1.0, 0.7, 0.3], help="drawn with equal weight"
@@ -74,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
         batch_windows=options.batch_windows,
         blocks=options.blocks,
         warmup_steps=max(1, options.steps // 20),
-        loss=LossSettings(prefix=options.prefix),
+        loss=LossSettings(prefix=options.prefix, later_share=options.later_share),
         seed=options.seed,
     )
     run = TrainRun(model.to(options.device), settings)

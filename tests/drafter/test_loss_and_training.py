@@ -11,7 +11,7 @@ import torch
 from specblock.drafter.checkpoint import load_drafter, load_weights, save_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.dataset import load_windows, save_windows
-from specblock.drafter.loss import LossSettings, train_blocks, training_loss
+from specblock.drafter.loss import LossSettings, later_positions, train_blocks, training_loss
 from specblock.drafter.train import TrainRun, TrainSettings, heldout_acceptance, train_to_deadline
 from specblock.drafter.window import collate
 from tests.drafter.helpers import VOCAB, random_window, tiny_model
@@ -62,6 +62,29 @@ def test_valid_prefix_loss_equals_the_definition(consumed: list[int]) -> None:
     model.lm_head.weight[7] += 0.3 * model.norm.weight
     report = training_loss(model, collate(windows), consumed, LossSettings(rank_weight=0.0))
     assert float(report.draft) == pytest.approx(slow_draft_loss(model, windows, consumed, 0.8), rel=1e-4)
+
+
+def test_later_blocks_on_a_share_of_positions_equal_those_rows_of_all() -> None:
+    model = tiny_model()
+    batch = collate([random_window(i, prompt_tokens=5 + i) for i in range(3)])
+    later = later_positions(batch.valid, 0.4, torch.Generator().manual_seed(3))
+    assert later.shape[1] < batch.valid.shape[1] / 2 and batch.valid.gather(1, later).all()
+    full, some = train_blocks(model, batch, [2, 4]), train_blocks(model, batch, [2, 4], later)
+    for block in (1, 2):
+        index = later[:, :, None, None].expand(-1, -1, *full[block].shape[2:])
+        torch.testing.assert_close(some[block], full[block].gather(1, index), atol=1e-5, rtol=1e-5)
+
+
+def test_loss_on_a_share_is_near_the_loss_on_all() -> None:
+    model = tiny_model()
+    batch = collate([random_window(i) for i in range(8)])
+    whole = training_loss(model, batch, [2], LossSettings())
+    parts = [
+        training_loss(model, batch, [2], LossSettings(later_share=0.5), torch.Generator().manual_seed(s))
+        for s in range(10)
+    ]
+    mean = sum(float(p.total.detach()) for p in parts) / len(parts)
+    assert mean == pytest.approx(float(whole.total.detach()), rel=0.02)
 
 
 def test_rank_loss_sends_no_gradient_to_the_backbone() -> None:

@@ -70,7 +70,8 @@ def test_later_blocks_training_forward_equals_decoding(consumed: list[int]) -> N
 
 
 def test_published_mask_shows_earlier_positions_of_the_current_block() -> None:
-    local, published = (later_block_mask(12, 4, [2], flag) for flag in (False, True))
+    later = torch.arange(3)[None]
+    local, published = (later_block_mask(later, 3, 4, [2], flag)[0] for flag in (False, True))
     assert not (local & ~published).any()
     extra = (published & ~local)[:, 12:]
     row = torch.arange(12)
