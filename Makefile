@@ -8,7 +8,7 @@ CONFIG ?= configs/local.yaml
 ROOTS  := bandit cuda_ext daemon drafter verifier
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-fast lint types ci bench clean
+.PHONY: help setup run demo demo-fault test test-fast lint types ci bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -21,6 +21,12 @@ $(VENV)/.ready: pyproject.toml setup.py scripts/setup.sh
 
 run: setup  ## set up and start the daemon on the embedded default (Ctrl-C drains and stops)
 	@$(BIN)/specblockd serve -c $(CONFIG)
+
+demo: setup  ## watch adaptation on a shift of traffic; ends with build/demo/report.html
+	@$(BIN)/specblockd demo
+
+demo-fault: setup  ## the same daemon with a planted cache fault: reported, nothing trained
+	@$(BIN)/specblockd demo --fault --out build/demo-fault
 
 test: setup  ## set up and run every test that needs no GPU
 	$(BIN)/python -m pytest -m "not gpu"

@@ -27,6 +27,7 @@ from specblock.daemon.trainer import Trainer, Weights
 from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore
 from specblock.drafter.draft import SpecBlockDrafter
 from specblock.drafter.window import Window
+from specblock.verifier.model import TargetModel
 
 
 def waiter() -> Callable[[float], object]:
@@ -44,7 +45,7 @@ class EngineActor:
         version = registry.serving()
         assert version is not None, "the daemon imports a base drafter before it starts engines"
         target = load_target(config)
-        drafter = SpecBlockDrafter(load_version(config, target, registry.path(version)), draft_settings(config))
+        drafter = self.load_drafter(config, target, registry, version)
         limits = config.windows
         self._windows = WindowStore(
             WindowLimits(
@@ -72,6 +73,12 @@ class EngineActor:
         engine = Engine(target, drafter, settings, time.perf_counter, feedback, version)
         engine.speculation = config.engine.speculation
         self._host = EngineHost(engine, self._windows, config.engine.stream_interval_s, config.engine.max_waiting)
+
+    def load_drafter(
+        self, config: DaemonConfig, target: TargetModel, registry: DrafterRegistry, version: str
+    ) -> SpecBlockDrafter:
+        """The inference drafter of ``version``."""
+        return SpecBlockDrafter(load_version(config, target, registry.path(version)), draft_settings(config))
 
     def __repr__(self) -> str:
         return f"Engine({self._name}, drafter {self._host.engine.drafter_version})"

@@ -36,8 +36,12 @@ from specblock.daemon.runfile import DaemonInfo, remove_run_file, write_run_file
 log = logging.getLogger(__name__)
 
 
-def serve(config: DaemonConfig) -> int:
+def serve(config: DaemonConfig, engine_type: type[EngineActor] = EngineActor) -> int:
     """Runs the daemon until a signal; returns the exit code.
+
+    Args:
+        config: the policy.
+        engine_type: class of the engine actor.
 
     Raises:
         SpecblockError: something is missing; nothing stays half-started.
@@ -55,7 +59,7 @@ def serve(config: DaemonConfig) -> int:
     endpoint = redis.start()
     try:
         _start_ray(config)
-        return asyncio.run(_Daemon(config, state_dir, endpoint.url).run())
+        return asyncio.run(_Daemon(config, state_dir, endpoint.url, engine_type).run())
     finally:
         ray.shutdown()
         redis.stop()
@@ -111,7 +115,8 @@ def _start_ray(config: DaemonConfig) -> None:
 class _Daemon:
     """The running daemon: everything between Ray's start and its shutdown."""
 
-    def __init__(self, config: DaemonConfig, state_dir: Path, redis_url: str) -> None:
+    def __init__(self, config: DaemonConfig, state_dir: Path, redis_url: str, engine_type: type[EngineActor]) -> None:
+        self._engine_type = engine_type
         self._config, self._state_dir = config, state_dir
         self._stream = StreamConfig(
             url=redis_url,
@@ -170,7 +175,7 @@ class _Daemon:
         begin = time.monotonic()
         self._client.report("loading", "loading target and drafter")
         engine = (
-            ray.remote(EngineActor)
+            ray.remote(self._engine_type)
             .options(**remote_options("engine-0", 1, config.ray.engine_gpus, concurrency=16, restarts=3))
             .remote(config, "engine-0", self._stream)
         )
