@@ -8,7 +8,7 @@ CONFIG ?= configs/local.yaml
 ROOTS  := bandit cuda_ext daemon drafter verifier
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run demo demo-fault test test-fast lint types ci bench clean
+.PHONY: help setup run demo demo-fault test test-fast lint types ci bench gpu-check clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ ci: lint types test  ## exactly what CI runs
 
 bench: setup  ## transformers generate, plain decoding and SpecBlock side by side
 	$(BIN)/specblockd bench speed --small
+
+gpu-check:  ## tests and measurements on a CUDA device; needs torch, transformers, numpy, safetensors, pytest only
+	@if [ -x $(BIN)/python ]; then $(BIN)/python scripts/gpu_check.py $(ARGS); else $(PY) scripts/gpu_check.py $(ARGS); fi
 
 clean:  ## remove the virtual environment and everything built
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
