@@ -26,6 +26,8 @@ from specblock.daemon.demo_traffic import Answer, DemoDaemon, Question, phase, s
 
 PROMPTS = Path("models/demo-prompts")
 DOMAINS = ("python", "cpp", "javascript")
+SHIFTED = "cpp"
+"""The kind of text whose traffic goes on until an update was promoted (or the most requests were sent)."""
 _RECENT = 24
 
 
@@ -37,16 +39,16 @@ class DemoSettings:
         config: policy of the daemon.
         out: directory of the results.
         traffic: requests per kind of text, at least.
-        most: requests per shifted kind of text while no update has been promoted in it.
+        most: requests of the shifted kind of text while no update has been promoted in it.
         fresh: requests with prompts seen only once, at the end of each kind.
         fault: plant a cache desynchronisation instead of comparing.
     """
 
     config: Path
     out: Path
-    traffic: int = 60
+    traffic: int = 40
     most: int = 240
-    fresh: int = 30
+    fresh: int = 20
     fault: bool = False
 
 
@@ -108,8 +110,8 @@ async def _adaptive(
             repeated, fresh = plan[: settings.most], plan[settings.most :]
             before = watch.promoted
             for start in range(0, settings.most, 2 * together):
-                enough = domain == DOMAINS[0] or watch.promoted > before or watch.faults > 0
-                if start >= settings.traffic and enough and not await _busy(daemon):
+                enough = domain != SHIFTED or watch.promoted > before or watch.faults > 0
+                if start >= settings.traffic and enough:
                     break
                 part = repeated[start : start + 2 * together]
                 asked.extend(part)
@@ -123,11 +125,6 @@ async def _adaptive(
         parity = (await daemon.status())["bandit"].get("parity")
     watch.follow_ledger()
     return Run(name=name, answers=tuple(watch.answers), records=tuple(watch.records), parity=parity), asked
-
-
-async def _busy(daemon: DemoDaemon) -> bool:
-    """An update is under way."""
-    return (await daemon.status())["bandit"].get("stage", "idle") not in ("idle", "paused")
 
 
 async def _static(settings: DemoSettings, questions: list[Question], say: Callable[[str], None]) -> Run:
