@@ -83,8 +83,8 @@ def run(settings: DemoSettings, say: Callable[[str], None]) -> int:
 
 
 async def _fault(settings: DemoSettings, say: Callable[[str], None]) -> bool:
-    say("A cache desynchronisation is planted: the drafter's cached rows lie one position too late.")
-    done, _ = await _adaptive(settings, say, "fault", ("-m", "specblock.daemon.demo_fault"), DOMAINS[:2])
+    say("A cache desynchronisation is planted: the drafter's cache has slipped by one position.")
+    done, _ = await _adaptive(settings, say, "fault", ("-m", "specblock.daemon.demo_fault_main"), DOMAINS[:2])
     faults = [r for r in done.records if r.stage == DECIDED and r.verdict == FAULT]
     trained = [r for r in done.records if r.stage.startswith(("prob", "train", "promot"))]
     say(f"{len(faults)} decisions reported a fault, {len(trained)} stages trained or promoted anything")

@@ -1,46 +1,41 @@
-"""A daemon with a planted fault, for the demo and its test: cached drafter rows lie one position too late.
+"""A daemon with a planted fault, for the demo and its test: the drafter's cache has slipped by one position.
 
-``python -m specblock.daemon.demo_fault serve -c FILE``; nothing of this is reachable from ``specblockd``.
+Started by ``python -m specblock.daemon.demo_fault_main serve -c FILE``; ``specblockd`` never reaches it.
 """
 
 from __future__ import annotations
 
-import os
-from functools import partial
-
 from torch import Tensor
 
-from specblock.daemon import supervisor
 from specblock.daemon.actors import EngineActor
-from specblock.daemon.app import app
 from specblock.daemon.config import DaemonConfig
-from specblock.daemon.environment import prepare_environment
 from specblock.daemon.models import draft_settings, load_version
 from specblock.daemon.registry import DrafterRegistry
-from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.draft import NewPositions, SpecBlockDrafter
 from specblock.drafter.kv_cache import DrafterCache
+from specblock.drafter.model import SpecBlockModel
 from specblock.verifier.model import TargetModel
 
 
-class DesynchronisedCache(DrafterCache):
-    """Writes every row one position late, so that it answers for its neighbour."""
-
-    def write(
-        self, layer: int, slots: Tensor, in_order: bool, start: Tensor, keys: Tensor, values: Tensor, end: int
-    ) -> tuple[Tensor, Tensor]:
-        """See DrafterCache.write."""
-        return super().write(layer, slots, in_order, start + self.slots_per_position, keys, values, end)
-
-
 class DesynchronisedDrafter(SpecBlockDrafter):
-    """A drafter with a broken cache; weights, tree and acceptance are untouched."""
+    """A drafter whose cache has slipped by one position: it pairs each token with the features of the position before.
 
-    def new_cache(self, num_slots: int, capacity_positions: int) -> DrafterCache:
-        """See SpecBlockDrafter.new_cache."""
-        weight, config = self.model.lm_head.weight, self.model.config
-        return DesynchronisedCache(
-            config, num_slots, capacity_positions + 2, self.scratch_rows, weight.dtype, weight.device
-        )
+    Weights, tree, acceptance and the recorded windows are untouched, so only the comparison with exact replay tells.
+    """
+
+    def __init__(self, model: SpecBlockModel, settings: DraftSettings) -> None:
+        super().__init__(model, settings)
+        self._last: dict[int, Tensor] = {}
+
+    def absorb(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:
+        """See SpecBlockDrafter.absorb."""
+        late = new.features.roll(1, dims=1)
+        for row, (slot, count) in enumerate(zip(slots, new.counts, strict=True)):
+            late[row, 0] = self._last.get(slot, new.features[row, 0])
+            if count:
+                self._last[slot] = new.features[row, count - 1].clone()
+        return super().absorb(cache, slots, NewPositions(late, new.tokens, new.counts))
 
 
 class DesynchronisedEngineActor(EngineActor):
@@ -51,17 +46,3 @@ class DesynchronisedEngineActor(EngineActor):
     ) -> SpecBlockDrafter:
         """See EngineActor.load_drafter."""
         return DesynchronisedDrafter(load_version(config, target, registry.path(version)), draft_settings(config))
-
-
-def main() -> None:
-    """The ordinary command line, with ``serve`` on the broken engine."""
-    prepare_environment(os.environ)
-    supervisor.serve = partial(supervisor.serve, engine_type=DesynchronisedEngineActor)  # type: ignore[assignment]
-    app()
-
-
-if __name__ == "__main__":
-    # Ray must find the actor class by an importable name, not in __main__.
-    from specblock.daemon.demo_fault import main as importable_main
-
-    importable_main()

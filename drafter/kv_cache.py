@@ -29,7 +29,6 @@ class DrafterCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = [0] * num_slots
-        self.slots_per_position = config.num_slots
 
     def reset(self, slot: int) -> None:
         """Forgets a slot; stale rows stay finite and are masked."""
