@@ -21,7 +21,7 @@ from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.engine_host import EngineHost, SwapResult
 from specblock.daemon.feedback import Feedback
 from specblock.daemon.messages import EngineStatus, GenerationRequest, TokenChunk
-from specblock.daemon.models import draft_settings, dtype_of, load_target, load_version
+from specblock.daemon.models import draft_settings, dtype_of, load_network, load_target
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.trainer import Trainer, Weights
 from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore
@@ -44,7 +44,7 @@ class EngineActor:
         registry = DrafterRegistry(Path(config.state_dir))
         version = registry.serving()
         assert version is not None, "the daemon imports a base drafter before it starts engines"
-        target = load_target(config)
+        target = load_target(config.target.model, dtype_of(config), config.target.device)
         drafter = self.load_drafter(config, target, registry, version)
         limits = config.windows
         self._windows = WindowStore(
@@ -78,7 +78,7 @@ class EngineActor:
         self, config: DaemonConfig, target: TargetModel, registry: DrafterRegistry, version: str
     ) -> SpecBlockDrafter:
         """The inference drafter of ``version``."""
-        return SpecBlockDrafter(load_version(config, target, registry.path(version)), draft_settings(config))
+        return SpecBlockDrafter(load_network(target, registry.path(version)), draft_settings(config))
 
     def __repr__(self) -> str:
         return f"Engine({self._name}, drafter {self._host.engine.drafter_version})"
@@ -133,7 +133,7 @@ class TrainerActor:
 
     def __init__(self, config: DaemonConfig) -> None:
         torch.set_num_threads(config.trainer.threads)
-        target = load_target(config)
+        target = load_target(config.target.model, dtype_of(config), config.target.device)
         self._registry = DrafterRegistry(Path(config.state_dir))
         self._trainer = Trainer(
             target.embedding.clone(),

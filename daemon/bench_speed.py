@@ -7,12 +7,9 @@ Ratios are paired over prompts with bootstrap intervals.
 from __future__ import annotations
 
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -21,10 +18,9 @@ import torch
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.collect import Prompt, read_prompts
 from specblock.daemon.config_loader import load_config
-from specblock.daemon.engine import Engine, EngineSettings
-from specblock.daemon.messages import GenerationRequest
-from specblock.daemon.models import draft_settings
-from specblock.daemon.oneshot import load_pair
+from specblock.daemon.facts import facts
+from specblock.daemon.models import draft_settings, load_pair
+from specblock.daemon.oneshot import complete
 from specblock.drafter.draft import SpecBlockDrafter
 from specblock.verifier.model import TargetModel
 
@@ -90,52 +86,18 @@ def run(small: bool, as_json: bool) -> int:
     for domain in domains:
         prompts = read_prompts(PROMPTS / f"{domain}.jsonl")[-count:]
         rows.extend(_rows(domain, _interleaved(ways, prompts)))
-    known = {**facts(), "tree": asdict(settings)}
+    measured = facts(new_tokens=NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P, seed=0)
+    known = {**measured, "tree": asdict(settings)}
     result = {"facts": known, "rows": [asdict(row) for row in rows]}
     print(json.dumps(result, indent=2) if as_json else _table(known, rows))
     return 0
 
 
-def facts() -> dict[str, str | int]:
-    """What a figure depends on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return {
-        "commit": commit.stdout.strip() or "unknown",
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
-        "python": platform.python_version(),
-        "device": "cpu",
-        "bf16_matrix_unit": str(torch.cpu._is_amx_tile_supported()),
-        "dtype": "bfloat16",
-        "threads": torch.get_num_threads(),
-        "attention": "sdpa",
-        "new_tokens": NEW_TOKENS,
-        "temperature": str(TEMPERATURE),
-        "top_p": str(TOP_P),
-        "seed": 0,
-    }
-
-
 def _engine(target: TargetModel, drafter: SpecBlockDrafter | None) -> Way:
     def answer(prompt: Prompt, seed: int) -> Run:
-        tokens = tuple(target.tokenizer.encode(prompt.text, add_special_tokens=False))
-        settings = EngineSettings(slots=1, capacity_tokens=len(tokens) + NEW_TOKENS)
-        engine = Engine(target, drafter, settings, time.perf_counter)
         sampling = SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
-        begin = time.perf_counter()
-        engine.submit(
-            GenerationRequest(
-                request_id="bench", prompt_tokens=tokens, sampling=sampling, max_tokens=NEW_TOKENS, ignore_eos=True
-            )
-        )
-        produced: list[int] = []
-        while True:
-            for chunk in engine.step():
-                produced.extend(chunk.tokens)
-                if chunk.stats is not None:
-                    stats = chunk.stats
-                    seconds = time.perf_counter() - begin
-                    return Run(tuple(produced), seconds, stats.cycles, stats.draft_s, stats.verify_s)
+        done = complete(target, drafter, prompt.text, sampling, NEW_TOKENS, ignore_eos=True, collect=True)
+        return Run(done.tokens, done.seconds, done.stats.cycles, done.stats.draft_s, done.stats.verify_s)
 
     return answer
 
@@ -163,9 +125,7 @@ def _transformers(target: TargetModel) -> Way:
     return answer
 
 
-def _interleaved(
-    ways: dict[tuple[str, bool | None], Way], prompts: Sequence[Prompt]
-) -> dict[tuple[str, bool | None], list[Run]]:
+def _interleaved(ways: dict[Name, Way], prompts: Sequence[Prompt]) -> dict[Name, list[Run]]:
     results: dict[Name, list[Run]] = {name: [] for name in ways}
     order = list(ways)
     for way in ways.values():  # warm-up, not counted

@@ -11,8 +11,8 @@ import typer
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.errors import ConfigError, ExitCode
-from specblock.daemon.models import draft_settings
-from specblock.daemon.oneshot import complete, load_pair
+from specblock.daemon.models import draft_settings, load_pair
+from specblock.daemon.oneshot import complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

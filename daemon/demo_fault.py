@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specblock.daemon.actors import EngineActor
 from specblock.daemon.config import DaemonConfig
-from specblock.daemon.models import draft_settings, load_version
+from specblock.daemon.models import draft_settings, load_network
 from specblock.daemon.registry import DrafterRegistry
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import NewPositions, SpecBlockDrafter
@@ -45,4 +45,4 @@ class DesynchronisedEngineActor(EngineActor):
         self, config: DaemonConfig, target: TargetModel, registry: DrafterRegistry, version: str
     ) -> SpecBlockDrafter:
         """See EngineActor.load_drafter."""
-        return DesynchronisedDrafter(load_version(config, target, registry.path(version)), draft_settings(config))
+        return DesynchronisedDrafter(load_network(target, registry.path(version)), draft_settings(config))

@@ -14,11 +14,11 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 
 from specblock.bandit.explain import explain
+from specblock.daemon.demo_summary import Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from specblock.daemon.demo import Run
 
 _BIN = 24
 _COLOURS = {"static": "#8a8f98", "adaptive": "#1f6feb"}

@@ -27,7 +27,7 @@ class Question:
     """One request of the demo.
 
     Attributes:
-        number: place in the traffic, from 0.
+        number: unique in a run; the same in both runs of a comparison.
         fresh: the prompt occurs only once, at the end of its phase: no update was trained on it.
         seed: fixes the text, whatever drafter serves.
     """

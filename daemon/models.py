@@ -1,17 +1,24 @@
-"""Loads target and drafter as the configuration says; the one place that turns sections into model objects."""
+"""Loads target and drafter; the one place that turns sections of the configuration into model objects.
+
+Imports no configuration at run time, so that measurements on a machine without pydantic can load models too.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from specblock.daemon.config import DaemonConfig
 from specblock.daemon.errors import IncompatibleError
 from specblock.drafter.checkpoint import load_drafter
 from specblock.drafter.config import DraftSettings
+from specblock.drafter.draft import SpecBlockDrafter
 from specblock.drafter.model import SpecBlockModel
 from specblock.verifier.model import TargetModel
+
+if TYPE_CHECKING:
+    from specblock.daemon.config import DaemonConfig
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -38,20 +45,20 @@ def draft_settings(config: DaemonConfig) -> DraftSettings:
     )
 
 
-def load_target(config: DaemonConfig) -> TargetModel:
-    """The target.
+def load_target(model: str, dtype: torch.dtype, device: str) -> TargetModel:
+    """The target, from a directory or a hub id.
 
     Raises:
         IncompatibleError: missing, or of a family that cannot be served.
     """
     try:
-        return TargetModel.load(config.target.model, dtype=dtype_of(config), device=config.target.device)
+        return TargetModel.load(model, dtype=dtype, device=device)
     except ValueError as error:
         raise IncompatibleError(str(error)) from None
 
 
-def load_version(config: DaemonConfig, target: TargetModel, directory: Path) -> SpecBlockModel:
-    """A drafter version, checked against the target.
+def load_network(target: TargetModel, directory: Path) -> SpecBlockModel:
+    """A drafter's network, checked against the target, in the target's type and on its device.
 
     Raises:
         IncompatibleError: it does not fit.
@@ -60,11 +67,23 @@ def load_version(config: DaemonConfig, target: TargetModel, directory: Path) -> 
         model = load_drafter(
             directory,
             target.embedding,
-            dtype=dtype_of(config),
-            device=config.target.device,
+            dtype=target.dtype,
+            device=target.device,
             target_fingerprint=target.fingerprint,
             feature_layers=target.feature_layers,
         )
     except ValueError as error:
         raise IncompatibleError(str(error)) from None
     return model.eval()
+
+
+def load_pair(
+    model: str, drafter: Path | None, dtype: str, device: str, settings: DraftSettings
+) -> tuple[TargetModel, SpecBlockDrafter | None]:
+    """Loads a target and the drafter that belongs to it.
+
+    Raises:
+        IncompatibleError: one of them is missing or they do not fit.
+    """
+    target = load_target(model, DTYPES[dtype], device)
+    return target, None if drafter is None else SpecBlockDrafter(load_network(target, drafter), settings)

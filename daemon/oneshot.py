@@ -1,19 +1,14 @@
-"""``specblockd generate``: one prompt, in this process, without Ray or Redis."""
+"""One prompt in this process, without Ray or Redis: ``specblockd generate`` and the measurements."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.engine import Engine, EngineSettings
-from specblock.daemon.errors import IncompatibleError
 from specblock.daemon.messages import GenerationRequest, RequestStats
-from specblock.daemon.models import DTYPES
-from specblock.drafter.checkpoint import load_drafter
-from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import SpecBlockDrafter
 from specblock.verifier.model import TargetModel
 
@@ -34,31 +29,6 @@ class Answer:
         return self.stats.completion_tokens / max(1, self.stats.cycles)
 
 
-def load_pair(
-    model: str, drafter: Path | None, dtype: str, device: str, settings: DraftSettings
-) -> tuple[TargetModel, SpecBlockDrafter | None]:
-    """Loads a target and the drafter that belongs to it.
-
-    Raises:
-        IncompatibleError: one of them is missing or they do not fit.
-    """
-    try:
-        target = TargetModel.load(model, dtype=DTYPES[dtype], device=device)
-        if drafter is None:
-            return target, None
-        network = load_drafter(
-            drafter,
-            target.embedding,
-            dtype=DTYPES[dtype],
-            device=device,
-            target_fingerprint=target.fingerprint,
-            feature_layers=target.feature_layers,
-        )
-    except ValueError as error:
-        raise IncompatibleError(str(error)) from None
-    return target, SpecBlockDrafter(network.eval(), settings)
-
-
 def complete(
     target: TargetModel,
     drafter: SpecBlockDrafter | None,
@@ -66,8 +36,12 @@ def complete(
     sampling: SamplingParams,
     max_tokens: int,
     on_text: Callable[[str], None] = lambda text: None,
+    ignore_eos: bool = False,
+    collect: bool = False,
 ) -> Answer:
     """Completes one prompt; ``on_text`` receives text as it becomes certain.
+
+    Measurements ask for ``collect``, so that the work which the daemon does for its training windows is counted.
 
     Raises:
         ValueError: the prompt is empty or too long for the target's context.
@@ -78,12 +52,17 @@ def complete(
         raise ValueError(f"prompt ({len(tokens)} tokens) plus --max-tokens {max_tokens} is over the context of {limit}")
     settings = EngineSettings(slots=1, capacity_tokens=len(tokens) + max_tokens)
     engine = Engine(target, drafter, settings, time.perf_counter)
+    begin = time.perf_counter()
     engine.submit(
         GenerationRequest(
-            request_id="oneshot", prompt_tokens=tokens, sampling=sampling, max_tokens=max_tokens, collect=False
+            request_id="oneshot",
+            prompt_tokens=tokens,
+            sampling=sampling,
+            max_tokens=max_tokens,
+            ignore_eos=ignore_eos,
+            collect=collect,
         )
     )
-    begin = time.perf_counter()
     produced: list[int] = []
     text: list[str] = []
     while True:

@@ -8,8 +8,8 @@ import pytest
 
 from specblock.bandit.ledger import LedgerRecord
 from specblock.daemon.collect import Prompt
-from specblock.daemon.demo import Run, paired_gain, summary
 from specblock.daemon.demo_report import write_report
+from specblock.daemon.demo_summary import Run, paired_gain, summary
 from specblock.daemon.demo_traffic import Answer, phase
 
 

@@ -1,0 +1,37 @@
+"""What a measured figure depends on, printed beside it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+_BF16_UNITS = ("amx_bf16", "avx512_bf16")
+
+
+def facts(device: str = "cpu", **settings: str | float) -> dict[str, str | float]:
+    """Commit, versions, machine and ``settings`` of a measurement in bfloat16.
+
+    Args:
+        device: "cpu" or "cuda".
+        settings: what else the figure depends on, such as the temperature.
+    """
+    here = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(here, capture_output=True, text=True, check=False).stdout.strip()
+    known = torch.cpu.get_capabilities()
+    units = "+".join(unit for unit in _BF16_UNITS if known.get(unit)) or "none"
+    return {
+        "commit": commit or "unknown",
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else str(known.get("cpu_name", "cpu")),
+        "cpu_bfloat16": units,
+        "dtype": "bfloat16",
+        "threads": torch.get_num_threads(),
+        "attention": "sdpa",
+        **settings,
+    }
