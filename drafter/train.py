@@ -222,12 +222,15 @@ def train_to_deadline(
     clock: Callable[[], float] = time.monotonic,
     save_every_s: float = 120.0,
     evaluate: Callable[[], dict[str, float]] | None = None,
+    evaluate_every_s: float = 600.0,
 ) -> None:
     """Trains until the steps or the time are used up; saves regularly, logs a line per save.
 
+    ``evaluate`` replays held-out conversations, which takes longer than a save and so happens less often.
     Without a reachable step count, set ``steps`` from the measured speed, so that the rate has decayed at the end.
     """
-    saved, begun, first = clock(), clock(), run.positions
+    saved = begun = evaluated = clock()
+    first = run.positions
     losses: list[float] = []
     for batch in run.batches(windows):
         report = run.step(batch)
@@ -241,8 +244,11 @@ def train_to_deadline(
             mean = math.fsum(losses) / len(losses)
             line = f"step {run.done}/{run.settings.steps} loss {mean:.3f} {speed:.0f} positions/s"
             top1 = " ".join(f"{x:.2f}" for x in report.slot_top1[0].tolist())
-            held = " ".join(f"{d} {a:.3f}" for d, a in evaluate().items()) if evaluate else ""
-            say(f"{line} | top-1 by slot {top1} | held-out acceptance {held}")
+            line = f"{line} | top-1 by slot {top1}"
+            if evaluate is not None and clock() - evaluated >= evaluate_every_s:
+                held = " ".join(f"{d} {a:.3f}" for d, a in evaluate().items())
+                line, evaluated = f"{line} | held-out acceptance {held}", clock()
+            say(line)
             losses.clear()
         if over:
             return
