@@ -39,6 +39,8 @@ class Arm:
     """Parameter names to train, shell-style wildcards."""
     steps: int = 0
     learning_rate: float = 0.0
+    matrix_rate: float = 0.0
+    """Rate of the hidden matrices under orthogonalised momentum (Muon); 0: they take ``learning_rate`` as the rest."""
     positions_per_step: int = 2048
     """Training positions one step is expected to process; replaced by what is measured."""
     prior_s_per_position: float = 1e-4
@@ -57,7 +59,9 @@ class Arm:
         path = f"policy.arms[{self.name}]"
         _require(bool(self.name), "policy.arms.name", "a non-empty name", self.name)
         _require(self.steps >= 0, f"{path}.steps", "at least 0", self.steps)
-        _not_negative(path, cooldown_s=self.cooldown_s, drop_recovery_sd=self.drop_recovery_sd)
+        _not_negative(
+            path, cooldown_s=self.cooldown_s, drop_recovery_sd=self.drop_recovery_sd, matrix_rate=self.matrix_rate
+        )
         _require(math.isfinite(self.prior_gain_mean), f"{path}.prior_gain_mean", "finite", self.prior_gain_mean)
         if self.steps == 0:
             return
@@ -77,12 +81,13 @@ def default_arms() -> tuple[Arm, ...]:
     """Skip, retrain the draft head, retrain the whole drafter: the arms of the paper."""
     return (
         Arm(name="skip"),
-        Arm(name="head", patterns=("*head*",), steps=100, learning_rate=1e-3),
+        Arm(name="head", patterns=("*head*", "norm.*"), steps=20, learning_rate=2e-3),
         Arm(
             name="full",
             patterns=("*",),
-            steps=300,
-            learning_rate=1e-4,
+            steps=40,
+            learning_rate=8e-4,
+            matrix_rate=0.02,
             prior_s_per_position=4e-4,
             prior_gain_sd=0.03,
             drop_recovery=0.6,

@@ -50,7 +50,7 @@ class DrafterConfig(Section):
     """Ceiling of the fan-out at a block's first slot; the fan-out per rank class goes up to 6."""
     shared_noise: bool = True
     """At temperature > 0, rank proposals with the noise the target will choose by. Lossless either way."""
-    noise_scale: float = Field(default=1.4, gt=0, le=4)
+    noise_scale: float = Field(default=1.0, gt=0, le=4)
     """Spread of the target's choice around the perturbed draft score, in nats; smaller trusts the drafter more."""
 
 

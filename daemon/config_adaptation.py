@@ -35,6 +35,8 @@ class ArmConfig(Section):
     """Optimiser steps of one update."""
     learning_rate: float = Field(gt=0, le=1)
     """Step size of the optimiser at its peak."""
+    matrix_rate: float = Field(default=0.0, ge=0, le=1)
+    """Peak step size of Muon, which then moves the hidden matrices; 0: AdamW moves them too."""
     cooldown_s: float | None = Field(default=None, ge=0)
     """Seconds without updates after one of this arm; null takes adaptation.cooldown_s."""
     prior_s_per_position: float = Field(default=1e-4, gt=0)
@@ -51,6 +53,7 @@ class ArmConfig(Section):
             patterns=self.patterns,
             steps=self.steps,
             learning_rate=self.learning_rate,
+            matrix_rate=self.matrix_rate,
             positions_per_step=positions_per_step,
             prior_s_per_position=self.prior_s_per_position,
             prior_gain_sd=self.prior_gain_sd,
@@ -64,12 +67,13 @@ def _tuple(value: object) -> object:
 
 
 DEFAULT_ARMS = (
-    ArmConfig(name="head", patterns=("*head*",), steps=40, learning_rate=5e-4),
+    ArmConfig(name="head", patterns=("*head*", "norm.*"), steps=20, learning_rate=2e-3),
     ArmConfig(
         name="full",
         patterns=("*",),
-        steps=60,
-        learning_rate=3e-4,
+        steps=40,
+        learning_rate=8e-4,
+        matrix_rate=0.02,
         prior_s_per_position=4e-4,
         prior_gain_sd=0.03,
         drop_recovery=0.6,

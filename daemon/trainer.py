@@ -157,6 +157,7 @@ class Trainer:
             steps=arm.steps,
             batch_windows=self._batch_windows,
             learning_rate=arm.learning_rate,
+            matrix_rate=arm.matrix_rate,
             warmup_steps=max(1, arm.steps // 20),
             patterns=arm.patterns,
             blocks=self._settings.blocks,

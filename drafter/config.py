@@ -103,7 +103,7 @@ class DraftSettings:
     beam: int = 10
     fan_out: tuple[int, ...] = (2, 4, 6, 4)
     shared_noise: bool = True
-    noise_scale: float = 1.4
+    noise_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("blocks", "leaf_cap", "node_budget", "beam"):
