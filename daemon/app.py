@@ -197,7 +197,7 @@ def demo(
     config: Annotated[Path, typer.Option("--config", "-c", help="Policy file (YAML).")] = Path("configs/demo.yaml"),
     out: Annotated[Path, typer.Option(help="Directory for the page and the figures.")] = Path("build/demo"),
     traffic: Annotated[int, typer.Option(min=8, help="Requests per kind of text, at least.")] = 40,
-    most: Annotated[int, typer.Option(min=8, help="Requests of cpp while no update was promoted.")] = 240,
+    most: Annotated[int, typer.Option(min=8, help="Requests of cpp while no update was promoted.")] = 480,
     fresh: Annotated[int, typer.Option(min=2, max=50, help="Closing requests on prompts seen only once.")] = 20,
     fault: Annotated[bool, typer.Option("--fault", help="Plant a cache fault instead; it must be reported.")] = False,
 ) -> int:

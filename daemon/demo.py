@@ -46,7 +46,7 @@ class DemoSettings:
     config: Path
     out: Path
     traffic: int = 40
-    most: int = 240
+    most: int = 480
     fresh: int = 20
     fault: bool = False
 
