@@ -22,6 +22,8 @@ from specblock.daemon.config_loader import load_config
 from specblock.daemon.demo_report import write_report
 from specblock.daemon.demo_summary import DOMAINS, Run, in_words, summary
 from specblock.daemon.demo_traffic import Answer, DemoDaemon, Question, phase, send
+from specblock.daemon.errors import DependencyError
+from specblock.daemon.runfile import read_run_file
 
 PROMPTS = Path("models/demo-prompts")
 SHIFTED = "cpp"
@@ -78,6 +80,7 @@ class _Stage:
         config = load_config(settings.config)
         self.settings, self.name, self.together = settings, name, config.engine.slots
         state = config.state_dir / name
+        _refuse_running(state)
         shutil.rmtree(state, ignore_errors=True)
         self.ledger = state / "bandit" / "ledger.jsonl"
         self._url = f"http://127.0.0.1:{config.http.port}"
@@ -88,6 +91,19 @@ class _Stage:
     def daemon(self) -> DemoDaemon:
         """Started when entered."""
         return DemoDaemon(self._arguments, self._url, self.settings.out / f"{self.name}.log")
+
+
+def _refuse_running(state: Path) -> None:
+    """A daemon whose state directory is deleted under it would go on without its Redis.
+
+    Raises:
+        DependencyError: one still runs.
+    """
+    try:
+        info = read_run_file(state)
+    except DependencyError:
+        return
+    raise DependencyError(f"the daemon of an earlier demo (process {info.pid}) still uses {state}: stop it first")
 
 
 async def _fault(settings: DemoSettings, say: Callable[[str], None]) -> bool:

@@ -58,7 +58,7 @@ class RedisEndpoint:
 class RedisServer:
     """Owns the private child, or points at the configured server; ``start`` and ``stop`` are idempotent.
 
-    Start it from the main thread: the die-with-parent signal follows the thread that forks.
+    Start it from a thread that lives as long as the daemon: the die-with-parent signal follows the thread that forks.
     """
 
     def __init__(
@@ -103,12 +103,39 @@ class RedisServer:
         """
         if self._endpoint is not None and (self._child is None or self.pid is not None):
             return self._endpoint
-        self._endpoint = self._attach(self._config.url) if self._config.url is not None else self._spawn()
+        try:
+            self._endpoint = self._attach(self._config.url) if self._config.url is not None else self._spawn()
+        except DependencyError:
+            self.stop()
+            raise
         return self._endpoint
+
+    def heal(self) -> bool:
+        """Starts the child again under the same URL if it died or its socket vanished; True if that was needed.
+
+        The stream it held is gone; the clients recreate their group and count the gap.
+
+        Raises:
+            DependencyError: it did not come up; the next call tries again.
+        """
+        if self._config.url is not None or self._endpoint is None:
+            return False
+        if self.pid is not None and Path(self._endpoint.url.removeprefix("unix://")).exists():
+            return False
+        self._end_child(1.0)
+        self._endpoint = self._spawn()
+        return True
 
     def stop(self, grace_s: float = 5.0) -> None:
         """Ends the child: TERM, then KILL after ``grace_s`` seconds. Leaves a configured server alone."""
-        child, self._child, self._endpoint = self._child, None, None
+        self._endpoint = None
+        self._end_child(grace_s)
+        if self._short_folder is not None:
+            shutil.rmtree(self._short_folder, ignore_errors=True)
+            self._short_folder = None
+
+    def _end_child(self, grace_s: float) -> None:
+        child, self._child = self._child, None
         if child is not None and child.poll() is None:
             child.terminate()
             try:
@@ -117,9 +144,6 @@ class RedisServer:
                 _LOG.warning("redis-server did not stop within %.1f s; killing it", grace_s)
                 child.kill()
                 child.wait()
-        if self._short_folder is not None:
-            shutil.rmtree(self._short_folder, ignore_errors=True)
-            self._short_folder = None
 
     def _attach(self, url: str) -> RedisEndpoint:
         info = probe(url, self._config.socket_timeout_s)
@@ -154,14 +178,15 @@ class RedisServer:
         try:
             return self._wait(f"unix://{socket_path}")
         except DependencyError:
-            self.stop()
+            self._end_child(1.0)
             raise
 
     def _socket_path(self) -> Path:
         path = (self._folder / "redis.sock").absolute()
         if len(os.fsencode(path)) <= MAX_SOCKET_PATH_BYTES:
             return path
-        self._short_folder = Path(tempfile.mkdtemp(prefix="specblock-"))
+        if self._short_folder is None:
+            self._short_folder = Path(tempfile.mkdtemp(prefix="specblock-"))
         _LOG.info("the state directory's path is too long for a unix socket; using %s", self._short_folder)
         return self._short_folder / "redis.sock"
 

@@ -13,6 +13,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.metadata import version as installed_version
 from pathlib import Path
@@ -34,6 +35,7 @@ from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.runfile import DaemonInfo, remove_run_file, write_run_file
 
 log = logging.getLogger(__name__)
+_REDIS_WATCH_S = 1.0
 
 
 def serve(config: DaemonConfig, engine_type: type[EngineActor] = EngineActor) -> int:
@@ -56,10 +58,10 @@ def serve(config: DaemonConfig, engine_type: type[EngineActor] = EngineActor) ->
     serving = registry.import_base(Path(config.drafter.path))
     log.info("drafter version %s", serving)
     redis = RedisServer(config.redis, state_dir)
-    endpoint = redis.start()
+    redis.start()
     try:
         _start_ray(config)
-        return asyncio.run(_Daemon(config, state_dir, endpoint.url, engine_type).run())
+        return asyncio.run(_Daemon(config, state_dir, redis, engine_type).run())
     finally:
         ray.shutdown()
         redis.stop()
@@ -115,11 +117,13 @@ def _start_ray(config: DaemonConfig) -> None:
 class _Daemon:
     """The running daemon: everything between Ray's start and its shutdown."""
 
-    def __init__(self, config: DaemonConfig, state_dir: Path, redis_url: str, engine_type: type[EngineActor]) -> None:
+    def __init__(
+        self, config: DaemonConfig, state_dir: Path, redis: RedisServer, engine_type: type[EngineActor]
+    ) -> None:
         self._engine_type = engine_type
-        self._config, self._state_dir = config, state_dir
+        self._config, self._state_dir, self._redis = config, state_dir, redis
         self._stream = StreamConfig(
-            url=redis_url,
+            url=redis.url,
             max_entries=config.redis.stream_max_entries,
             socket_timeout_s=config.redis.socket_timeout_s,
             block_max_s=config.redis.block_s,
@@ -136,6 +140,9 @@ class _Daemon:
         serving = asyncio.create_task(server.serve())
         actors: list[Any] = []
         code = 0
+        # A thread of its own: the gateway does not wait for Redis, and the child dies with the thread that forked it.
+        watcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="redis-watch")
+        watching = asyncio.create_task(self._watch_redis(watcher))
         try:
             starting = asyncio.create_task(self._start_actors(actors))
             stopping = asyncio.create_task(self._stop.wait())
@@ -149,7 +156,19 @@ class _Daemon:
             log.error("%s", error)
             code = int(error.exit_code)
         await self._shut_down(server, serving, actors)
+        watching.cancel()
+        watcher.shutdown()
         return code
+
+    async def _watch_redis(self, watcher: ThreadPoolExecutor) -> None:
+        """Without Redis the daemon serves on but learns nothing, which nobody would notice for months."""
+        while True:
+            await asyncio.sleep(_REDIS_WATCH_S)
+            try:
+                if await asyncio.get_running_loop().run_in_executor(watcher, self._redis.heal):
+                    log.error("redis-server was gone and has been started again; events of that time may be lost")
+            except DependencyError as error:
+                log.error("redis-server is gone and does not start: %s", error)
 
     def _http_server(self) -> uvicorn.Server:
         tokenizer = AutoTokenizer.from_pretrained(self._config.target.model)

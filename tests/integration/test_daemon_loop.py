@@ -247,4 +247,17 @@ def test_absurd_costs_lead_to_skip_and_the_ledger_says_why(start: Callable[..., 
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     assert "no update" in explained.lower() and "net value" in explained
-    assert daemon.stop() == 0
+
+    # Redis is killed: serving goes on, Redis comes back, learning goes on.
+    [server] = [pid for pid, args in daemon.descendants().items() if "redis-server" in args]
+    before = daemon.status()["bandit"]["learned"]
+    os.kill(server, signal.SIGKILL)
+
+    def learning_again() -> bool:
+        daemon.ask(PROMPTS[0], 8)
+        others = [pid for pid, args in daemon.descendants().items() if "redis-server" in args and pid != server]
+        return bool(others) and bool(daemon.status()["bandit"]["learned"] > before + 2)
+
+    daemon.until(learning_again, "learning after the death of redis-server", 60.0)
+    assert "redis-server was gone" in daemon.tail()
+    assert daemon.stop() == 0, daemon.tail()

@@ -85,6 +85,29 @@ def test_a_restart_after_a_crash(server: RedisServer) -> None:
     assert server.pid not in (None, first)
 
 
+@pytest.mark.parametrize("folder", ["d", "x" * 120])
+def test_a_child_that_died_or_lost_its_socket_comes_back_at_the_same_place(tmp_path: Path, folder: str) -> None:
+    server = RedisServer(RedisConfig(), tmp_path / folder)
+    assert not server.heal(), "nothing was started yet"
+    try:
+        url = server.start().url
+        first = server.pid
+        assert first is not None
+        assert not server.heal(), "healthy"
+        os.kill(first, signal.SIGKILL)
+        until(lambda: server.pid is None)
+        assert server.heal() and server.url == url
+        second = server.pid
+        assert second is not None
+        assert redis.Redis.from_url(url).ping()
+        Path(urlsplit(url).path).unlink()
+        assert server.heal() and server.url == url and gone(second)
+        assert redis.Redis.from_url(url).ping()
+    finally:
+        server.stop()
+    assert not server.heal(), "stopped on purpose"
+
+
 def test_two_daemons_in_one_state_dir_are_refused(server: RedisServer, tmp_path: Path) -> None:
     server.start()
     with pytest.raises(DependencyError, match="another daemon"):
