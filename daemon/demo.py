@@ -62,7 +62,7 @@ def run(settings: DemoSettings, say: Callable[[str], None]) -> int:
     stage = _Stage(settings, "static", changes=("adaptation.enabled=false",))
     static = asyncio.run(_static(stage, questions, say))
     settings.out.mkdir(parents=True, exist_ok=True)
-    found = summary(static, adaptive)
+    found = summary(static, adaptive, load_config(settings.config).engine.threads)
     (settings.out / "result.json").write_text(json.dumps(found, indent=2) + "\n")
     page = write_report(settings.out / "report.html", static, adaptive, found)
     for line in in_words(found):
