@@ -75,7 +75,7 @@ def explanations(config: DaemonConfig, count: int) -> list[str]:
         DependencyError: there is no ledger.
         VerificationError: it is damaged.
     """
-    return [explain(record) for record in list(_records(config))[-count:]]
+    return [explain(record) for record in list(_records(config))[-count:]] or ["nothing has been decided yet"]
 
 
 def balance(config: DaemonConfig) -> dict[str, float]:

@@ -144,6 +144,7 @@ def test_explain_and_ledger(policy: str, tmp_path: Path) -> None:
     assert code == ExitCode.DEPENDENCY and "no ledger yet" in err
     path = tmp_path / "state" / "bandit" / "ledger.jsonl"
     ledger = Ledger(path)
+    assert run("explain", "-c", policy)[:2] == (ExitCode.OK, "nothing has been decided yet\n")
     for number in range(3):
         ledger.append(
             LedgerRecord(
