@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,12 @@ def check_model(model: Any) -> None:
         raise ValueError(f"incompatible architecture: {name} has no model.layers with an output head")
     if model.config._attn_implementation != "sdpa":
         raise ValueError(f"incompatible model: attention must be 'sdpa', not {model.config._attn_implementation!r}")
+
+
+def cache_argument(decoder: Any) -> str:
+    """What this transformers release calls the cache in a decoder's forward: ``cache`` since 5.24, before that
+    ``past_key_values``."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

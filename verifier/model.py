@@ -53,6 +53,7 @@ class TargetModel:
         self._model = model.eval().requires_grad_(False)
         self._decoder = model.model
         self._head = model.get_output_embeddings()
+        self._cache_argument = loading.cache_argument(self._decoder)
         self._captured: dict[int, Tensor] = {}
         self._capturing = False
         config = model.config
@@ -242,8 +243,8 @@ class TargetModel:
                 input_ids=tokens_BR,
                 attention_mask=mask_B1RT,
                 position_ids=position_BR,
-                past_key_values=past,
                 use_cache=True,
+                **{self._cache_argument: past},
             ).last_hidden_state
             return hidden_BRH, torch.cat([self._captured[index] for index in self.feature_layers], dim=-1)
         finally:
