@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PY=${PY:-python3} VENV=${VENV:-.venv} TORCH=${TORCH:-torch==2.13.0} ROOTS=${ROOTS:-bandit cuda_ext daemon drafter verifier}
+CONSTRAINTS=${CONSTRAINTS-scripts/constraints.txt}  # empty: whatever pyproject.toml allows
 say() { printf '\033[1m[setup]\033[0m %s\n' "$*"; }
 
 SUDO=""
@@ -30,7 +31,7 @@ say "build tools"; "$VENV/bin/pip" install -q -U "setuptools>=77" wheel
 # An existing torch is kept (images with a CUDA build); TORCH=... overrides the pin.
 "$VENV/bin/python" -c 'import torch' 2>/dev/null || { say "installing $TORCH"; "$VENV/bin/pip" install -q "$TORCH"; }
 say "installing specblock and its dependencies"
-"$VENV/bin/pip" install -q --no-build-isolation -e ".[$EXTRAS]"
+"$VENV/bin/pip" install -q --no-build-isolation ${CONSTRAINTS:+-c "$CONSTRAINTS"} -e ".[$EXTRAS]"
 
 # Static tools cannot follow the editable import hook: give them a link farm (git-ignored).
 mkdir -p build/ns/specblock
