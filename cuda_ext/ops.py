@@ -26,7 +26,9 @@ def _path_hash(candidates: Candidates, max_depth: int) -> Tensor:
     return hashed
 
 
-def build_tree(root_token: Tensor, candidates: Candidates, budget: int, max_depth: int) -> DraftTree:
+def build_tree(
+    root_token: Tensor, candidates: Candidates, budget: int, max_depth: int, merge: bool = True
+) -> DraftTree:
     """Merges duplicate paths, keeps the best ``budget`` nodes, and lays them out for verification.
 
     Nodes with the same token path from the root are one node: the best score survives and adopts the children of the
@@ -42,6 +44,8 @@ def build_tree(root_token: Tensor, candidates: Candidates, budget: int, max_dept
         candidates: raw proposals [B, M].
         budget: largest number of draft nodes kept, root excluded.
         max_depth: largest depth among the candidates.
+        merge: False keeps duplicates apart, to measure what merging is worth; siblings are then not unique, which
+            wastes budget but cannot change the text.
 
     Returns:
         A tree with R = min(budget, M) + 1 rows.
@@ -62,7 +66,8 @@ def build_tree(root_token: Tensor, candidates: Candidates, budget: int, max_dept
     hashed_sorted, position = torch.sort(hashed.gather(1, best_first), dim=1, stable=True)
     valid_sorted = candidates.valid.gather(1, best_first).gather(1, position)
     leads = torch.ones_like(valid_sorted)
-    leads[:, 1:] = (hashed_sorted[:, 1:] != hashed_sorted[:, :-1]) | ~valid_sorted[:, 1:]
+    if merge:
+        leads[:, 1:] = (hashed_sorted[:, 1:] != hashed_sorted[:, :-1]) | ~valid_sorted[:, 1:]
     place = torch.arange(num_raw, device=score.device).expand(batch, -1)
     leader_place = torch.cummax(torch.where(leads, place, 0), dim=1).values
     members = best_first.gather(1, position)

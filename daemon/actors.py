@@ -25,7 +25,7 @@ from specblock.daemon.models import draft_settings, dtype_of, load_network, load
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.trainer import Trainer, Weights
 from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore
-from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
 
@@ -76,9 +76,9 @@ class EngineActor:
 
     def load_drafter(
         self, config: DaemonConfig, target: TargetModel, registry: DrafterRegistry, version: str
-    ) -> SpecBlockDrafter:
+    ) -> BlockDrafter:
         """The inference drafter of ``version``."""
-        return SpecBlockDrafter(load_network(target, registry.path(version)), draft_settings(config))
+        return BlockDrafter(load_network(target, registry.path(version)), draft_settings(config))
 
     def __repr__(self) -> str:
         return f"Engine({self._name}, drafter {self._host.engine.drafter_version})"

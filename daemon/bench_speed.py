@@ -21,7 +21,7 @@ from specblock.daemon.config_loader import load_config
 from specblock.daemon.facts import facts
 from specblock.daemon.models import draft_settings, load_pair
 from specblock.daemon.oneshot import complete
-from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.draft import BlockDrafter
 from specblock.verifier.model import TargetModel
 
 CONFIG, PROMPTS = Path("configs/local.yaml"), Path("models/demo-prompts")
@@ -77,7 +77,7 @@ def run(small: bool, as_json: bool) -> int:
         ("plain", None): _engine(target, None),
         ("specblock", True): _engine(target, drafter),
         ("specblock", False): _engine(
-            target, SpecBlockDrafter(drafter.model, replace(drafter.settings, shared_noise=False))
+            target, BlockDrafter(drafter.model, replace(drafter.settings, shared_noise=False))
         ),
     }
     domains = ["python", "cpp"] if small else ["python", "cpp", "javascript", "manual"]
@@ -93,7 +93,7 @@ def run(small: bool, as_json: bool) -> int:
     return 0
 
 
-def _engine(target: TargetModel, drafter: SpecBlockDrafter | None) -> Way:
+def _engine(target: TargetModel, drafter: BlockDrafter | None) -> Way:
     def answer(prompt: Prompt, seed: int) -> Run:
         sampling = SamplingParams(temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
         done = complete(target, drafter, prompt.text, sampling, NEW_TOKENS, ignore_eos=True, collect=True)

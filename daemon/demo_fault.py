@@ -12,13 +12,13 @@ from specblock.daemon.config import DaemonConfig
 from specblock.daemon.models import draft_settings, load_network
 from specblock.daemon.registry import DrafterRegistry
 from specblock.drafter.config import DraftSettings
-from specblock.drafter.draft import NewPositions, SpecBlockDrafter
+from specblock.drafter.draft import BlockDrafter, NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.model import SpecBlockModel
 from specblock.verifier.model import TargetModel
 
 
-class DesynchronisedDrafter(SpecBlockDrafter):
+class DesynchronisedDrafter(BlockDrafter):
     """A drafter whose cache has slipped by one position: it pairs each token with the features of the position before.
 
     Weights, tree, acceptance and the recorded windows are untouched, so only the comparison with exact replay tells.
@@ -28,14 +28,14 @@ class DesynchronisedDrafter(SpecBlockDrafter):
         super().__init__(model, settings)
         self._last: dict[int, Tensor] = {}
 
-    def absorb(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:
-        """See SpecBlockDrafter.absorb."""
+    def refresh(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:
+        """See BlockDrafter.refresh."""
         late = new.features.roll(1, dims=1)
         for row, (slot, count) in enumerate(zip(slots, new.counts, strict=True)):
             late[row, 0] = self._last.get(slot, new.features[row, 0])
             if count:
                 self._last[slot] = new.features[row, count - 1].clone()
-        return super().absorb(cache, slots, NewPositions(late, new.tokens, new.counts))
+        return super().refresh(cache, slots, NewPositions(late, new.tokens, new.counts))
 
 
 class DesynchronisedEngineActor(EngineActor):
@@ -43,6 +43,6 @@ class DesynchronisedEngineActor(EngineActor):
 
     def load_drafter(
         self, config: DaemonConfig, target: TargetModel, registry: DrafterRegistry, version: str
-    ) -> SpecBlockDrafter:
+    ) -> BlockDrafter:
         """See EngineActor.load_drafter."""
         return DesynchronisedDrafter(load_network(target, registry.path(version)), draft_settings(config))

@@ -16,7 +16,7 @@ from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.tree import DraftTree, root_only
 from specblock.daemon.messages import GenerationRequest, TokenChunk
 from specblock.daemon.request import CycleCounts, RequestState
-from specblock.drafter.draft import NewPositions, SpecBlockDrafter
+from specblock.drafter.draft import BlockDrafter, NewPositions
 from specblock.verifier.finish import truncate_at_end
 from specblock.verifier.model import TargetModel
 from specblock.verifier.result import VerifyResult
@@ -63,7 +63,7 @@ class Engine:
     def __init__(
         self,
         target: TargetModel,
-        drafter: SpecBlockDrafter | None,
+        drafter: BlockDrafter | None,
         settings: EngineSettings,
         clock: Clock,
         listener: Listener | None = None,
@@ -181,7 +181,8 @@ class Engine:
                 [s.request.sampling.choice for s in sampled],
             )
         new = self._new_positions(states, keep=0)
-        return self.drafter.draft(self._draft_cache, slots, new, roots, sampling, noise), self.drafter.max_depth
+        draft = self.drafter.draft(self._draft_cache, slots, new, roots, sampling, noise)
+        return draft.tree, draft.max_depth
 
     def _new_positions(self, states: list[RequestState], keep: int) -> NewPositions:
         """Takes pending features with the token after each; ``keep`` of the newest stay pending."""
@@ -278,7 +279,7 @@ class Engine:
         if self.drafter is not None and self._draft_cache is not None:
             new = self._new_positions([state], keep=1)
             if new.counts[0]:
-                self.drafter.absorb(self._draft_cache, [state.slot], new)
+                self.drafter.refresh(self._draft_cache, [state.slot], new)
         if state.prefill_done:
             state.decoding_since_s = self._clock()
 

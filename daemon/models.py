@@ -13,8 +13,8 @@ import torch
 from specblock.daemon.errors import IncompatibleError
 from specblock.drafter.checkpoint import load_drafter
 from specblock.drafter.config import DraftSettings
-from specblock.drafter.draft import SpecBlockDrafter
-from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.network import DraftNetwork
 from specblock.verifier.model import TargetModel
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load_target(model: str, dtype: torch.dtype, device: str) -> TargetModel:
         raise IncompatibleError(str(error)) from None
 
 
-def load_network(target: TargetModel, directory: Path) -> SpecBlockModel:
+def load_network(target: TargetModel, directory: Path) -> DraftNetwork:
     """A drafter's network, checked against the target, in the target's type and on its device.
 
     Raises:
@@ -79,11 +79,11 @@ def load_network(target: TargetModel, directory: Path) -> SpecBlockModel:
 
 def load_pair(
     model: str, drafter: Path | None, dtype: str, device: str, settings: DraftSettings
-) -> tuple[TargetModel, SpecBlockDrafter | None]:
+) -> tuple[TargetModel, BlockDrafter | None]:
     """Loads a target and the drafter that belongs to it.
 
     Raises:
         IncompatibleError: one of them is missing or they do not fit.
     """
     target = load_target(model, DTYPES[dtype], device)
-    return target, None if drafter is None else SpecBlockDrafter(load_network(target, drafter), settings)
+    return target, None if drafter is None else BlockDrafter(load_network(target, drafter), settings)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.messages import GenerationRequest, RequestStats
-from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.draft import BlockDrafter
 from specblock.verifier.model import TargetModel
 
 
@@ -31,7 +31,7 @@ class Answer:
 
 def complete(
     target: TargetModel,
-    drafter: SpecBlockDrafter | None,
+    drafter: BlockDrafter | None,
     prompt: str,
     sampling: SamplingParams,
     max_tokens: int,

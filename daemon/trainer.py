@@ -15,9 +15,9 @@ from specblock.bandit.config import Arm
 from specblock.daemon.registry import DrafterRegistry
 from specblock.drafter.checkpoint import load_drafter, load_weights, save_drafter
 from specblock.drafter.config import DraftSettings
-from specblock.drafter.draft import SpecBlockDrafter
-from specblock.drafter.loss import LossSettings
-from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.kinds import loss_settings, new_network, training_blocks
+from specblock.drafter.network import DraftNetwork
 from specblock.drafter.replay import Replay, replay
 from specblock.drafter.train import TrainRun, TrainSettings
 from specblock.drafter.window import Window
@@ -160,19 +160,19 @@ class Trainer:
             matrix_rate=arm.matrix_rate,
             warmup_steps=max(1, arm.steps // 20),
             patterns=arm.patterns,
-            blocks=self._settings.blocks,
-            loss=LossSettings(prefix="acceptance"),
+            blocks=training_blocks(model.config.kind, self._settings.blocks),
+            loss=loss_settings(model.config.kind, "acceptance", 1.0),
         )
         return _Candidate(TrainRun(model.train(), settings), arm, base_version, max(w.time_s for w in windows))
 
     def _replay(self, version: str, windows: Sequence[Window]) -> list[Replay]:
-        return replay(SpecBlockDrafter(self._serving(version).eval(), self._settings), windows) if windows else []
+        return replay(BlockDrafter(self._serving(version).eval(), self._settings), windows) if windows else []
 
-    def _serving(self, version: str) -> SpecBlockModel:
+    def _serving(self, version: str) -> DraftNetwork:
         candidate = self._candidates.get(version)
         if candidate is None:
             return load_drafter(self.registry.path(version), self._embedding, dtype=self._dtype)
         trained = candidate.run.model
-        model = SpecBlockModel(trained.config, self._embedding)
+        model = new_network(trained.config, self._embedding)
         load_weights(model, trained.state_dict(), version)
         return model.to(self._dtype)

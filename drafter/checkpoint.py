@@ -11,12 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.kinds import new_network
+from specblock.drafter.network import DraftNetwork
 
 _BUFFERS = ("t2d", "d2t")
 
 
-def save_drafter(model: SpecBlockModel, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def save_drafter(model: DraftNetwork, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes a drafter; weights are stored as ``dtype``, vocabulary maps as they are."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
@@ -31,7 +32,7 @@ def read_config(directory: Path) -> DrafterConfig:
     """The drafter's configuration.
 
     Raises:
-        ValueError: no such drafter, or not a SpecBlock drafter.
+        ValueError: no such drafter, or of no known kind.
     """
     path = directory / "config.json"
     if not path.is_file():
@@ -50,7 +51,7 @@ def load_drafter(
     device: torch.device | str = "cpu",
     target_fingerprint: str = "",
     feature_layers: tuple[int, ...] = (),
-) -> SpecBlockModel:
+) -> DraftNetwork:
     """Loads a drafter and checks that it fits the target.
 
     Args:
@@ -75,7 +76,7 @@ def load_drafter(
             f"drafter {directory} reads target layers {list(config.feature_layers)}, "
             f"the target gives {list(feature_layers)}"
         )
-    model = SpecBlockModel(config, embedding)
+    model = new_network(config, embedding)
     try:
         tensors = load_file(directory / "model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -84,7 +85,7 @@ def load_drafter(
     return model.to(device=device, dtype=dtype)
 
 
-def load_weights(model: SpecBlockModel, tensors: dict[str, Tensor], source: str) -> None:
+def load_weights(model: DraftNetwork, tensors: dict[str, Tensor], source: str) -> None:
     """Copies ``tensors`` into the model, names and shapes checked first so that nothing is half-loaded.
 
     Raises:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.network import DraftNetwork
 from specblock.drafter.window import Window
 
 
 def config_for_target(
-    target: Any, fingerprint: str, feature_layers: tuple[int, ...], draft_vocab_size: int
+    target: Any, fingerprint: str, feature_layers: tuple[int, ...], draft_vocab_size: int, kind: str = "specblock"
 ) -> DrafterConfig:
     """A drafter with the target's geometry (method reference 1.3).
 
@@ -23,12 +23,15 @@ def config_for_target(
         fingerprint: the target's fingerprint.
         feature_layers: fused target layers.
         draft_vocab_size: Vd.
+        kind: family; SpecBlock has two layers of four slots, EAGLE-3 one of one, parallel heads four slots.
     """
     rope = getattr(target, "rope_parameters", None) or {}
     return DrafterConfig(
         hidden_size=target.hidden_size,
         intermediate_size=target.intermediate_size,
-        num_hidden_layers=2,
+        kind=kind,
+        num_slots=1 if kind == "eagle3" else 4,
+        num_hidden_layers={"specblock": 2, "eagle3": 1, "parallel": 0}[kind],
         num_attention_heads=target.num_attention_heads,
         num_key_value_heads=target.num_key_value_heads,
         head_dim=getattr(target, "head_dim", None) or target.hidden_size // target.num_attention_heads,
@@ -50,7 +53,7 @@ def frequent_tokens(windows: Sequence[Window], vocab_size: int, keep: int) -> Te
 
 
 @torch.no_grad()
-def initialise_from_target(model: SpecBlockModel, head: Tensor, final_norm: Tensor) -> None:
+def initialise_from_target(model: DraftNetwork, head: Tensor, final_norm: Tensor) -> None:
     """Starts the draft head and final norm as the target's own.
 
     The published recipe starts them at random and trains on billions of positions; with the tens of thousands that

@@ -13,7 +13,16 @@ from specblock.drafter.config import DrafterConfig
 
 
 class DrafterCache:
-    """Storage ``[layers, slots, kv_heads, rows, head_dim]`` and the number of finished positions per slot."""
+    """Storage ``[layers, slots, kv_heads, rows, head_dim]`` and counters per slot.
+
+    Attributes:
+        positions: finished positions; position i is the pair (h_i, x_{i+1}).
+        rows: stored positions, and rotary: index of the next one. Both equal ``positions`` unless the published
+            refresh is imitated, which stores some twice and skips indices.
+        last_rotary: rotary index of the newest stored position.
+        drafted, surplus: bookkeeping of that imitation: whether the slot has drafted yet; rows that the next
+            ``advance`` holds beyond true positions, and rotary steps it makes beyond its rows.
+    """
 
     def __init__(
         self,
@@ -29,10 +38,25 @@ class DrafterCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self.positions = [0] * num_slots
+        self.rows = [0] * num_slots
+        self.rotary = [0] * num_slots
+        self.last_rotary = [-1] * num_slots
+        self.drafted = [False] * num_slots
+        self.surplus = [(0, 0)] * num_slots
+
+    def advance(self, slot: int, count: int) -> None:
+        """Counts ``count`` newly stored positions."""
+        twice, skipped = self.surplus[slot]
+        self.positions[slot] += count - twice
+        self.rows[slot] += count
+        self.last_rotary[slot] = self.rotary[slot] + count - 1
+        self.rotary[slot] += count + skipped
+        self.surplus[slot] = (0, 0)
 
     def reset(self, slot: int) -> None:
         """Forgets a slot; stale rows stay finite and are masked."""
-        self.positions[slot] = 0
+        self.positions[slot] = self.rows[slot] = self.rotary[slot] = 0
+        self.last_rotary[slot], self.drafted[slot], self.surplus[slot] = -1, False, (0, 0)
 
     def in_order(self, slots: list[int]) -> bool:
         """True when ``slots`` is every slot of the storage, first to last."""

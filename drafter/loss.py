@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specblock.drafter.model import RANK_TOP, SpecBlockModel, rank_class, rank_features
+from specblock.drafter.model import RANK_TOP, rank_class, rank_features
+from specblock.drafter.network import DraftNetwork
 from specblock.drafter.window import TrainingBatch
 
 
@@ -22,6 +23,7 @@ class LossSettings:
 
     Attributes:
         slot_decay: weight of slot k is ``slot_decay ** k``.
+        block_decay: weight of block b is ``block_decay ** b``; EAGLE-3 weighs its unrolled steps with 0.8.
         rank_weight: weight of the rank loss.
         prefix: which positions a slot counts on. "argmax": all earlier slots of the block agree with the target's
             arg-max (published). "acceptance": weighted by the probability that earlier slots would be accepted,
@@ -32,6 +34,7 @@ class LossSettings:
     """
 
     slot_decay: float = 0.8
+    block_decay: float = 1.0
     rank_weight: float = 1.0
     prefix: str = "argmax"
     later_share: float = 1.0
@@ -72,7 +75,7 @@ def later_positions(valid: Tensor, share: float, generator: torch.Generator | No
 
 
 def train_blocks(
-    model: SpecBlockModel, batch: TrainingBatch, consumed: list[int], later: Tensor | None = None
+    model: DraftNetwork, batch: TrainingBatch, consumed: list[int], later: Tensor | None = None
 ) -> list[Tensor]:
     """Hidden states u of every block, all positions in parallel (method reference 6.2).
 
@@ -103,7 +106,7 @@ def train_blocks(
             x = model.later_inputs(parents, tokens.gather(1, (later + 1 + offset).clamp(max=num_positions)))
         rows_cached.append([])
         attention = _BlockAttention(model, rows_cached, consumed[:block], later, num_positions)
-        rotary = model.rotary_tables(model.rotary_index(positions))
+        rotary = model.rotary_tables(model.rotary_index(positions, offset))
         outputs.append(model.run_layers(x, rotary, attention))
     return outputs
 
@@ -117,7 +120,7 @@ class _BlockAttention:
 
     def __init__(
         self,
-        model: SpecBlockModel,
+        model: DraftNetwork,
         cached: list[list[tuple[Tensor, Tensor]]],
         consumed: list[int],
         later: Tensor,
@@ -167,7 +170,7 @@ def later_block_mask(later: Tensor, num_positions: int, width: int, consumed: li
 
 
 def training_loss(
-    model: SpecBlockModel,
+    model: DraftNetwork,
     batch: TrainingBatch,
     consumed: list[int],
     settings: LossSettings,
@@ -197,7 +200,8 @@ def training_loss(
         rank_terms.append(terms.rank)
         top1.append(terms.top1)
     decay = settings.slot_decay ** torch.arange(width, device=batch.tokens.device)
-    draft = (torch.stack(draft_terms) * decay).sum()
+    block_decay = settings.block_decay ** torch.arange(len(hidden), device=batch.tokens.device)
+    draft = (torch.stack(draft_terms) * decay * block_decay[:, None]).sum()
     rank = torch.stack(rank_terms).sum()
     return LossReport(draft + settings.rank_weight * rank, draft.detach(), rank.detach(), torch.stack(top1))
 
@@ -251,7 +255,7 @@ class _BlockTerms:
     top1: Tensor
 
 
-def _block_terms(model: SpecBlockModel, u: Tensor, labels: _BlockLabels, settings: LossSettings) -> _BlockTerms:
+def _block_terms(model: DraftNetwork, u: Tensor, labels: _BlockLabels, settings: LossSettings) -> _BlockTerms:
     normed = model.norm(u.flatten(0, 1)[labels.where])  # [R, K, H]
     logits = model.lm_head(normed).float()
     log_q = torch.log_softmax(logits, dim=-1)
@@ -270,10 +274,12 @@ def _block_terms(model: SpecBlockModel, u: Tensor, labels: _BlockLabels, setting
         total = weight.sum(dim=0)
     draft = (weight * cross_entropy).sum(dim=0) / total.clamp(min=1e-6)
     top1 = (weight * hit).sum(dim=0) / total.clamp(min=1e-6)
+    if not model.has_rank_head:
+        return _BlockTerms(draft, draft.new_zeros(()), top1)
     return _BlockTerms(draft, _rank_loss(model, normed, logits.detach(), best, labels.usable), top1)
 
 
-def _rank_loss(model: SpecBlockModel, normed: Tensor, logits: Tensor, best: Tensor, usable: Tensor) -> Tensor:
+def _rank_loss(model: DraftNetwork, normed: Tensor, logits: Tensor, best: Tensor, usable: Tensor) -> Tensor:
     """Method reference 6.4: frequency-weighted, under-estimation costs double, own valid-prefix chain."""
     top = torch.topk(logits, min(RANK_TOP, logits.shape[-1]), dim=-1).values
     top = F.pad(top, (0, RANK_TOP - top.shape[-1]), value=-1e4)

@@ -16,7 +16,7 @@ import torch
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import follow_path
 from specblock.cuda_ext.sampling import SamplingBatch
-from specblock.drafter.draft import NewPositions, SpecBlockDrafter
+from specblock.drafter.draft import BlockDrafter, NewPositions
 from specblock.drafter.window import Window
 
 _PREFILL_POSITIONS = 256
@@ -47,7 +47,7 @@ def acceptance_length(replays: Sequence[Replay]) -> float:
 
 
 @torch.inference_mode()
-def replay(drafter: SpecBlockDrafter, windows: Sequence[Window], batch_windows: int = 16) -> list[Replay]:
+def replay(drafter: BlockDrafter, windows: Sequence[Window], batch_windows: int = 16) -> list[Replay]:
     """Replays every window; the order of the results is the order of the windows."""
     order = sorted(range(len(windows)), key=lambda i: windows[i].tokens.shape[0])
     results: dict[int, Replay] = {}
@@ -58,7 +58,7 @@ def replay(drafter: SpecBlockDrafter, windows: Sequence[Window], batch_windows: 
     return [results[i] for i in range(len(windows))]
 
 
-def _lockstep(drafter: SpecBlockDrafter, windows: Sequence[Window]) -> list[list[int]]:
+def _lockstep(drafter: BlockDrafter, windows: Sequence[Window]) -> list[list[int]]:
     device = drafter.model.lm_head.weight.device
     dtype = drafter.model.lm_head.weight.dtype
     longest = max(w.tokens.shape[0] for w in windows)
@@ -86,7 +86,7 @@ def _lockstep(drafter: SpecBlockDrafter, windows: Sequence[Window]) -> list[list
 
     while any(root[b] - 1 - cache.positions[b] > 0 for b in active):
         behind = [b for b in active if root[b] - 1 - cache.positions[b] > 0]
-        drafter.absorb(
+        drafter.refresh(
             cache,
             behind,
             new_positions(behind, [min(root[b] - 1, cache.positions[b] + _PREFILL_POSITIONS) for b in behind]),
@@ -101,7 +101,7 @@ def _lockstep(drafter: SpecBlockDrafter, windows: Sequence[Window]) -> list[list
                 [windows[b].sampling.choice for b in sampled],
             )
         roots = torch.stack([tokens[b][root[b]] for b in active])
-        tree = drafter.draft(
+        draft = drafter.draft(
             cache,
             active,
             new_positions(active, [root[b] for b in active]),
@@ -114,7 +114,7 @@ def _lockstep(drafter: SpecBlockDrafter, windows: Sequence[Window]) -> list[list
             ahead = tokens[b][root[b] + 1 : root[b] + 1 + drafter.max_depth]
             path[i, : ahead.shape[0]] = ahead
         still = []
-        for b, count in zip(active, follow_path(tree, path).tolist(), strict=True):
+        for b, count in zip(active, follow_path(draft.tree, path).tolist(), strict=True):
             root[b] += count + 1
             if root[b] < tokens[b].shape[0]:
                 accepted[b].append(count)

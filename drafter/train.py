@@ -19,9 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from specblock.drafter.config import DraftSettings
-from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.kinds import new_network
 from specblock.drafter.loss import LossReport, LossSettings, training_loss
-from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.network import DraftNetwork
 from specblock.drafter.replay import acceptance_length, replay
 from specblock.drafter.window import Window, collate
 
@@ -85,7 +86,7 @@ def fast_bfloat16(device: torch.device) -> bool:
 class TrainRun:
     """A resumable training run over a float32 master model. ``step`` is one optimiser step."""
 
-    def __init__(self, model: SpecBlockModel, settings: TrainSettings) -> None:
+    def __init__(self, model: DraftNetwork, settings: TrainSettings) -> None:
         """Raises:
         ValueError: no parameter matches ``settings.patterns``.
         """
@@ -202,13 +203,13 @@ class TrainRun:
 
 
 def heldout_acceptance(
-    model: SpecBlockModel, windows: Sequence[Window], settings: DraftSettings, dtype: torch.dtype = torch.bfloat16
+    model: DraftNetwork, windows: Sequence[Window], settings: DraftSettings, dtype: torch.dtype = torch.bfloat16
 ) -> dict[str, float]:
     """Acceptance length per domain by exact replay of ``model``, cast to the serving type."""
-    serving = SpecBlockModel(model.config, model.embedding)
+    serving = new_network(model.config, model.embedding)
     serving.load_state_dict(model.state_dict())
     serving.refresh_vocabulary()
-    drafter = SpecBlockDrafter(serving.to(dtype).eval(), settings)
+    drafter = BlockDrafter(serving.to(dtype).eval(), settings)
     domains = sorted({w.domain for w in windows})
     return {d: acceptance_length(replay(drafter, [w for w in windows if w.domain == d])) for d in domains}
 

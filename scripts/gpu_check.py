@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specblock.drafter.draft import SpecBlockDrafter
+    from specblock.drafter.draft import BlockDrafter
     from specblock.drafter.model import SpecBlockModel
     from specblock.verifier.model import TargetModel
 
@@ -62,7 +62,7 @@ def timed_ms(action: Callable[[], Any], device: str, repeats: int) -> tuple[floa
     return statistics.median(times), quarters[2] - quarters[0]
 
 
-def forward_times(device: str, target: TargetModel, drafter: SpecBlockDrafter) -> Iterator[Row]:
+def forward_times(device: str, target: TargetModel, drafter: BlockDrafter) -> Iterator[Row]:
     """Forwards of the target over so many rows after 128 cached tokens, and one refresh of the drafter."""
     import torch
 
@@ -83,7 +83,7 @@ def forward_times(device: str, target: TargetModel, drafter: SpecBlockDrafter) -
 
         def refresh() -> None:
             own.reset(0)
-            drafter.absorb(own, [0], pairs)
+            drafter.refresh(own, [0], pairs)
 
         ms, spread = timed_ms(refresh, device, 30)
         yield {"what": "drafter refresh, 2 positions", "ms": ms, "iqr_ms": spread}
@@ -95,7 +95,7 @@ def decoding_speeds(target: TargetModel, network: SpecBlockModel, num_prompts: i
     from specblock.daemon.collect import read_prompts
     from specblock.daemon.oneshot import complete
     from specblock.drafter.config import DraftSettings
-    from specblock.drafter.draft import SpecBlockDrafter
+    from specblock.drafter.draft import BlockDrafter
 
     prompts = [p for kind in ("python", "cpp") for p in read_prompts(ROOT / f"models/demo-prompts/{kind}.jsonl")]
     chosen = prompts[:: max(1, len(prompts) // num_prompts)][:num_prompts]
@@ -104,7 +104,7 @@ def decoding_speeds(target: TargetModel, network: SpecBlockModel, num_prompts: i
         "specblock 1 block, 7 nodes": DraftSettings(blocks=1, node_budget=7),
         "specblock 2 blocks, 31 nodes": DraftSettings(blocks=2, node_budget=31),
     }.items():
-        drafter = settings and SpecBlockDrafter(network, settings)
+        drafter = settings and BlockDrafter(network, settings)
         answers = [
             complete(
                 target,

@@ -14,7 +14,7 @@ from specblock.daemon.engine import Engine, EngineSettings, Listener
 from specblock.daemon.messages import GenerationRequest, TokenChunk
 from specblock.daemon.request import RequestState
 from specblock.drafter.config import DrafterConfig, DraftSettings
-from specblock.drafter.draft import NewPositions, SpecBlockDrafter
+from specblock.drafter.draft import BlockDrafter, NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.model import SpecBlockModel
 from specblock.drafter.replay import replay
@@ -37,14 +37,14 @@ def target_of(family: str, dtype: torch.dtype) -> TargetModel:
     return TargetModel.from_model(model.to(dtype).eval())
 
 
-def drafter_of(target: TargetModel, **settings: object) -> SpecBlockDrafter:
+def drafter_of(target: TargetModel, **settings: object) -> BlockDrafter:
     torch.manual_seed(6)
     config = DrafterConfig(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, vocab_size=VOCAB, draft_vocab_size=VOCAB, feature_layers=target.feature_layers,
     )  # fmt: skip
     model = SpecBlockModel(config, target.embedding).to(target.dtype).eval()
-    return SpecBlockDrafter(model, DraftSettings(**{"node_budget": 24, "noise_scale": 4.0} | settings))  # type: ignore[arg-type]
+    return BlockDrafter(model, DraftSettings(**{"node_budget": 24, "noise_scale": 4.0} | settings))  # type: ignore[arg-type]
 
 
 class Keep(Listener):
@@ -64,7 +64,7 @@ class Keep(Listener):
 
 
 def run(
-    target: TargetModel, drafter: SpecBlockDrafter | None, requests: list[GenerationRequest], slots: int
+    target: TargetModel, drafter: BlockDrafter | None, requests: list[GenerationRequest], slots: int
 ) -> tuple[dict[str, list[int]], Keep]:
     keep = Keep()
     settings = EngineSettings(slots=slots, capacity_tokens=160, prefill_chunk_tokens=7, top_k=8)
@@ -157,14 +157,14 @@ def test_replay_notices_a_desynchronised_live_cache() -> None:
     """The planted fault: live positions shifted by one. Replay of the same weights no longer agrees."""
     target = target_of("llama", torch.float64)
     drafter = drafter_of(target, shared_noise=False)
-    healthy = drafter.absorb
+    healthy = drafter.refresh
 
     def shifted(cache: DrafterCache, slots: list[int], new: NewPositions) -> torch.Tensor:
         return healthy(cache, slots, NewPositions(new.features, (new.tokens + 1) % VOCAB, new.counts))
 
-    drafter.absorb = shifted  # type: ignore[method-assign]
+    drafter.refresh = shifted  # type: ignore[method-assign]
     _, keep = run(target, drafter, random_requests(24, seed=8), slots=5)
-    drafter.absorb = healthy  # type: ignore[method-assign]
+    drafter.refresh = healthy  # type: ignore[method-assign]
     windows = [w for w in keep.windows.values() if w.accepted]
     replays = replay(drafter, windows)
     assert [r.accepted for r in replays] != [w.accepted for w in windows]

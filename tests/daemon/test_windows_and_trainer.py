@@ -129,9 +129,9 @@ def test_parity_of_a_version_with_itself_has_no_difference(trainer: Trainer) -> 
 
 
 def trainer_drafter(trainer: Trainer, version: str):  # type: ignore[no-untyped-def]
-    from specblock.drafter.draft import SpecBlockDrafter
+    from specblock.drafter.draft import BlockDrafter
 
-    return SpecBlockDrafter(trainer._serving(version).eval(), DraftSettings())
+    return BlockDrafter(trainer._serving(version).eval(), DraftSettings())
 
 
 def test_unknown_resume_and_empty_windows_are_refused(trainer: Trainer) -> None:

@@ -7,10 +7,17 @@ import torch
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.kinds import new_network
+from specblock.drafter.network import DraftNetwork
 from specblock.drafter.window import Window
 
 VOCAB, HIDDEN = 64, 32
+KINDS: dict[str, dict[str, object]] = {
+    "specblock": {},
+    "eagle3": {"kind": "eagle3", "num_slots": 1, "num_hidden_layers": 1},
+    "parallel": {"kind": "parallel", "num_hidden_layers": 0},
+}
+"""What makes a tiny network one of each kind."""
 
 
 def tiny_config(**changes: object) -> DrafterConfig:
@@ -28,9 +35,9 @@ def tiny_config(**changes: object) -> DrafterConfig:
     return DrafterConfig(**(fields | changes))  # type: ignore[arg-type]
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> SpecBlockModel:
+def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> DraftNetwork:
     torch.manual_seed(seed)
-    model = SpecBlockModel(tiny_config(**changes), torch.randn(VOCAB, HIDDEN))
+    model = new_network(tiny_config(**changes), torch.randn(VOCAB, HIDDEN))
     return model.to(dtype).eval()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specblock.cuda_ext.noise import gumbel
-from specblock.drafter.draft import SpecBlockDrafter
+from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.replay import replay
 from specblock.drafter.train import TrainRun, TrainSettings
 from specblock.verifier.model import TargetModel
@@ -16,12 +16,12 @@ from tests.drafter.helpers import random_window, tiny_model
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-def pair(device: str, dtype: torch.dtype, family: str = "llama") -> tuple[TargetModel, SpecBlockDrafter]:
+def pair(device: str, dtype: torch.dtype, family: str = "llama") -> tuple[TargetModel, BlockDrafter]:
     """The same weights on every device."""
     base = target_of(family, dtype)
     drafter = drafter_of(base)
     target = TargetModel.from_model(base.transformers_model.to(device))
-    return target, SpecBlockDrafter(drafter.model.to(device), drafter.settings)
+    return target, BlockDrafter(drafter.model.to(device), drafter.settings)
 
 
 @pytest.mark.parametrize("device", DEVICES)

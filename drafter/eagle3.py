@@ -1,0 +1,61 @@
+"""The EAGLE-3 drafter: one decoder layer whose attention reads ``[embedding; hidden]``, one token per forward.
+
+Tensor names are those of the published weights (``fc``, ``midlayer``, ``norm``, ``lm_head``, ``t2d``, ``d2t``).
+
+Legend: B batch, P positions, H hidden, F = 3H fused features. K = 1 slot.
+Source: EAGLE-3 (Li et al., arXiv 2503.01840); method reference section 8.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from specblock.drafter.config import DrafterConfig
+from specblock.drafter.network import MLP, Attend, Attention, DraftNetwork, Linear, RMSNorm
+
+
+class Eagle3Layer(nn.Module):
+    """Decoder layer that attends with twice the hidden size; the residual stream carries the hidden half."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.hidden_norm = RMSNorm(hidden, eps)
+        self.self_attn = Attention(config, 2 * hidden)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BT2H: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """[B, T, 2H] (embedding, hidden) -> [B, T, H]."""
+        token, hidden = x_BT2H.chunk(2, dim=-1)
+        both = torch.cat([self.input_layernorm(token), self.hidden_norm(hidden)], dim=-1)
+        hidden = hidden + self.self_attn(both, 0, rotary, attend)
+        mixed: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return mixed
+
+
+class Eagle3Model(DraftNetwork):
+    """EAGLE-3 as a network of one slot: every later block is one more autoregressive step."""
+
+    rotary_advances = True
+
+    def __init__(self, config: DrafterConfig, embedding: Tensor) -> None:
+        super().__init__(config, embedding)
+        num_features = max(1, len(config.feature_layers) or 3)
+        self.fc = Linear(num_features * config.hidden_size, config.hidden_size)
+        self.midlayer = Eagle3Layer(config)
+
+    def first_inputs(self, features_BPF: Tensor, tokens_BP: Tensor) -> Tensor:
+        """See DraftNetwork: [B, P, 1, 2H]."""
+        return self.later_inputs(self.fc(features_BPF), tokens_BP)
+
+    def later_inputs(self, parents_BPH: Tensor, tokens_BP: Tensor) -> Tensor:
+        """See DraftNetwork: [B, P, 1, 2H]."""
+        return torch.cat([self.embed(tokens_BP, parents_BPH.dtype), parents_BPH], dim=-1)[:, :, None]
+
+    def run_layers(self, x_BP12H: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """See DraftNetwork: [B, P, 1, 2H] -> u [B, P, 1, H]."""
+        u: Tensor = self.midlayer(x_BP12H[:, :, 0], rotary, attend)
+        return u[:, :, None]
