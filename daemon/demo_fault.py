@@ -14,7 +14,7 @@ from specblock.daemon.registry import DrafterRegistry
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter, NewPositions
 from specblock.drafter.kv_cache import DrafterCache
-from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.network import DraftNetwork
 from specblock.verifier.model import TargetModel
 
 
@@ -24,7 +24,7 @@ class DesynchronisedDrafter(BlockDrafter):
     Weights, tree, acceptance and the recorded windows are untouched, so only the comparison with exact replay tells.
     """
 
-    def __init__(self, model: SpecBlockModel, settings: DraftSettings) -> None:
+    def __init__(self, model: DraftNetwork, settings: DraftSettings) -> None:
         super().__init__(model, settings)
         self._last: dict[int, Tensor] = {}
 

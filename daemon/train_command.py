@@ -13,11 +13,10 @@ import torch
 from specblock.daemon.collect import CollectSettings, Prompt, read_prompts
 from specblock.daemon.train_data import generate_shards
 from specblock.drafter.checkpoint import save_drafter
-from specblock.drafter.config import DraftSettings
+from specblock.drafter.config import KINDS, DraftSettings
 from specblock.drafter.dataset import load_windows
 from specblock.drafter.initialise import config_for_target, frequent_tokens, initialise_from_target
-from specblock.drafter.loss import LossSettings
-from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.kinds import loss_settings, new_network, training_blocks
 from specblock.drafter.train import TrainRun, TrainSettings, heldout_acceptance, train_to_deadline
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
@@ -33,12 +32,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--heldout", nargs="+", type=Path, default=[], help="prompts for held-out acceptance")
     made.add_argument("--out", required=True, type=Path, help="directory of the finished drafter")
     made.add_argument("--work", required=True, type=Path, help="directory of data and checkpoints; resumes from it")
+    made.add_argument("--kind", choices=list(KINDS), default="specblock", help="drafter family")
     made.add_argument("--minutes", type=float, default=60.0, help="time limit of the training loop")
     made.add_argument("--steps", type=int, default=2000, help="optimiser steps over which the rate decays")
     made.add_argument("--learning-rate", type=float, default=8e-4)
     made.add_argument("--matrix-rate", type=float, default=0.02, help="Muon's rate for hidden matrices; 0: AdamW")
     made.add_argument("--batch-windows", type=int, default=8, help="conversations per step")
-    made.add_argument("--blocks", type=int, default=3, help="drafter blocks per step")
+    made.add_argument("--blocks", type=int, default=3, help="blocks per step (specblock)")
     made.add_argument(
         "--later-share", type=float, default=0.25, help="share of positions that blocks after the first train on"
     )
@@ -65,8 +65,8 @@ def main(argv: Sequence[str]) -> int:
     target = TargetModel.load(options.target, dtype=dtype, device=options.device)
     train, heldout = _conversations(target, options)
     vocab = options.draft_vocab or target.vocab_size
-    config = config_for_target(target.config, target.fingerprint, target.feature_layers, vocab)
-    model = SpecBlockModel(config, target.embedding.float())
+    config = config_for_target(target.config, target.fingerprint, target.feature_layers, vocab, options.kind)
+    model = new_network(config, target.embedding.float())
     if vocab < target.vocab_size:
         model.set_vocabulary(frequent_tokens(train, target.vocab_size, vocab))
     initialise_from_target(model, target.output_head, target.final_norm)
@@ -75,9 +75,9 @@ def main(argv: Sequence[str]) -> int:
         learning_rate=options.learning_rate,
         matrix_rate=options.matrix_rate,
         batch_windows=options.batch_windows,
-        blocks=options.blocks,
+        blocks=training_blocks(options.kind, options.blocks),
         warmup_steps=max(1, options.steps // 20),
-        loss=LossSettings(prefix=options.prefix, later_share=options.later_share),
+        loss=loss_settings(options.kind, options.prefix, options.later_share),
         seed=options.seed,
     )
     run = TrainRun(model.to(options.device), settings)
