@@ -32,6 +32,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--heldout", nargs="+", type=Path, default=[], help="prompts for held-out acceptance")
     made.add_argument("--out", required=True, type=Path, help="directory of the finished drafter")
     made.add_argument("--work", required=True, type=Path, help="directory of data and checkpoints; resumes from it")
+    made.add_argument("--data", type=Path, help="directory of the conversations, to share them (default: WORK)")
     made.add_argument("--kind", choices=list(KINDS), default="specblock", help="drafter family")
     made.add_argument("--minutes", type=float, default=60.0, help="time limit of the training loop")
     made.add_argument("--steps", type=int, default=2000, help="optimiser steps over which the rate decays")
@@ -109,11 +110,12 @@ def _conversations(target: TargetModel, options: argparse.Namespace) -> tuple[li
     settings = CollectSettings(
         max_tokens=options.tokens, temperatures=tuple(options.temperatures), slots=64, seed=options.seed
     )
-    shards = generate_shards(target, prompts, options.work / "train", settings, _say)
+    data = options.data or options.work
+    shards = generate_shards(target, prompts, data / "train", settings, _say)
     held: list[Window] = []
     for path in options.heldout:
         own = CollectSettings(max_tokens=_HELDOUT_TOKENS, slots=48, seed=options.seed + 1, heldout=True)
-        made = generate_shards(target, read_prompts(path)[:48], options.work / f"heldout-{path.stem}", own, _say)
+        made = generate_shards(target, read_prompts(path)[:48], data / f"heldout-{path.stem}", own, _say)
         held.extend(w for shard in made for w in load_windows(shard))
     return [w for shard in shards for w in load_windows(shard)], held
 
