@@ -12,7 +12,8 @@ from specblock.daemon.config import DaemonConfig
 from specblock.daemon.models import draft_settings, load_network
 from specblock.daemon.registry import DrafterRegistry
 from specblock.drafter.config import DraftSettings
-from specblock.drafter.draft import BlockDrafter, NewPositions
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.interface import NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.network import DraftNetwork
 from specblock.verifier.model import TargetModel

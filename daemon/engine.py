@@ -16,7 +16,8 @@ from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.tree import DraftTree, root_only
 from specblock.daemon.messages import GenerationRequest, TokenChunk
 from specblock.daemon.request import CycleCounts, RequestState
-from specblock.drafter.draft import BlockDrafter, NewPositions
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.interface import NewPositions
 from specblock.verifier.finish import truncate_at_end
 from specblock.verifier.model import TargetModel
 from specblock.verifier.result import VerifyResult

@@ -52,5 +52,6 @@ def load_windows(path: Path) -> list[Window]:
         sampling = {**row.pop("sampling")}
         sampling["logit_bias"] = tuple((int(t), float(b)) for t, b in sampling["logit_bias"])
         row["accepted"] = tuple(row["accepted"])
+        row["plans"] = tuple(tuple(plan) for plan in row.get("plans", ()))
         windows.append(Window(**row, **parts, sampling=SamplingParams(**sampling)))
     return windows

@@ -9,7 +9,7 @@ Source: method reference 2.2, 4 (tree), 5.4 (refresh pairing), 8 (EAGLE-3), 9.1-
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import build_tree
 from specblock.cuda_ext.sampling import SamplingBatch
-from specblock.cuda_ext.tree import Candidates, DraftTree
+from specblock.cuda_ext.tree import Candidates
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.expand import (
     Leaves,
@@ -28,35 +28,12 @@ from specblock.drafter.expand import (
     extendable,
     root_leaf,
 )
+from specblock.drafter.interface import Draft, NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.network import DraftNetwork, masked_attention
 from specblock.drafter.plan import DraftPlan, FixedLimits, Limits
 from specblock.drafter.proposals import propose
 from specblock.drafter.published import published_positions
-
-
-@dataclass(frozen=True, slots=True)
-class NewPositions:
-    """What the last verification yields for the drafter: pairs (feature, the token that follows it).
-
-    Attributes:
-        features: [B, P, F], padded at the end.
-        tokens: int64 [B, P].
-        counts: number of real positions per request (may be 0).
-    """
-
-    features: Tensor
-    tokens: Tensor
-    counts: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A cycle's trees, the sizes they were grown with, and an upper bound of their depth."""
-
-    tree: DraftTree
-    plan: DraftPlan
-    max_depth: int
 
 
 class BlockDrafter:
@@ -73,6 +50,30 @@ class BlockDrafter:
         return self.num_blocks * self.model.config.num_slots
 
     @property
+    def shares_noise(self) -> bool:
+        """Whether ``draft`` wants the target's noise."""
+        return self.settings.shared_noise
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the target's vocabulary."""
+        return self.model.config.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.model.lm_head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of weights and features."""
+        return self.model.lm_head.weight.dtype
+
+    def parameter_groups(self) -> Mapping[str, tuple[str, ...]]:
+        """Name -> patterns of the parameters an update may move."""
+        return self.model.parameter_groups()
+
+    @property
     def num_blocks(self) -> int:
         """Most forwards of a cycle; a network of independent slots has no later blocks."""
         return 1 if self.model.independent_slots else self.settings.blocks
@@ -84,10 +85,9 @@ class BlockDrafter:
 
     def new_cache(self, num_slots: int, capacity_positions: int) -> DrafterCache:
         """A cache that fits this drafter's geometry, dtype and device."""
-        weight = self.model.lm_head.weight
         # One more for the root's position, one more for the published refresh, which stores a position twice.
         return DrafterCache(
-            self.model.config, num_slots, capacity_positions + 2, self.scratch_rows, weight.dtype, weight.device
+            self.model.config, num_slots, capacity_positions + 2, self.scratch_rows, self.dtype, self.device
         )
 
     @torch.no_grad()

@@ -40,6 +40,8 @@ class Eagle3Model(DraftNetwork):
     """EAGLE-3 as a network of one slot: every later block is one more autoregressive step."""
 
     rotary_advances = True
+    feature_projection = "fc."
+    last_layer = "midlayer.*"
 
     def __init__(self, config: DrafterConfig, embedding: Tensor) -> None:
         super().__init__(config, embedding)

@@ -66,9 +66,11 @@ class SpecBlockModel(DraftNetwork):
     """The drafter network. Attention is a parameter, so training and decoding run the same layers."""
 
     has_rank_head = True
+    feature_projection = "input_layer.condition_proj."
 
     def __init__(self, config: DrafterConfig, embedding: Tensor) -> None:
         super().__init__(config, embedding)
+        self.last_layer = f"layers.{config.num_hidden_layers - 1}.*"
         self.input_layer = InputLayer(config)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.shift_proj = nn.ModuleList(

@@ -106,6 +106,10 @@ class DraftNetwork(nn.Module, ABC):
     """Whether :meth:`rank_logits` exists, so that fan-outs can follow it."""
     independent_slots = False
     """Whether slots say nothing about each other, so that any token of a slot may follow any of the one before."""
+    feature_projection = ""
+    """Prefix of the parameters that only the first block reads."""
+    last_layer = "layers.*"
+    """Pattern of the parameters of the last layer."""
     rotary_advances = False
     """Whether the rotary index of a later block moves on with the depth of its leaf."""
 
@@ -145,6 +149,12 @@ class DraftNetwork(nn.Module, ABC):
     def rank_logits(self, normed: Tensor, features: Tensor) -> Tensor:
         """Rank-class logits [..., classes] of each slot; only where ``has_rank_head``."""
         raise AssertionError(f"{type(self).__name__} has no rank head")
+
+    def parameter_groups(self) -> dict[str, tuple[str, ...]]:
+        """What an update may move, cheapest first: name -> shell patterns over parameter names."""
+        groups: dict[str, tuple[str, ...]] = {"rank_head": ("rank_head.*",)} if self.has_rank_head else {}
+        last = self.last_layer
+        return groups | {"head": ("lm_head.*", "norm.*"), "last_layer": ("lm_head.*", "norm.*", last), "full": ("*",)}
 
     def rotary_index(self, positions_BP: Tensor, depth_BP: Tensor | int = 0) -> Tensor:
         """Rotary index of every row, int64 [B, P * K]: ``position + 1 + slot``.

@@ -22,6 +22,8 @@ class ParallelModel(DraftNetwork):
     """K heads over one state; slots are independent given the position."""
 
     independent_slots = True
+    feature_projection = "condition_proj."
+    last_layer = "heads.*"
 
     def __init__(self, config: DrafterConfig, embedding: Tensor) -> None:
         super().__init__(config, embedding)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from specblock.drafter.draft import NewPositions
+    from specblock.drafter.interface import NewPositions
     from specblock.drafter.kv_cache import DrafterCache
 
 

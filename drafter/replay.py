@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import follow_path
 from specblock.cuda_ext.sampling import SamplingBatch
-from specblock.drafter.draft import BlockDrafter, NewPositions
+from specblock.drafter.interface import CacheT, Drafter, NewPositions
+from specblock.drafter.plan import DraftPlan, Limits, PlannedLimits
 from specblock.drafter.window import Window
 
 _PREFILL_POSITIONS = 256
@@ -47,78 +49,126 @@ def acceptance_length(replays: Sequence[Replay]) -> float:
 
 
 @torch.inference_mode()
-def replay(drafter: BlockDrafter, windows: Sequence[Window], batch_windows: int = 16) -> list[Replay]:
-    """Replays every window; the order of the results is the order of the windows."""
+def replay(
+    drafter: Drafter[CacheT],
+    windows: Sequence[Window],
+    batch_windows: int = 16,
+    limits: Limits | None = None,
+    recorded: bool = False,
+) -> list[Replay]:
+    """Replays every window; the order of the results is the order of the windows.
+
+    Args:
+        drafter: the version to replay.
+        windows: recorded conversations.
+        batch_windows: windows replayed side by side.
+        limits: sizes of every cycle's tree; None takes the drafter's settings.
+        recorded: repeat the sizes of the live cycles instead, which is what makes the serving version's replay equal
+            its live run when sizes were chosen per cycle.
+    """
     order = sorted(range(len(windows)), key=lambda i: windows[i].tokens.shape[0])
     results: dict[int, Replay] = {}
     for start in range(0, len(order), batch_windows):
         chunk = order[start : start + batch_windows]
-        for index, accepted in zip(chunk, _lockstep(drafter, [windows[i] for i in chunk]), strict=True):
+        run = _Lockstep(drafter, [windows[i] for i in chunk], limits, recorded)
+        for index, accepted in zip(chunk, run.accepted(), strict=True):
             results[index] = Replay(windows[index].conversation_id, tuple(accepted))
     return [results[i] for i in range(len(windows))]
 
 
-def _lockstep(drafter: BlockDrafter, windows: Sequence[Window]) -> list[list[int]]:
-    device = drafter.model.lm_head.weight.device
-    dtype = drafter.model.lm_head.weight.dtype
-    longest = max(w.tokens.shape[0] for w in windows)
-    cache = drafter.new_cache(len(windows), longest)
-    sampling = SamplingBatch.of([w.sampling for w in windows], device)
-    shared = drafter.settings.shared_noise and any(w.sampling.temperature > 0 for w in windows)
-    vocab = drafter.model.config.vocab_size
-    noise = NoiseWindow(len(windows), drafter.max_depth + 1, vocab, device) if shared else None
-    tokens = [w.tokens.to(device, torch.int64) for w in windows]
-    features = [w.features.to(device, dtype) for w in windows]
-    accepted: list[list[int]] = [[] for _ in windows]
-    root = [w.prompt_tokens - 1 for w in windows]  # index of the root token of the next cycle
-    active = [b for b, w in enumerate(windows) if w.num_generated > 0]
+class _Lockstep(Generic[CacheT]):
+    """Windows that are replayed side by side, one drafting step per cycle."""
 
-    def new_positions(rows: list[int], ends: list[int]) -> NewPositions:
-        counts = [end - cache.positions[b] for b, end in zip(rows, ends, strict=True)]
+    def __init__(
+        self, drafter: Drafter[CacheT], windows: Sequence[Window], limits: Limits | None, recorded: bool
+    ) -> None:
+        device, dtype = drafter.device, drafter.dtype
+        self._drafter, self._windows, self._limits, self._recorded = drafter, windows, limits, recorded
+        self._cache = drafter.new_cache(len(windows), max(w.tokens.shape[0] for w in windows))
+        self._sampling = SamplingBatch.of([w.sampling for w in windows], device)
+        shared = drafter.shares_noise and any(w.sampling.temperature > 0 for w in windows)
+        depth = drafter.max_depth + 1
+        self._noise = NoiseWindow(len(windows), depth, drafter.vocab_size, device) if shared else None
+        self._tokens = [w.tokens.to(device, torch.int64) for w in windows]
+        self._features = [w.features.to(device, dtype) for w in windows]
+        self._root = [w.prompt_tokens - 1 for w in windows]  # index of the root token of the next cycle
+        self._cycle = [0] * len(windows)
+
+    def accepted(self) -> list[list[int]]:
+        """Accepted drafts of every complete cycle of every window."""
+        accepted: list[list[int]] = [[] for _ in self._windows]
+        active = [b for b, w in enumerate(self._windows) if w.num_generated > 0]
+        self._catch_up(active)
+        while active:
+            counts: dict[int, int] = {}
+            for plan, rows in self._by_plan(active).items():
+                counts |= self._draft(plan, rows)
+            still = []
+            for b in active:
+                self._root[b] += counts[b] + 1
+                self._cycle[b] += 1
+                if self._root[b] < self._tokens[b].shape[0]:
+                    accepted[b].append(counts[b])
+                if self._root[b] < self._tokens[b].shape[0] - 1:
+                    still.append(b)
+            active = still
+        return accepted
+
+    def _catch_up(self, active: list[int]) -> None:
+        """Absorbs everything before the last position, in chunks."""
+
+        def behind() -> list[int]:
+            return [b for b in active if self._root[b] - 1 - self._cache.positions[b] > 0]
+
+        while rows := behind():
+            ends = [min(self._root[b] - 1, self._cache.positions[b] + _PREFILL_POSITIONS) for b in rows]
+            self._drafter.refresh(self._cache, rows, self._new_positions(rows, ends))
+
+    def _by_plan(self, active: list[int]) -> dict[DraftPlan | None, list[int]]:
+        groups: dict[DraftPlan | None, list[int]] = {}
+        for b in active:
+            plans = self._windows[b].plans if self._recorded else ()
+            plan = DraftPlan.from_list(plans[self._cycle[b]]) if self._cycle[b] < len(plans) else None
+            groups.setdefault(plan, []).append(b)
+        return groups
+
+    def _draft(self, plan: DraftPlan | None, rows: list[int]) -> dict[int, int]:
+        """Accepted drafts of one cycle of some windows; a cycle without speculation leaves its positions pending."""
+        if plan is not None and plan.node_budget == 0:
+            return dict.fromkeys(rows, 0)
+        device, depth = self._drafter.device, self._drafter.max_depth
+        self._catch_up(rows)
+        if self._noise is not None:
+            sampled = [b for b in rows if self._windows[b].sampling.temperature > 0]
+            self._noise.advance(
+                sampled,
+                [self._root[b] + 1 for b in sampled],
+                [self._windows[b].sampling.seed for b in sampled],
+                [self._windows[b].sampling.choice for b in sampled],
+            )
+        draft = self._drafter.draft(
+            self._cache,
+            rows,
+            self._new_positions(rows, [self._root[b] for b in rows]),
+            torch.stack([self._tokens[b][self._root[b]] for b in rows]),
+            self._sampling.rows(torch.tensor(rows, device=device)),
+            self._noise,
+            self._limits if plan is None else PlannedLimits(plan),
+        )
+        path = torch.full((len(rows), depth), -1, dtype=torch.int64, device=device)
+        for i, b in enumerate(rows):
+            ahead = self._tokens[b][self._root[b] + 1 : self._root[b] + 1 + depth]
+            path[i, : ahead.shape[0]] = ahead
+        return dict(zip(rows, follow_path(draft.tree, path).tolist(), strict=True))
+
+    def _new_positions(self, rows: list[int], ends: list[int]) -> NewPositions:
+        counts = [end - self._cache.positions[b] for b, end in zip(rows, ends, strict=True)]
         width = max(1, *counts)
-        padded = torch.zeros(len(rows), width, features[0].shape[1], dtype=dtype, device=device)
+        device = self._drafter.device
+        padded = torch.zeros(len(rows), width, self._features[0].shape[1], dtype=self._drafter.dtype, device=device)
         following = torch.zeros(len(rows), width, dtype=torch.int64, device=device)
         for i, (b, count) in enumerate(zip(rows, counts, strict=True)):
-            at = cache.positions[b]
-            padded[i, :count] = features[b][at : at + count]
-            following[i, :count] = tokens[b][at + 1 : at + count + 1]
+            at = self._cache.positions[b]
+            padded[i, :count] = self._features[b][at : at + count]
+            following[i, :count] = self._tokens[b][at + 1 : at + count + 1]
         return NewPositions(padded, following, counts)
-
-    while any(root[b] - 1 - cache.positions[b] > 0 for b in active):
-        behind = [b for b in active if root[b] - 1 - cache.positions[b] > 0]
-        drafter.refresh(
-            cache,
-            behind,
-            new_positions(behind, [min(root[b] - 1, cache.positions[b] + _PREFILL_POSITIONS) for b in behind]),
-        )
-    while active:
-        if noise is not None:
-            sampled = [b for b in active if windows[b].sampling.temperature > 0]
-            noise.advance(
-                sampled,
-                [root[b] + 1 for b in sampled],
-                [windows[b].sampling.seed for b in sampled],
-                [windows[b].sampling.choice for b in sampled],
-            )
-        roots = torch.stack([tokens[b][root[b]] for b in active])
-        draft = drafter.draft(
-            cache,
-            active,
-            new_positions(active, [root[b] for b in active]),
-            roots,
-            sampling.rows(torch.tensor(active, device=device)),
-            noise,
-        )
-        path = torch.full((len(active), drafter.max_depth), -1, dtype=torch.int64, device=device)
-        for i, b in enumerate(active):
-            ahead = tokens[b][root[b] + 1 : root[b] + 1 + drafter.max_depth]
-            path[i, : ahead.shape[0]] = ahead
-        still = []
-        for b, count in zip(active, follow_path(draft.tree, path).tolist(), strict=True):
-            root[b] += count + 1
-            if root[b] < tokens[b].shape[0]:
-                accepted[b].append(count)
-            if root[b] < tokens[b].shape[0] - 1:
-                still.append(b)
-        active = still
-    return accepted

@@ -31,6 +31,7 @@ class Window:
         top_log_probs: float16 [G, k], their log-probabilities at temperature 1, before any processor.
         sampling: how the tokens were chosen.
         accepted: draft tokens accepted by each live cycle; a cycle cut by the end of the conversation is left out.
+        plans: sizes of each live cycle's tree, ``DraftPlan.to_list``, the cut cycle included; empty: fixed sizes.
         truncated: the conversation was longer; only its first tokens are kept.
     """
 
@@ -46,6 +47,7 @@ class Window:
     top_log_probs: Tensor
     sampling: SamplingParams
     accepted: tuple[int, ...] = ()
+    plans: tuple[tuple[int, ...], ...] = ()
     truncated: bool = False
 
     @property

@@ -66,7 +66,7 @@ def forward_times(device: str, target: TargetModel, drafter: BlockDrafter) -> It
     """Forwards of the target over so many rows after 128 cached tokens, and one refresh of the drafter."""
     import torch
 
-    from specblock.drafter.draft import NewPositions
+    from specblock.drafter.interface import NewPositions
 
     with torch.inference_mode():
         cache = target.new_cache(1, 512)

@@ -14,7 +14,8 @@ from specblock.daemon.engine import Engine, EngineSettings, Listener
 from specblock.daemon.messages import GenerationRequest, TokenChunk
 from specblock.daemon.request import RequestState
 from specblock.drafter.config import DrafterConfig, DraftSettings
-from specblock.drafter.draft import BlockDrafter, NewPositions
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.interface import NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.model import SpecBlockModel
 from specblock.drafter.replay import replay
