@@ -1,0 +1,184 @@
+"""What a cycle costs: seconds of verification and drafting by size, measured at start-up and corrected while serving.
+
+Time is taken to depend on the total number of rows of a forward (requests times rows each) plus a constant per further
+request. Between measured points it is interpolated, beyond them extrapolated along the last slope.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specblock.drafter.forgetting import non_decreasing
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """One measured point: ``rows`` per request, ``batch`` requests, seconds of one forward."""
+
+    rows: int
+    batch: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RowCurve:
+    """Seconds of a forward, non-decreasing in rows and in requests.
+
+    Attributes:
+        total_rows: measured totals, ascending.
+        seconds: at those totals, non-decreasing.
+        per_request_s: added for every request after the first.
+    """
+
+    total_rows: tuple[int, ...]
+    seconds: tuple[float, ...]
+    per_request_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        rows, seconds = self.total_rows, self.seconds
+        if not rows or len(rows) != len(seconds) or list(rows) != sorted(set(rows)) or rows[0] < 1:
+            raise ValueError("cost curve: total_rows must be distinct, ascending, at least 1, one per time")
+        if list(seconds) != sorted(seconds) or seconds[0] <= 0 or self.per_request_s < 0:
+            raise ValueError("cost curve: seconds must be above 0 and must not fall with rows")
+
+    @classmethod
+    def fit(cls, timings: Sequence[Timing]) -> RowCurve:
+        """A monotone curve through measured points; the smallest batch measured gives its shape.
+
+        Raises:
+            ValueError: no points.
+        """
+        if not timings:
+            raise ValueError("cost curve: nothing was measured")
+        smallest = min(t.batch for t in timings)
+        base = _monotone({t.rows * t.batch: t.seconds for t in timings if t.batch == smallest})
+        others = [t for t in timings if t.batch != smallest]
+        overlap = [
+            (t.seconds - base.at(1, t.rows * t.batch)) / (t.batch - smallest)
+            for t in others
+            if t.rows * t.batch <= base.total_rows[-1]
+        ]
+        per_request_s = max(0.0, float(np.median(overlap))) if overlap else 0.0
+        points = {
+            rows: s - per_request_s * (smallest - 1) for rows, s in zip(base.total_rows, base.seconds, strict=True)
+        }
+        for t in others:
+            if t.rows * t.batch > base.total_rows[-1]:
+                points[t.rows * t.batch] = t.seconds - per_request_s * (t.batch - 1)
+        curve = _monotone(points)
+        return cls(curve.total_rows, curve.seconds, per_request_s)
+
+    def at(self, rows: int, batch: int) -> float:
+        """Seconds of a forward with ``rows`` rows for each of ``batch`` requests."""
+        return float(self.table(np.array([rows], dtype=np.float64), batch)[0])
+
+    def table(self, rows: Floats, batch: int) -> Floats:
+        """Seconds for many row counts at once: [...] -> [...]."""
+        total = rows * batch
+        known, seconds = self.total_rows, self.seconds
+        result = np.interp(total, known, seconds)
+        if len(known) > 1:
+            # The chord over the last factor of four, not the last two points: one noisy point must not tilt it.
+            start = next(i for i, rows_i in enumerate(known) if rows_i * 4 >= known[-1] or i == len(known) - 2)
+            slope = (seconds[-1] - seconds[start]) / (known[-1] - known[start])
+            result = result + slope * np.maximum(total - known[-1], 0.0)
+        answer: Floats = result + self.per_request_s * (batch - 1)
+        return answer
+
+
+@dataclass(frozen=True, slots=True)
+class CostCurve:
+    """Seconds of every part of a cycle.
+
+    Attributes:
+        verify: by tree rows (root included) and requests.
+        first_block: by new positions and requests.
+        later_block: by leaves and requests.
+        overhead_s: committing and emitting, per cycle.
+    """
+
+    verify: RowCurve
+    first_block: RowCurve
+    later_block: RowCurve
+    overhead_s: float = 0.0
+
+    def verify_s(self, rows: int, batch: int) -> float:
+        """Seconds of one verification."""
+        return self.verify.at(rows, batch)
+
+    def draft_s(self, block: int, leaves: int, batch: int) -> float:
+        """Seconds of one drafter block (0-based); for block 0 ``leaves`` is the number of new positions."""
+        return (self.later_block if block else self.first_block).at(leaves, batch)
+
+    def plain_s(self, batch: int) -> float:
+        """Seconds of one cycle without speculation."""
+        return self.verify_s(1, batch) + self.overhead_s
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, for logs and benchmark files."""
+        curves = {"verify": self.verify, "first_block": self.first_block, "later_block": self.later_block}
+        return {"overhead_s": self.overhead_s} | {
+            name: {"total_rows": list(c.total_rows), "seconds": list(c.seconds), "per_request_s": c.per_request_s}
+            for name, c in curves.items()
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CostCurve:
+        """Reads :meth:`to_dict`."""
+
+        def curve(name: str) -> RowCurve:
+            part = data[name]
+            return RowCurve(tuple(part["total_rows"]), tuple(part["seconds"]), part["per_request_s"])
+
+        return cls(curve("verify"), curve("first_block"), curve("later_block"), data["overhead_s"])
+
+
+class Phase(StrEnum):
+    """Parts of a cycle whose cost is corrected separately."""
+
+    VERIFY = "verify"
+    FIRST_BLOCK = "first_block"
+    LATER_BLOCK = "later_block"
+    PLAIN = "plain"
+
+
+class OnlineCorrection:
+    """Multiplies predicted seconds by what measurements have shown: an exponential average of log(measured/predicted).
+
+    Args:
+        rate: weight of a new measurement.
+        limit: a factor stays between 1/limit and limit; so does what one measurement may say.
+    """
+
+    def __init__(self, rate: float = 0.05, limit: float = 4.0) -> None:
+        if not 0 < rate <= 1 or limit <= 1:
+            raise ValueError("online correction: rate must be in (0, 1] and limit above 1")
+        self._rate, self._log_limit = rate, math.log(limit)
+        self._log = dict.fromkeys(Phase, 0.0)
+
+    def factor(self, phase: Phase) -> float:
+        """What to multiply the curve's seconds with."""
+        return math.exp(self._log[phase])
+
+    def observe(self, phase: Phase, measured_s: float, predicted_s: float) -> None:
+        """Takes one measurement; ``predicted_s`` is the curve's own answer, not yet corrected."""
+        if measured_s <= 0 or predicted_s <= 0:
+            return  # a clock too coarse to see the phase says nothing about it
+        error = math.log(measured_s / predicted_s)
+        error = min(max(error, -self._log_limit), self._log_limit)
+        self._log[phase] += self._rate * (error - self._log[phase])
+
+
+def _monotone(points: dict[int, float]) -> RowCurve:
+    rows = sorted(points)
+    seconds = non_decreasing([max(points[r], 1e-9) for r in rows], [1.0] * len(rows))
+    return RowCurve(tuple(rows), tuple(seconds))

@@ -1,0 +1,85 @@
+"""Predicted seconds of cycles: the measured curve, corrected by what cycles have taken since.
+
+Legend: B requests in the cycle, of which D draft; N row counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from specblock.daemon.cost_curve import CostCurve, Floats, OnlineCorrection, Phase
+from specblock.drafter.plan import DraftPlan
+
+_USUAL_POSITIONS = 8  # more new positions than this is catching up, which says nothing about the usual cost
+_OVERHEAD_RATE = 0.05
+
+
+class CycleCost:
+    """Seconds by phase, kept current."""
+
+    def __init__(self, curve: CostCurve, correction: OnlineCorrection | None = None) -> None:
+        self.curve = curve
+        self.correction = correction or OnlineCorrection()
+        self._overhead_s = {True: curve.overhead_s, False: curve.overhead_s}
+
+    @property
+    def overhead_s(self) -> float:
+        """Seconds of a speculating cycle outside drafter blocks and verification."""
+        return self._overhead_s[True]
+
+    def verify_s(self, rows_N: Floats, batch: int) -> Floats:
+        """Seconds of verification for many row counts (root included) at once."""
+        seconds: Floats = self.curve.verify.table(rows_N, batch) * self.correction.factor(Phase.VERIFY)
+        return seconds
+
+    def block_s(self, block: int, leaves: int, drafting: int) -> float:
+        """Seconds of one drafter block; for block 0 ``leaves`` counts new positions."""
+        phase = Phase.LATER_BLOCK if block else Phase.FIRST_BLOCK
+        return self.curve.draft_s(block, leaves, drafting) * self.correction.factor(phase)
+
+    def draft_s(self, leaf_caps: Sequence[int], drafting: int) -> float:
+        """Seconds of all drafter blocks of a cycle."""
+        later_s = sum(self.block_s(block, leaves, drafting) for block, leaves in enumerate(leaf_caps, start=1))
+        return self.block_s(0, 1, drafting) + later_s
+
+    def cycle_s(self, plan: DraftPlan, drafting: int, batch: int) -> float:
+        """Seconds of a cycle in which D of B requests draft by a plan."""
+        verify_s = float(self.verify_s(np.array([plan.node_budget + 1.0]), batch)[0])
+        return self.draft_s(plan.leaf_caps, drafting) + verify_s + self.overhead_s
+
+    def plain_s(self, batch: int) -> float:
+        """Seconds of a cycle without speculation."""
+        return self._curve_plain_s(batch) * self.correction.factor(Phase.PLAIN)
+
+    def observe_plain(self, verify_s: float, total_s: float, batch: int, *, amid_speculation: bool) -> None:
+        """Learns from a cycle without speculation.
+
+        Between speculating cycles the factor of larger trees is fresh, and what is left over is the shape of the curve
+        at one row. With speculation off nothing else is measured, so the cycle tells of the machine's speed as a whole.
+        """
+        if amid_speculation:
+            self.correction.observe(Phase.PLAIN, total_s, self._curve_plain_s(batch))
+        else:
+            predicted_s = self.curve.verify_s(1, batch) * self.correction.factor(Phase.PLAIN)
+            self.correction.observe(Phase.VERIFY, verify_s, predicted_s)
+        self._see_overhead(False, total_s - verify_s)
+
+    def observe_draft(self, block_s: Sequence[float], positions: int, leaf_caps: Sequence[int], drafting: int) -> None:
+        """Learns from the measured seconds of a cycle's drafter blocks."""
+        if block_s and positions <= _USUAL_POSITIONS:
+            self.correction.observe(Phase.FIRST_BLOCK, block_s[0], self.curve.draft_s(0, positions, drafting))
+        for block, (seconds, leaves) in enumerate(zip(block_s[1:], leaf_caps, strict=False), start=1):
+            self.correction.observe(Phase.LATER_BLOCK, seconds, self.curve.draft_s(block, leaves, drafting))
+
+    def observe_verify(self, verify_s: float, rows: int, batch: int, other_s: float) -> None:
+        """Learns from the verification and the remaining seconds of a speculating cycle."""
+        self.correction.observe(Phase.VERIFY, verify_s, self.curve.verify_s(rows, batch))
+        self._see_overhead(True, other_s)
+
+    def _curve_plain_s(self, batch: int) -> float:
+        return float(self.verify_s(np.ones(1), batch)[0]) + self._overhead_s[False]
+
+    def _see_overhead(self, speculating: bool, seconds: float) -> None:
+        self._overhead_s[speculating] += _OVERHEAD_RATE * (max(0.0, seconds) - self._overhead_s[speculating])

@@ -1,0 +1,245 @@
+"""Whether to speculate at all, per domain, and how to notice later that it would pay again.
+
+A domain's worth is a ratio of sums, tokens committed over tokens that plain decoding would have committed in the same
+seconds, so that it does not depend on the batch. While a domain is off, runs of cycles of one request probe it, paid
+from a budget of device time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from specblock.drafter.forgetting import ForgettingRatio
+
+_OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
+
+
+@dataclass(frozen=True, slots=True)
+class Participant:
+    """One request of a cycle."""
+
+    request_id: str
+    domain: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateSettings:
+    """When speculation goes off and on.
+
+    Attributes:
+        off_below: speed over plain decoding below which a domain goes off.
+        on_above: speed a probe must show before it goes on.
+        min_cycles: cycles of one request seen since it went on before it may go off.
+        half_life_cycles: cycles of one request after which evidence counts half.
+        probe_cycles: length of a probe.
+        probe_share: part of all device seconds that probes may take.
+        prior_speed: speed over plain decoding assumed without evidence.
+        prior_tokens: how many tokens that assumption is worth.
+        max_domains: domains told apart.
+    """
+
+    off_below: float = 1.0
+    on_above: float = 1.03
+    min_cycles: int = 24
+    half_life_cycles: float = 150.0
+    probe_cycles: int = 16
+    probe_share: float = 0.01
+    prior_speed: float = 1.1
+    prior_tokens: float = 8.0
+    max_domains: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.off_below <= self.on_above:
+            raise ValueError("speculation: off_below must be above 0 and not above on_above")
+        if not 0 <= self.probe_share < 1 or min(self.probe_cycles, self.min_cycles, self.max_domains) < 1:
+            raise ValueError("speculation: probe_share must be in [0, 1), counts at least 1")
+
+
+class ProbeBudget:
+    """Lets probes take at most a share of all device seconds, and not all of a long quiet time at once.
+
+    Credit grows with every second of work and is capped at what two probes cost; a probe starts only when its expected
+    cost is covered. A grant lets a probe start at once, on credit that later work pays back.
+    """
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._credit_s = 0.0
+        self._cap_s = 0.0
+        self._grants = 0
+        self.total_s = 0.0
+        self.probe_s = 0.0
+
+    def grant(self, probes: int) -> None:
+        """Allows the next ``probes`` probes whatever the credit is."""
+        self._grants = probes
+
+    def take(self, expected_s: float) -> bool:
+        """Whether a probe of this cost may start now."""
+        self._cap_s = 2 * expected_s
+        if self._credit_s >= expected_s:
+            return True
+        granted = self._grants > 0
+        self._grants -= granted
+        return granted
+
+    def spend(self, seconds: float, *, probing: bool) -> None:
+        """Counts the device seconds of one cycle."""
+        self.total_s += seconds
+        self._credit_s += self._share * seconds
+        # The cap forgets unused time; what a probe took beyond its expectation stays owed.
+        self._credit_s = min(self._credit_s, self._cap_s) if self._cap_s else self._credit_s
+        if probing:
+            self.probe_s += seconds
+            self._credit_s -= seconds
+
+    @property
+    def probe_share(self) -> float:
+        """Seconds spent probing over all device seconds so far."""
+        return self.probe_s / self.total_s if self.total_s else 0.0
+
+
+@dataclass(slots=True)
+class _DomainState:
+    speed: ForgettingRatio
+    on: bool = True
+    cycles_since_change: int = 0
+    last_probe: int = -1
+
+
+@dataclass(slots=True)
+class _Probe:
+    request_id: str
+    domain: str
+    cycles: int = 0
+    speed: ForgettingRatio = field(default_factory=lambda: ForgettingRatio(1e9))
+
+
+class SpeculationGate:
+    """Turns speculation on and off per domain, with hysteresis, and runs probes while it is off."""
+
+    def __init__(self, settings: GateSettings | None = None) -> None:
+        self.settings = settings or GateSettings()
+        self.budget = ProbeBudget(self.settings.probe_share)
+        self.probes = 0
+        self._domains: dict[str, _DomainState] = {}
+        self._probe: _Probe | None = None
+
+    def decide(self, participants: Sequence[Participant], probe_cycle_s: float) -> tuple[bool, ...]:
+        """Which requests of the next cycle speculate.
+
+        Args:
+            participants: the requests that will decode.
+            probe_cycle_s: expected seconds of a cycle in which one request is probed.
+        """
+        on = [self._state(p.domain).on for p in participants]
+        if any(on):
+            # The cycle drafts and verifies trees anyway: a probe on top would measure something else.
+            self._probe = None
+            return tuple(on)
+        probed = self._probed(participants, probe_cycle_s)
+        return tuple(index == probed for index in range(len(participants)))
+
+    def is_probe(self, participants: Sequence[Participant], speculate: Sequence[bool]) -> bool:
+        """Whether the one request that speculates does so as a probe."""
+        chosen = [p for p, yes in zip(participants, speculate, strict=True) if yes]
+        return self._probe is not None and [p.request_id for p in chosen] == [self._probe.request_id]
+
+    def record(
+        self,
+        participants: Sequence[Participant],
+        speculate: Sequence[bool],
+        committed: Sequence[int],
+        seconds: float,
+        plain_s: float,
+        probe_speed_s: float,
+    ) -> None:
+        """Learns from one cycle.
+
+        Args:
+            participants: its requests.
+            speculate: which of them speculated.
+            committed: tokens each kept.
+            seconds: the cycle's device seconds.
+            plain_s: predicted seconds of a plain cycle of the same requests.
+            probe_speed_s: predicted seconds of a cycle in which all of them speculate; what a probe is judged by.
+        """
+        probing = self.is_probe(participants, speculate)
+        self.budget.spend(seconds, probing=probing)
+        num_drafted = sum(speculate)
+        if not num_drafted:
+            return
+        if probing:
+            chosen = list(speculate).index(True)
+            self._record_probe(committed[chosen], probe_speed_s / plain_s)
+            return
+        # Extra seconds hold up everyone in the batch, and those who speculate are charged for all of it.
+        charge = (seconds - plain_s) / plain_s * len(participants) / num_drafted
+        for participant, yes, tokens in zip(participants, speculate, committed, strict=True):
+            if yes:
+                state = self._state(participant.domain)
+                state.speed.add(tokens, max(1.0 + charge, 0.05))
+                state.cycles_since_change += 1
+        for domain in {p.domain for p, yes in zip(participants, speculate, strict=True) if yes}:
+            self._maybe_off(self._state(domain))
+
+    def drafter_changed(self) -> None:
+        """Forgets what was learned about the drafter before and lets one probe start at once."""
+        for state in self._domains.values():
+            state.speed = ForgettingRatio(self.settings.half_life_cycles)
+            state.cycles_since_change, state.last_probe = 0, -1
+        self._probe = None
+        self.budget.grant(sum(not state.on for state in self._domains.values()))
+
+    def is_on(self, domain: str) -> bool:
+        """Whether a domain speculates; one never seen does."""
+        return self._state(domain).on
+
+    def speeds(self) -> dict[str, float]:
+        """Estimated speed over plain decoding per domain."""
+        return {name: self._speed(state) for name, state in self._domains.items()}
+
+    def _speed(self, state: _DomainState) -> float:
+        return state.speed.value(self.settings.prior_speed, self.settings.prior_tokens)
+
+    def _state(self, domain: str) -> _DomainState:
+        if domain not in self._domains and len(self._domains) >= self.settings.max_domains:
+            domain = _OVERFLOW
+        return self._domains.setdefault(domain, _DomainState(ForgettingRatio(self.settings.half_life_cycles)))
+
+    def _maybe_off(self, state: _DomainState) -> None:
+        if state.cycles_since_change >= self.settings.min_cycles and self._speed(state) < self.settings.off_below:
+            state.on, state.cycles_since_change = False, 0
+
+    def _probed(self, participants: Sequence[Participant], probe_cycle_s: float) -> int | None:
+        """Index of the request to probe in the next cycle, if any."""
+        if self._probe is not None:
+            same = [i for i, p in enumerate(participants) if p.request_id == self._probe.request_id]
+            # A request that ended hands its probe on within the domain; otherwise the probe ends with it.
+            heirs = same or [i for i, p in enumerate(participants) if p.domain == self._probe.domain]
+            if heirs:
+                self._probe.request_id = participants[heirs[0]].request_id
+                return heirs[0]
+            self._probe = None
+        if not participants or not self.budget.take(self.settings.probe_cycles * probe_cycle_s):
+            return None
+        index = min(range(len(participants)), key=lambda i: self._state(participants[i].domain).last_probe)
+        self._state(participants[index].domain).last_probe = self.probes
+        self._probe = _Probe(participants[index].request_id, participants[index].domain)
+        self.probes += 1
+        return index
+
+    def _record_probe(self, tokens: int, plain_cycles: float) -> None:
+        assert self._probe is not None
+        self._probe.speed.add(tokens, plain_cycles)
+        self._probe.cycles += 1
+        if self._probe.cycles >= self.settings.probe_cycles:
+            self._judge(self._probe)
+            self._probe = None
+
+    def _judge(self, probe: _Probe) -> None:
+        state = self._state(probe.domain)
+        state.speed = ForgettingRatio(self.settings.half_life_cycles, probe.speed.numerator, probe.speed.denominator)
+        if probe.speed.value() > self.settings.on_above:
+            state.on, state.cycles_since_change = True, 0

@@ -1,0 +1,174 @@
+"""What is expected of a cycle's trees while they grow: accepted drafts by node budget, with or without another block.
+
+Before a block is drafted only the nodes it could extend are known; what the rest of the trees and the block itself will
+add is learned from earlier cycles.
+
+Legend: B requests that draft, m nodes of the last block, M raw candidates, N node budgets 1 .. N.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from specblock.drafter.forgetting import ForgettingRatio
+from specblock.drafter.survival import SurvivalTable
+
+Floats = NDArray[np.float64]
+
+_HALF_LIFE_CYCLES = 200.0
+_PRIOR_EXTRA_NODES = 8.0  # nodes another block adds, before any was seen
+_BIAS_HALF_LIFE_CYCLES = 400.0
+_BIAS_PRIOR_TOKENS = 60.0
+_BIAS_LIMIT = 2.0
+
+
+def best_budget(gain_N: Floats, base_tokens: float, fixed_s: float, verify_s_N: Floats) -> int:
+    """The node budget n >= 1 that maximises ``(base_tokens + gain[n-1]) / (fixed_s + verify_s[n-1])``; lowest on ties.
+
+    Args:
+        gain_N: expected accepted drafts of the whole batch with 1 .. N nodes per request.
+        base_tokens: tokens committed without any draft, one per request.
+        fixed_s: seconds of the cycle that do not depend on n, those already spent included.
+        verify_s_N: seconds of verification with 1 .. N nodes.
+    """
+    return int(np.argmax((base_tokens + gain_N) / (fixed_s + verify_s_N))) + 1
+
+
+@dataclass(slots=True)
+class Growth:
+    """One cycle's trees as far as they have grown.
+
+    Attributes:
+        extendable: per block asked about, scores [B, m] of nodes that may be extended.
+        leaf_caps: leaves extended by each later block.
+        leaf_mass: expected accepted leaves among them, summed over requests.
+        stop_nodes: node budget that would have been best had the trees stopped growing at each decision.
+        predicted_tokens: accepted drafts expected at the last decision, before correction; None without a decision.
+        kept_tokens: accepted drafts expected of the chosen budget, before correction.
+    """
+
+    extendable: list[Tensor] = field(default_factory=list)
+    leaf_caps: list[int] = field(default_factory=list)
+    leaf_mass: list[float] = field(default_factory=list)
+    stop_nodes: list[float] = field(default_factory=list)
+    predicted_tokens: float | None = None
+    kept_tokens: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Expected of trees that grow no further.
+
+    Attributes:
+        gain_by_nodes: accepted drafts of the batch by number of known nodes kept, [N].
+        closed_tokens: accepted drafts of the batch among nodes that cannot be extended.
+        closed_nodes: such nodes kept, per request.
+        mass_m: expected accepted leaves of the batch if the best 1 .. m are extended, as far as there are any.
+    """
+
+    gain_by_nodes: Floats
+    closed_tokens: float
+    closed_nodes: float
+    mass_m: Floats
+
+
+class TreeOutlook:
+    """Predicts accepted drafts from scores, and learns what scores do not say."""
+
+    def __init__(self, survival: SurvivalTable, max_nodes: int) -> None:
+        self.survival = survival
+        self._max_nodes = max_nodes
+        self._closed_tokens = _ratios(_HALF_LIFE_CYCLES)
+        self._closed_nodes = _ratios(_HALF_LIFE_CYCLES)
+        self._extra_nodes = _ratios(_HALF_LIFE_CYCLES)
+        self._decision_bias = _ratios(_BIAS_HALF_LIFE_CYCLES)
+        self._budget_bias = _ratios(_BIAS_HALF_LIFE_CYCLES)
+
+    def stop(self, growth: Growth, block: int, score_Bm: Tensor) -> Stop:
+        """What the trees are worth as they are, and what leaves of ``block`` there are to extend."""
+        growth.extendable.append(score_Bm)
+        top = _best(score_Bm, self._max_nodes)
+        mass_Bm = self.survival.probability(top, block=block)
+        mass_m = _host(mass_Bm)
+        widths = [score.shape[1] for score in growth.extendable]
+        gain_N = self._by_nodes(torch.cat(growth.extendable, dim=1), widths) if block else mass_m
+        requests = score_Bm.shape[0]
+        return Stop(
+            gain_by_nodes=gain_N,
+            closed_tokens=requests * sum(self._closed_tokens[b].value() for b in range(block + 1)),
+            closed_nodes=sum(self._closed_nodes[b].value() for b in range(block + 1)),
+            mass_m=mass_m[: int(np.searchsorted(mass_m, mass_m[-1])) + 1] if mass_m[-1] > 0 else mass_m[:0],
+        )
+
+    def kept(self, growth: Growth, score_BM: Tensor) -> Floats:
+        """Accepted drafts of the batch by node budget, from all raw candidates in block order."""
+        widths = [score.shape[1] for score in growth.extendable]
+        rest = score_BM.shape[1] - sum(widths)
+        return self._by_nodes(score_BM, [*widths, rest] if rest > 0 else widths)
+
+    def decision_bias(self, blocks: int) -> float:
+        """Measured over predicted accepted drafts when trees ended after so many blocks, as seen when they ended."""
+        return _bias(self._decision_bias[blocks])
+
+    def budget_bias(self, blocks: int) -> float:
+        """The same for predictions from all candidates: duplicates that merge count twice in those."""
+        return _bias(self._budget_bias[blocks])
+
+    def extra_nodes(self, block: int) -> float:
+        """How much larger the best node budget is once ``block`` (at least 1) was drafted."""
+        return max(0.0, self._extra_nodes[block].value(_PRIOR_EXTRA_NODES, 4.0))
+
+    def chosen(self, growth: Growth, score_BM: Tensor, nodes: int) -> None:
+        """Learns from the final candidates what could not be known when blocks were decided on."""
+        start = 0
+        threshold = _best(score_BM, nodes)[:, -1:]
+        for block, score_Bm in enumerate(growth.extendable):
+            own = score_BM[:, start : start + score_Bm.shape[1]]
+            start += score_Bm.shape[1]
+            closed = (own >= threshold) & torch.isfinite(own) & ~torch.isfinite(score_Bm)
+            worth = torch.where(closed, self.survival.probability(own, block=block), 0.0)
+            tokens, count = torch.stack([worth.sum(), closed.sum()]).tolist()
+            self._closed_tokens[block].add(tokens, own.shape[0], 1)
+            self._closed_nodes[block].add(count, own.shape[0], 1)
+        for index in range(len(growth.leaf_caps)):
+            # Blocks after the next one add their own share, so each step is compared with the next decision.
+            after = growth.stop_nodes[index + 1] if index + 1 < len(growth.stop_nodes) else float(nodes)
+            self._extra_nodes[index + 1].add(after - growth.stop_nodes[index], 1.0)
+
+    def accepted(self, growth: Growth, tokens: int) -> None:
+        """Learns how far off the cycle's predictions were from the drafts the batch accepted."""
+        blocks = 1 + len(growth.leaf_caps)
+        if growth.predicted_tokens is not None:
+            self._decision_bias[blocks].add(tokens, growth.predicted_tokens)
+        self._budget_bias[blocks].add(tokens, growth.kept_tokens)
+
+    def _by_nodes(self, score_BM: Tensor, widths: list[int]) -> Floats:
+        block_M = torch.arange(len(widths), device=score_BM.device).repeat_interleave(
+            torch.tensor(widths, device=score_BM.device), output_size=sum(widths)
+        )
+        best = torch.topk(score_BM, min(self._max_nodes, score_BM.shape[1]), dim=1)
+        return _host(self.survival.probability(best.values, block=block_M[best.indices]))
+
+
+def _best(score_Bm: Tensor, count: int) -> Tensor:
+    return torch.topk(score_Bm, min(count, score_Bm.shape[1]), dim=1).values
+
+
+def _host(survival_BN: Tensor) -> Floats:
+    """Sums over requests of the best 1, 2, ... N."""
+    result: Floats = survival_BN.sum(dim=0).cpu().numpy().astype(np.float64).cumsum()
+    return result
+
+
+def _ratios(half_life_cycles: float) -> defaultdict[int, ForgettingRatio]:
+    return defaultdict(lambda: ForgettingRatio(half_life_cycles))
+
+
+def _bias(ratio: ForgettingRatio) -> float:
+    return min(max(ratio.value(1.0, _BIAS_PRIOR_TOKENS), 1 / _BIAS_LIMIT), _BIAS_LIMIT)

@@ -1,0 +1,339 @@
+"""Chooses every cycle's speculation: whether to draft, how many blocks and leaves, how many nodes to verify.
+
+All choices maximise expected committed tokens over predicted seconds of the cycle. Seconds come from the cost curve
+measured at start-up and its online correction, tokens from calibrated survival of nodes. Nothing here can change text.
+
+Legend: B requests in the cycle, of which D draft; m nodes of the last block, M raw candidates, N node budgets.
+Source: design section 4; the ratio objective is that of Sequoia (Chen et al., arXiv 2402.12374) with measured cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+from torch import Tensor
+
+from specblock.cuda_ext.tree import DraftTree
+from specblock.daemon.cost_curve import CostCurve
+from specblock.daemon.cycle_cost import CycleCost
+from specblock.daemon.speculation import GateSettings, Participant, SpeculationGate
+from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook, best_budget
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.forgetting import ForgettingRatio
+from specblock.drafter.plan import NO_SPECULATION, DraftPlan
+from specblock.drafter.survival import LeafGain, SurvivalTable
+
+Clock = Callable[[], float]
+
+_LEAF_CHOICES = (4, 8, 16)
+_STATUS_HALF_LIFE_CYCLES = 500.0
+_KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerSettings:
+    """How the planner explores.
+
+    Attributes:
+        explore_share: cycles that make another choice of leaves than the best one.
+        plain_share: cycles without speculation while it is on, to keep the price of plain decoding known.
+        gate: when speculation goes off and on.
+    """
+
+    explore_share: float = 0.02
+    plain_share: float = 0.005
+    gate: GateSettings = field(default_factory=GateSettings)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.explore_share <= 1 and 0 <= self.plain_share <= 1):
+            raise ValueError("planner: explore_share and plain_share must be in [0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class CycleResult:
+    """What a cycle did.
+
+    Attributes:
+        draft_s: measured seconds of drafting, refresh included.
+        verify_s: of verification.
+        other_s: of everything else.
+        committed_tokens: per request of the cycle, bonus included.
+        tree: the verified trees, of all B requests or of the D that drafted; None without speculation.
+        accepted_rows: int64, rows of their accepted paths as in Acceptance.
+        num_accepted: accepted drafts of the same requests.
+    """
+
+    draft_s: float
+    verify_s: float
+    other_s: float
+    committed_tokens: Sequence[int]
+    tree: DraftTree | None = None
+    accepted_rows: Tensor | None = None
+    num_accepted: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerStatus:
+    """Running means over recent cycles, for metrics. Sizes are means over cycles that speculated.
+
+    Attributes:
+        cycles: cycles recorded, ever.
+        mean_nodes: node budget.
+        mean_leaves: leaves extended in all later blocks together.
+        mean_blocks: drafter forwards.
+        plain_share: share of cycles without speculation.
+        probe_share: seconds spent probing over all device seconds, ever.
+        explored_cycles: cycles that explored, ever.
+        speed_by_domain: estimated speed over plain decoding.
+    """
+
+    cycles: int
+    mean_nodes: float
+    mean_leaves: float
+    mean_blocks: float
+    plain_share: float
+    probe_share: float
+    explored_cycles: int
+    speed_by_domain: dict[str, float]
+
+
+@dataclass(slots=True)
+class _Cycle:
+    """Scratch of the cycle under way."""
+
+    participants: tuple[Participant, ...]
+    speculate: tuple[bool, ...]
+    positions: int
+    probing: bool
+    plain_check: bool
+    explore_block: int
+    begin_s: float
+    growth: Growth = field(default_factory=Growth)
+    block_s: list[float] = field(default_factory=list)
+    last_s: float = 0.0
+    spent_s: float = 0.0
+    nodes: int = 0
+
+    @property
+    def batch(self) -> int:
+        return len(self.participants)
+
+    @property
+    def drafting(self) -> int:
+        return sum(self.speculate)
+
+    @property
+    def plan(self) -> DraftPlan:
+        return DraftPlan(tuple(self.growth.leaf_caps), self.nodes) if self.nodes else NO_SPECULATION
+
+
+class TreePlanner:
+    """Implements ``drafter.plan.Limits`` for one cycle at a time: ``begin``, then drafting, then ``record``.
+
+    Args:
+        curve: measured costs.
+        settings: largest sizes; caches and noise windows were allocated for them.
+        clock: the engine's clock in seconds.
+        generator: the only source of randomness, for exploration.
+        planner: exploration and gate.
+    """
+
+    def __init__(
+        self,
+        curve: CostCurve,
+        settings: DraftSettings,
+        clock: Clock,
+        generator: Random,
+        planner: PlannerSettings | None = None,
+    ) -> None:
+        self.cost, self._settings = CycleCost(curve), settings
+        self._clock, self._generator = clock, generator
+        self._planner = planner or PlannerSettings()
+        self.survival, self.gain = SurvivalTable(), LeafGain()
+        self.gate = SpeculationGate(self._planner.gate)
+        self.outlook = TreeOutlook(self.survival, settings.node_budget)
+        self._typical = DraftPlan((), min(8, settings.node_budget))
+        self._cycle: _Cycle | None = None
+        self._explored = 0
+        self._nodes, self._leaves, self._blocks, self._plain = (
+            ForgettingRatio(_STATUS_HALF_LIFE_CYCLES) for _ in range(4)
+        )
+
+    def begin(self, participants: Sequence[Participant], new_positions: Sequence[int] = ()) -> tuple[bool, ...]:
+        """Starts a cycle and says which requests speculate.
+
+        Args:
+            participants: the B requests, B >= 1.
+            new_positions: positions each one's drafter cache is behind, if known.
+        """
+        batch = len(participants)
+        expected_s = self.cost.cycle_s(self._typical, 1, batch)
+        speculate = self.gate.decide(participants, expected_s)
+        probing = self.gate.is_probe(participants, speculate)
+        explore, check = self._generator.random(), self._generator.random()
+        plain_check = any(speculate) and not probing and check < self._planner.plain_share
+        if plain_check:
+            speculate = (False,) * batch
+        explores = any(speculate) and self._settings.blocks > 1 and explore < self._planner.explore_share
+        behind = [count for count, yes in zip(new_positions, speculate, strict=False) if yes]
+        self._cycle = _Cycle(
+            participants=tuple(participants),
+            speculate=speculate,
+            positions=max([1, *behind]),
+            probing=probing,
+            plain_check=plain_check,
+            explore_block=self._generator.randrange(self._settings.blocks - 1) if explores else -1,
+            begin_s=self._clock(),
+        )
+        self._cycle.last_s = self._cycle.begin_s
+        return speculate
+
+    def leaves(self, block: int, score_Bm: Tensor) -> int:
+        """See Limits."""
+        cycle = self._under_way()
+        if block + 1 >= self._settings.blocks or score_Bm.shape[1] == 0:
+            return 0
+        stop = self.outlook.stop(cycle.growth, block, score_Bm)
+        self._tick(cycle)
+        values, predicted = self._outcomes(cycle, block, stop)
+        choice = max(values, key=lambda leaves: (values[leaves], -leaves))
+        if block == cycle.explore_block and len(values) > 1:
+            choice = self._other(choice, list(values))
+            self._explored += 1
+        cycle.growth.predicted_tokens = predicted[choice]
+        if choice:
+            cycle.growth.leaf_caps.append(choice)
+            cycle.growth.leaf_mass.append(float(stop.mass_m[min(choice, len(stop.mass_m)) - 1]))
+        cycle.last_s = self._clock()
+        return choice
+
+    def nodes(self, score_BM: Tensor) -> int:
+        """See Limits."""
+        cycle = self._under_way()
+        gain_N = self.outlook.kept(cycle.growth, score_BM)
+        self._tick(cycle)
+        scale, spent_s = self._scaled(cycle)
+        bias = self.outlook.budget_bias(1 + len(cycle.growth.leaf_caps))
+        cycle.nodes = best_budget(
+            scale * bias * gain_N,
+            cycle.batch,
+            spent_s + self.cost.overhead_s,
+            self.cost.verify_s(np.arange(2, len(gain_N) + 2, dtype=np.float64), cycle.batch),
+        )
+        cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
+        self.outlook.chosen(cycle.growth, score_BM, cycle.nodes)
+        cycle.spent_s = self._clock() - cycle.begin_s
+        return cycle.nodes
+
+    def record(self, result: CycleResult) -> None:
+        """Learns from the cycle that ``begin`` started."""
+        cycle, self._cycle = self._under_way(), None
+        batch, cost, growth = cycle.batch, self.cost, cycle.growth
+        seconds = result.draft_s + result.verify_s + result.other_s
+        drafted_s = 0.0
+        if result.tree is None:
+            cost.observe_plain(result.verify_s, seconds, batch, amid_speculation=cycle.plain_check)
+        else:
+            assert result.accepted_rows is not None and cycle.nodes, "a tree was verified that nobody drafted"
+            building_s = result.draft_s - cycle.spent_s
+            cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
+            cost.observe_verify(result.verify_s, result.tree.num_rows, batch, result.other_s + max(0.0, building_s))
+            observed = (result.tree, result.accepted_rows, result.num_accepted)
+            self.survival.observe(*observed)
+            self.gain.observe(*observed, growth.leaf_caps, growth.leaf_mass)
+            self.outlook.accepted(growth, sum(result.num_accepted))
+            self._typical = cycle.plan
+            self._nodes.add(cycle.nodes)
+            self._leaves.add(sum(growth.leaf_caps))
+            self._blocks.add(cycle.plan.blocks)
+            drafted_s = cost.cycle_s(cycle.plan, batch, batch)
+        self._plain.add(result.tree is None)
+        self.gate.record(
+            cycle.participants, cycle.speculate, result.committed_tokens, seconds, cost.plain_s(batch), drafted_s
+        )
+
+    def drafter_changed(self) -> None:
+        """A new drafter version serves from the next cycle on."""
+        self.survival.fade(_KEEP_ON_CHANGE)
+        self.gain.fade(_KEEP_ON_CHANGE)
+        self.gate.drafter_changed()
+
+    def speculates(self, domain: str) -> bool:
+        """Whether requests of a domain draft at present, so that their prompt is worth absorbing."""
+        return self.gate.is_on(domain)
+
+    @property
+    def plan(self) -> DraftPlan:
+        """The sizes chosen in the cycle under way, to be stored for replay."""
+        return self._under_way().plan
+
+    def status(self) -> PlannerStatus:
+        """Numbers for metrics."""
+        return PlannerStatus(
+            cycles=self._plain.count,
+            mean_nodes=self._nodes.value(),
+            mean_leaves=self._leaves.value(),
+            mean_blocks=self._blocks.value(),
+            plain_share=self._plain.value(),
+            probe_share=self.gate.budget.probe_share,
+            explored_cycles=self._explored,
+            speed_by_domain=self.gate.speeds(),
+        )
+
+    def _outcomes(self, cycle: _Cycle, block: int, stop: Stop) -> tuple[dict[int, float], dict[int, float]]:
+        """Tokens per second and uncorrected accepted drafts by number of leaves that the next block extends."""
+        growth, outlook = cycle.growth, self.outlook
+        scale, spent_s = self._scaled(cycle)
+        fixed_s = spent_s + self.cost.overhead_s
+        nodes_N = np.arange(1, len(stop.gain_by_nodes) + 1, dtype=np.float64) + stop.closed_nodes
+        nodes_N = np.minimum(nodes_N, self._settings.node_budget)
+        bias = outlook.decision_bias(block + 1)
+        verify_s_N = self.cost.verify_s(nodes_N + 1, cycle.batch)
+        known_N = stop.gain_by_nodes + stop.closed_tokens
+        best = best_budget(scale * bias * known_N, cycle.batch, fixed_s, verify_s_N) - 1
+        growth.stop_nodes.append(float(nodes_N[best]))
+        predicted = {0: float(known_N[best])}
+        values = {0: (cycle.batch + scale * bias * predicted[0]) / (fixed_s + float(verify_s_N[best]))}
+        bias = outlook.decision_bias(block + 2)
+        nodes = min(nodes_N[best] + outlook.extra_nodes(block + 1), self._settings.node_budget)
+        verify_s = float(self.cost.verify_s(np.array([nodes + 1.0]), cycle.batch)[0])
+        for leaves in self._leaf_choices(len(stop.mass_m)):
+            mass = float(stop.mass_m[min(leaves, len(stop.mass_m)) - 1])
+            predicted[leaves] = predicted[0] + self.gain.tokens(block + 1, leaves) * mass
+            draft_s = self.cost.block_s(block + 1, leaves, cycle.batch if cycle.probing else cycle.drafting)
+            values[leaves] = (cycle.batch + scale * bias * predicted[leaves]) / (fixed_s + draft_s + verify_s)
+        return values, predicted
+
+    def _leaf_choices(self, available: int) -> list[int]:
+        if not available:
+            return []
+        cap = min(self._settings.leaf_cap, available)
+        return [*(leaves for leaves in _LEAF_CHOICES if leaves < cap), cap]
+
+    def _other(self, best: int, choices: list[int]) -> int:
+        """Another choice: whether to extend at all is what must stay known, so it is tried half of the time."""
+        if best and self._generator.random() < 0.5:
+            return 0
+        return self._generator.choice([leaves for leaves in choices if leaves not in (best, 0)] or [0])
+
+    def _scaled(self, cycle: _Cycle) -> tuple[float, float]:
+        """Factor on the gain of those that draft, and drafting seconds so far.
+
+        A probe of one request stands for the whole batch, so that it grows the trees that all would grow.
+        """
+        if not cycle.probing:
+            return 1.0, self._clock() - cycle.begin_s
+        return cycle.batch / cycle.drafting, self.cost.draft_s(cycle.growth.leaf_caps, cycle.batch)
+
+    def _tick(self, cycle: _Cycle) -> None:
+        """Notes the seconds of the block that just ended; the scores have been read, so the device is done with it."""
+        now_s = self._clock()
+        cycle.block_s.append(now_s - cycle.last_s)
+        cycle.last_s = now_s
+
+    def _under_way(self) -> _Cycle:
+        assert self._cycle is not None, "begin() starts a cycle, record() ends it"
+        return self._cycle
