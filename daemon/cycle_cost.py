@@ -12,7 +12,9 @@ import numpy as np
 from specblock.daemon.cost_curve import CostCurve, Floats, OnlineCorrection, Phase
 from specblock.drafter.plan import DraftPlan
 
-_USUAL_POSITIONS = 8  # more new positions than this is catching up, which says nothing about the usual cost
+USUAL_POSITIONS = 8
+"""More new positions than this are catching up, which says nothing about the usual cost."""
+
 _OVERHEAD_RATE = 0.05
 
 
@@ -68,7 +70,7 @@ class CycleCost:
 
     def observe_draft(self, block_s: Sequence[float], positions: int, leaf_caps: Sequence[int], drafting: int) -> None:
         """Learns from the measured seconds of a cycle's drafter blocks."""
-        if block_s and positions <= _USUAL_POSITIONS:
+        if block_s and positions <= USUAL_POSITIONS:
             self.correction.observe(Phase.FIRST_BLOCK, block_s[0], self.curve.draft_s(0, positions, drafting))
         for block, (seconds, leaves) in enumerate(zip(block_s[1:], leaf_caps, strict=False), start=1):
             self.correction.observe(Phase.LATER_BLOCK, seconds, self.curve.draft_s(block, leaves, drafting))

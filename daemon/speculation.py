@@ -152,8 +152,8 @@ class SpeculationGate:
         speculate: Sequence[bool],
         committed: Sequence[int],
         seconds: float,
+        usual_s: float,
         plain_s: float,
-        probe_speed_s: float,
     ) -> None:
         """Learns from one cycle.
 
@@ -162,8 +162,9 @@ class SpeculationGate:
             speculate: which of them speculated.
             committed: tokens each kept.
             seconds: the cycle's device seconds.
+            usual_s: seconds that speculation is judged by: the same, without what is paid only once; for a probe those
+                of a cycle in which all requests speculate.
             plain_s: predicted seconds of a plain cycle of the same requests.
-            probe_speed_s: predicted seconds of a cycle in which all of them speculate; what a probe is judged by.
         """
         probing = self.is_probe(participants, speculate)
         self.budget.spend(seconds, probing=probing)
@@ -172,10 +173,10 @@ class SpeculationGate:
             return
         if probing:
             chosen = list(speculate).index(True)
-            self._record_probe(committed[chosen], probe_speed_s / plain_s)
+            self._record_probe(committed[chosen], usual_s / plain_s)
             return
         # Extra seconds hold up everyone in the batch, and those who speculate are charged for all of it.
-        charge = (seconds - plain_s) / plain_s * len(participants) / num_drafted
+        charge = (usual_s - plain_s) / plain_s * len(participants) / num_drafted
         for participant, yes, tokens in zip(participants, speculate, committed, strict=True):
             if yes:
                 state = self._state(participant.domain)

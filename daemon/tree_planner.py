@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.cost_curve import CostCurve
-from specblock.daemon.cycle_cost import CycleCost
+from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
 from specblock.daemon.speculation import GateSettings, Participant, SpeculationGate
 from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook, best_budget
 from specblock.drafter.config import DraftSettings
@@ -233,11 +233,11 @@ class TreePlanner:
         cycle, self._cycle = self._under_way(), None
         batch, cost, growth = cycle.batch, self.cost, cycle.growth
         seconds = result.draft_s + result.verify_s + result.other_s
-        drafted_s = 0.0
+        usual_s = seconds
         if result.tree is None:
             cost.observe_plain(result.verify_s, seconds, batch, amid_speculation=cycle.plain_check)
         else:
-            assert result.accepted_rows is not None and cycle.nodes, "a tree was verified that nobody drafted"
+            assert result.accepted_rows is not None and cycle.nodes, "a tree that these limits did not bound"
             building_s = result.draft_s - cycle.spent_s
             cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
             cost.observe_verify(result.verify_s, result.tree.num_rows, batch, result.other_s + max(0.0, building_s))
@@ -249,10 +249,12 @@ class TreePlanner:
             self._nodes.add(cycle.nodes)
             self._leaves.add(sum(growth.leaf_caps))
             self._blocks.add(cycle.plan.blocks)
-            drafted_s = cost.cycle_s(cycle.plan, batch, batch)
+            # Probes draft for one request only, and catching up is paid once: neither says what drafting costs.
+            if cycle.probing or cycle.positions > USUAL_POSITIONS:
+                usual_s = cost.cycle_s(cycle.plan, batch if cycle.probing else cycle.drafting, batch)
         self._plain.add(result.tree is None)
         self.gate.record(
-            cycle.participants, cycle.speculate, result.committed_tokens, seconds, cost.plain_s(batch), drafted_s
+            cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cost.plain_s(batch)
         )
 
     def drafter_changed(self) -> None:

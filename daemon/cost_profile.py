@@ -1,0 +1,173 @@
+"""Measures the cost curve at start-up: verification by rows, drafting by block, for one request and for every slot.
+
+Tokens and features are random, because time does not depend on them. Points are measured most telling first, and what
+does not fit the time is left to interpolation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Any
+
+import torch
+
+from specblock.cuda_ext.noise import NoiseWindow
+from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
+from specblock.cuda_ext.tree import DraftTree
+from specblock.daemon.cost_curve import CostCurve, RowCurve, Timing
+from specblock.drafter.interface import AnyDrafter, NewPositions
+from specblock.drafter.plan import DraftPlan, PlannedLimits
+from specblock.verifier.history import ChoiceState
+from specblock.verifier.model import TargetModel
+from specblock.verifier.verify import verify
+
+Clock = Callable[[], float]
+
+_ROWS = (1, 32, 8, 64, 16, 4, 2)  # most telling first
+_POSITIONS = (4, 8, 2)  # besides 1
+_LEAVES = (8, 1, 16, 4)
+_DEPTH = 8  # of the trees that stand for drafted ones
+_PREFIX_TOKENS = 128
+_REPEATS = 3
+_VERIFY_SHARE = 0.6  # of the time
+_OVERHEAD_S = 5e-4  # until cycles have been seen
+
+
+@torch.inference_mode()
+def measure(target: TargetModel, drafter: AnyDrafter, slots: int, clock: Clock, *, budget_s: float = 2.5) -> CostCurve:
+    """Profiles a target and a drafter on the device they are on.
+
+    Args:
+        target: with its weights loaded.
+        drafter: with its weights loaded.
+        slots: requests decoded together at most.
+        clock: seconds; wall-clock time, since other work on the machine costs too.
+        budget_s: no further point is begun after this time, except one per curve.
+    """
+    begin_s = clock()
+    verify_points = list(_verify_timings(target, slots, clock, begin_s + _VERIFY_SHARE * budget_s))
+    first_points, later_points = measure_drafting(drafter, target.feature_size, slots, clock, begin_s + budget_s)
+    first_block = RowCurve.fit(first_points)
+    return CostCurve(
+        verify=RowCurve.fit(verify_points),
+        first_block=first_block,
+        later_block=RowCurve.fit(later_points) if later_points else first_block,
+        overhead_s=_OVERHEAD_S,
+    )
+
+
+def measure_drafting(
+    drafter: AnyDrafter, feature_size: int, slots: int, clock: Clock, until_s: float
+) -> tuple[list[Timing], list[Timing]]:
+    """Times block 1 by new positions and the next block by leaves, as the difference of cycles with and without it.
+
+    Returns:
+        Points of block 1, and of later blocks (none if this drafter has no later block).
+    """
+    cycle = _DraftCycle(drafter, feature_size, slots)
+    first: list[Timing] = []
+    later: list[Timing] = []
+    settings = drafter.settings
+    leaves = [n for n in _LEAVES if n < settings.leaf_cap] + [settings.leaf_cap]
+    for batch in sorted({1, slots}):
+        first.append(Timing(1, batch, cycle.seconds(DraftPlan((), settings.node_budget), batch, 1, clock)))
+    for index in range(max(len(_POSITIONS), len(leaves))):
+        for batch, alone in [(t.batch, t.seconds) for t in first if t.rows == 1]:
+            in_time = index == 0 or clock() < until_s
+            if settings.blocks > 1 and index < len(leaves) and in_time:
+                plan = DraftPlan((leaves[index],), settings.node_budget)
+                if cycle.run(plan, batch, 1) == plan:
+                    both = cycle.seconds(plan, batch, 1, clock)
+                    later.append(Timing(leaves[index], batch, max(both - alone, 0.05 * alone)))
+            if index < len(_POSITIONS) and in_time:
+                positions = _POSITIONS[index]
+                seconds = cycle.seconds(DraftPlan((), settings.node_budget), batch, positions, clock)
+                first.append(Timing(positions, batch, seconds))
+    return first, later
+
+
+class _DraftCycle:
+    """Drafts again and again for the first slots of a cache, each time a few positions further."""
+
+    def __init__(self, drafter: AnyDrafter, feature_size: int, slots: int) -> None:
+        self.device = drafter.device
+        self._drafter, self._feature_size = drafter, feature_size
+        # Every run appends: slot 0 takes part in the measurements of both batches.
+        appended = 2 * (_REPEATS + 1) * (1 + sum(_POSITIONS)) + 2 * (_REPEATS + 2) * (len(_LEAVES) + 1)
+        self._cache: Any = drafter.new_cache(slots, _PREFIX_TOKENS + appended)
+        self._params = [SamplingParams(temperature=1.0, top_p=0.95, seed=slot) for slot in range(slots)]
+        self._noise: NoiseWindow | None = None
+        if drafter.shares_noise:
+            self._noise = NoiseWindow(slots, drafter.max_depth + 1, drafter.vocab_size, self.device)
+        drafter.refresh(self._cache, list(range(slots)), self._new(slots, _PREFIX_TOKENS))
+
+    def run(self, plan: DraftPlan, batch: int, positions: int) -> DraftPlan:
+        """One cycle of the first ``batch`` slots; returns the plan that was followed."""
+        slots = list(range(batch))
+        if self._noise is not None:
+            following = [self._cache.positions[slot] + positions + 1 for slot in slots]
+            self._noise.advance(slots, following, [p.seed for p in self._params[:batch]], [0] * batch)
+        sampling = SamplingBatch.of(self._params[:batch], self.device)
+        root = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        new = self._new(batch, positions)
+        return self._drafter.draft(self._cache, slots, new, root, sampling, self._noise, PlannedLimits(plan)).plan
+
+    def seconds(self, plan: DraftPlan, batch: int, positions: int, clock: Clock) -> float:
+        """Median seconds of such a cycle."""
+        return _timed(lambda: self.run(plan, batch, positions), clock, self.device)
+
+    def _new(self, batch: int, positions: int) -> NewPositions:
+        generator = torch.Generator().manual_seed(positions)
+        features = torch.randn(batch, positions, self._feature_size, generator=generator)
+        tokens = torch.zeros(batch, positions, dtype=torch.int64, device=self.device)
+        return NewPositions(features.to(self.device, self._drafter.dtype), tokens, [positions] * batch)
+
+
+def _verify_timings(target: TargetModel, slots: int, clock: Clock, until_s: float) -> Iterator[Timing]:
+    cache = target.new_cache(slots, _PREFIX_TOKENS + max(_ROWS))
+    cache.advance(list(range(slots)), [_PREFIX_TOKENS] * slots)  # the values in the prefix do not change the time
+    params = [SamplingParams(temperature=1.0, top_p=0.95, seed=slot) for slot in range(slots)]
+    states = [ChoiceState(p, [], target.vocab_size, target.device) for p in params]
+    noise = NoiseWindow(slots, _DEPTH + 1, target.vocab_size, target.device)
+    for index, rows in enumerate(_ROWS):
+        for batch in sorted({1, slots}):
+            if index > 1 and clock() >= until_s:
+                return
+            tree = _stand_in(rows, batch, target.device)
+            sampling = SamplingBatch.of(params[:batch], target.device)
+
+            def once(tree: DraftTree = tree, batch: int = batch, sampling: SamplingBatch = sampling) -> None:
+                verify(
+                    target, cache, list(range(batch)), tree, _DEPTH, states[:batch], noise, sampling=sampling
+                )  # fmt: skip
+
+            yield Timing(rows, batch, _timed(once, clock, target.device))
+
+
+def _stand_in(rows: int, batch: int, device: torch.device) -> DraftTree:
+    """Chains of depth 8 from the root, R = ``rows`` in all."""
+    order = torch.arange(rows, device=device)
+    depth = torch.where(order > 0, (order - 1) % _DEPTH + 1, 0)
+    parent = torch.where(depth > 1, order - 1, 0)
+
+    def every(row: torch.Tensor) -> torch.Tensor:
+        return row.expand(batch, -1).contiguous()
+
+    none = torch.full_like(order, -1)
+    size = torch.full((batch,), rows, device=device)
+    return DraftTree(
+        every(order), every(parent), every(depth), -every(depth).to(torch.float32), every(none), every(none), size
+    )
+
+
+def _timed(call: Callable[[], object], clock: Clock, device: torch.device) -> float:
+    """Median seconds of a few calls after one to warm up."""
+    seconds: list[float] = []
+    for _ in range(_REPEATS + 1):
+        begin_s = clock()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(clock() - begin_s)
+    return median(seconds[1:])
