@@ -93,3 +93,34 @@ def root_only(root_token: Tensor) -> DraftTree:
     column = root_token[:, None]
     zero, none = torch.zeros_like(column), torch.full_like(column, -1)
     return DraftTree(column, zero, zero, zero.to(torch.float32), none, none, torch.ones_like(root_token))
+
+
+def place_rows(tree: DraftTree, rows: Tensor, root_token: Tensor) -> DraftTree:
+    """Trees of a whole batch when only some requests drafted; the others get their root alone.
+
+    Args:
+        tree: trees of the D requests that drafted.
+        rows: int64 [D], their places in the batch.
+        root_token: int64 [B], root tokens of the whole batch.
+    """
+    batch, width = root_token.shape[0], tree.num_rows
+    order = torch.arange(width, device=root_token.device).expand(batch, -1)
+
+    def placed(values: Tensor, padding: Tensor | float) -> Tensor:
+        whole = torch.zeros(batch, width, dtype=values.dtype, device=values.device)
+        whole = whole + padding if isinstance(padding, Tensor) else whole.fill_(padding)
+        return whole.index_copy_(0, rows, values)
+
+    token = placed(tree.token, 0)
+    token[:, 0] = root_token
+    score = placed(tree.score, -torch.inf)
+    score[:, 0] = 0.0
+    return DraftTree(
+        token=token,
+        parent=placed(tree.parent, order),
+        depth=placed(tree.depth, 0),
+        score=score,
+        block=placed(tree.block, -1),
+        slot=placed(tree.slot, -1),
+        size=torch.ones(batch, dtype=torch.int64, device=root_token.device).index_copy_(0, rows, tree.size),
+    )

@@ -15,7 +15,7 @@ from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.engine import Clock, Engine, EngineSettings, Listener
 from specblock.daemon.messages import GenerationRequest, RequestStats
 from specblock.daemon.request import RequestState
-from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.interface import AnyDrafter
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
 
@@ -76,7 +76,7 @@ def collect(
     prompts: Sequence[Prompt],
     settings: CollectSettings,
     clock: Clock,
-    drafter: BlockDrafter | None = None,
+    drafter: AnyDrafter | None = None,
     drafter_version: str = "",
     on_engine: Callable[[Engine], None] | None = None,
 ) -> Iterator[tuple[Window, RequestStats]]:

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch
-from specblock.cuda_ext.tree import DraftTree, root_only
+from specblock.cuda_ext.tree import DraftTree, place_rows, root_only
 from specblock.daemon.messages import GenerationRequest, TokenChunk
 from specblock.daemon.request import CycleCounts, RequestState
-from specblock.drafter.draft import BlockDrafter
-from specblock.drafter.interface import NewPositions
+from specblock.daemon.speculation import Participant
+from specblock.daemon.tree_planner import CycleResult, TreePlanner
+from specblock.drafter.interface import AnyDrafter, NewPositions
+from specblock.drafter.plan import NO_SPECULATION, DraftPlan
 from specblock.verifier.finish import truncate_at_end
 from specblock.verifier.model import TargetModel
 from specblock.verifier.result import VerifyResult
@@ -27,6 +30,17 @@ from specblock.verifier.verify import verify
 Clock = Callable[[], float]
 _Finished = tuple[RequestState, tuple[int, ...], str, str]
 """(state, last tokens, last text, reason)."""
+_CATCH_UP_POSITIONS = 256  # drafter positions per forward when a request speculates again after a pause
+
+
+@dataclass(frozen=True, slots=True)
+class _Drafted:
+    """A cycle's trees for the whole batch: which requests drafted, with which sizes, how deep trees can be."""
+
+    tree: DraftTree
+    max_depth: int
+    plan: DraftPlan
+    speculate: tuple[bool, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,19 +78,29 @@ class Engine:
     def __init__(
         self,
         target: TargetModel,
-        drafter: BlockDrafter | None,
+        drafter: AnyDrafter | None,
         settings: EngineSettings,
         clock: Clock,
         listener: Listener | None = None,
         drafter_version: str = "",
+        planner: TreePlanner | None = None,
     ) -> None:
-        self.target, self.drafter, self.settings = target, drafter, settings
+        """Args:
+        target: verifies.
+        drafter: drafts; None is plain decoding.
+        settings: sizes.
+        clock: seconds.
+        listener: told about segments and finished requests.
+        drafter_version: name of the drafter's weights.
+        planner: chooses tree sizes per cycle; None takes the drafter's fixed ones.
+        """
+        self.target, self.drafter, self.settings, self.planner = target, drafter, settings, planner
         self.drafter_version = drafter_version
         self.speculation = drafter is not None
         self._clock, self._listener = clock, listener or Listener()
         depth = drafter.max_depth if drafter else 0
         self._cache = target.new_cache(settings.slots, settings.capacity_tokens + self._tree_rows)
-        self._draft_cache = drafter.new_cache(settings.slots, settings.capacity_tokens) if drafter else None
+        self._draft_cache: Any = drafter.new_cache(settings.slots, settings.capacity_tokens) if drafter else None
         self._noise = NoiseWindow(settings.slots, depth + 1, target.vocab_size, target.device)
         self.waiting: deque[RequestState] = deque()
         self.running: list[RequestState] = []
@@ -143,54 +167,102 @@ class Engine:
         begin = self._clock()
         slots = [s.slot for s in states]
         sampling = SamplingBatch.of([s.request.sampling for s in states], self.target.device)
-        tree, depth = self._draft(states, slots, sampling)
-        drafted = self._clock()
+        drafted = self._draft(states, slots, sampling)
+        drafted_s = self._clock()
         result = verify(
             self.target,
             self._cache,
             slots,
-            tree,
-            depth,
+            drafted.tree,
+            drafted.max_depth,
             states=[s.choice for s in states],
             sampling=sampling,
             noise=self._noise,
             top_k=self.settings.top_k,
         )
-        verified = self._clock()
-        chunks, finished = self._commit(states, slots, tree, result)
-        ended = self._clock()
-        for state in states:
-            for counts in (state.segment, state.total):
-                counts.draft_s += (drafted - begin) / len(states)
-                counts.verify_s += (verified - drafted) / len(states)
-                counts.other_s += (ended - verified) / len(states)
+        verified_s = self._clock()
+        before = [len(s.tokens) for s in states]
+        chunks, finished = self._commit(states, slots, drafted, result)
+        ended_s = self._clock()
+        seconds = (drafted_s - begin, verified_s - drafted_s, ended_s - verified_s)
+        for state, speculated in zip(states, drafted.speculate, strict=True):
+            for counts in (state.segment, state.total) if speculated else (state.total,):
+                counts.spend(*(s / len(states) for s in seconds))
+        if self.planner is not None and self.speculation:
+            committed = [len(s.tokens) - count for s, count in zip(states, before, strict=True)]
+            any_drafted = any(drafted.speculate)
+            self.planner.record(
+                CycleResult(
+                    *seconds,
+                    committed_tokens=committed,
+                    tree=drafted.tree if any_drafted else None,
+                    accepted_rows=result.rows if any_drafted else None,
+                    num_accepted=result.num_accepted if any_drafted else (),
+                )
+            )
         chunks.extend(self._retire(*end) for end in finished)
         self._report(states)
         return chunks
 
-    def _draft(self, states: list[RequestState], slots: list[int], sampling: SamplingBatch) -> tuple[DraftTree, int]:
+    def _draft(self, states: list[RequestState], slots: list[int], sampling: SamplingBatch) -> _Drafted:
         roots = torch.tensor([s.tokens[-1] for s in states], device=self.target.device)
-        if self.drafter is None or self._draft_cache is None or not self.speculation:
-            return root_only(roots), 0
+        speculate = self._speculating(states)
+        rows = [i for i, yes in enumerate(speculate) if yes]
+        if self.drafter is None or not rows:
+            return _Drafted(root_only(roots), 0, NO_SPECULATION, speculate)
+        drafting = [states[i] for i in rows]
+        for state in drafting:
+            self._catch_up(state)
+        index = torch.tensor(rows, device=self.target.device)
+        draft = self.drafter.draft(
+            self._draft_cache,
+            [slots[i] for i in rows],
+            self._new_positions(drafting, keep=0),
+            roots[index],
+            sampling if len(rows) == len(states) else sampling.rows(index),
+            self._shared_noise(drafting),
+            self.planner,
+        )
+        tree = draft.tree if len(rows) == len(states) else place_rows(draft.tree, index, roots)
+        return _Drafted(tree, draft.max_depth, draft.plan, speculate)
+
+    def _speculating(self, states: list[RequestState]) -> tuple[bool, ...]:
+        if self.drafter is None or not self.speculation:
+            return (False,) * len(states)
+        if self.planner is None:
+            return (True,) * len(states)
+        return self.planner.begin(
+            [Participant(s.request.request_id, s.request.domain) for s in states],
+            [sum(p.shape[0] for p in s.pending) for s in states],
+        )
+
+    def _shared_noise(self, states: list[RequestState]) -> NoiseWindow | None:
+        """The noise that the drafter ranks by, moved on to this cycle's positions."""
         sampled = [s for s in states if s.request.sampling.temperature > 0]
-        noise = self._noise if self.drafter.settings.shared_noise and sampled else None
-        if noise is not None:
-            noise.advance(
-                [s.slot for s in sampled],
-                [len(s.tokens) for s in sampled],
-                [s.request.sampling.seed for s in sampled],
-                [s.request.sampling.choice for s in sampled],
-            )
-        new = self._new_positions(states, keep=0)
-        draft = self.drafter.draft(self._draft_cache, slots, new, roots, sampling, noise)
-        return draft.tree, draft.max_depth
+        if self.drafter is None or not self.drafter.shares_noise or not sampled:
+            return None
+        self._noise.advance(
+            [s.slot for s in sampled],
+            [len(s.tokens) for s in sampled],
+            [s.request.sampling.seed for s in sampled],
+            [s.request.sampling.choice for s in sampled],
+        )
+        return self._noise
+
+    def _catch_up(self, state: RequestState) -> None:
+        """Absorbs what was left pending while the request did not speculate, in chunks; the last ones stay pending."""
+        assert self.drafter is not None
+        pending = sum(p.shape[0] for p in state.pending)
+        while pending > _CATCH_UP_POSITIONS:
+            new = self._new_positions([state], keep=pending - _CATCH_UP_POSITIONS)
+            self.drafter.refresh(self._draft_cache, [state.slot], new)
+            pending -= _CATCH_UP_POSITIONS
 
     def _new_positions(self, states: list[RequestState], keep: int) -> NewPositions:
         """Takes pending features with the token after each; ``keep`` of the newest stay pending."""
         features = [torch.cat(s.pending) if s.pending else None for s in states]
         counts = [max(0, (0 if f is None else f.shape[0]) - keep) for f in features]
         width = max(1, *counts)
-        assert self._draft_cache is not None
         padded = torch.zeros(len(states), width, self.target.feature_size, dtype=self.target.dtype)
         padded = padded.to(self.target.device)
         following = torch.zeros(len(states), width, dtype=torch.int64)
@@ -203,12 +275,12 @@ class Engine:
         return NewPositions(padded, following.to(self.target.device), counts)
 
     def _commit(
-        self, states: list[RequestState], slots: list[int], tree: DraftTree, result: VerifyResult
+        self, states: list[RequestState], slots: list[int], drafted: _Drafted, result: VerifyResult
     ) -> tuple[list[TokenChunk], list[_Finished]]:
         chunks: list[TokenChunk] = []
         kept_counts: list[int] = []
         finished: list[_Finished] = []
-        nodes = (tree.size - 1).tolist()
+        nodes = (drafted.tree.size - 1).tolist()
         for row, (state, path) in enumerate(zip(states, result.paths, strict=True)):
             ending = truncate_at_end(
                 path,
@@ -232,8 +304,13 @@ class Engine:
             state.keep_laws(result.top, row, kept)
             if kept == len(path):
                 state.accepted.append(kept - 1)
-            for counts in (state.total, state.segment):
-                counts.add(max(0, min(len(path) - 1, kept - (kept == len(path)))), kept, nodes[row])
+            plan = drafted.plan if drafted.speculate[row] else NO_SPECULATION
+            if self.planner is not None:
+                state.plans.append(tuple(plan.to_list()))
+            # Events are about drafts: a cycle without any says nothing of acceptance.
+            for counts in (state.total, state.segment) if plan.node_budget else (state.total,):
+                accepted = max(0, min(len(path) - 1, kept - (kept == len(path))))
+                counts.add(accepted, kept, nodes[row], plan.blocks)
             kept_counts.append(kept)
             if reason is None:
                 chunks.append(TokenChunk(request_id=state.request.request_id, tokens=tokens, text=text))
@@ -277,7 +354,7 @@ class Engine:
         self._cache.advance([state.slot], [chunk.shape[1]])
         state.prefilled = end
         state.keep_features(output.features[0], self.drafter is not None)
-        if self.drafter is not None and self._draft_cache is not None:
+        if self.drafter is not None and (self.planner is None or self.planner.speculates(state.request.domain)):
             new = self._new_positions([state], keep=1)
             if new.counts[0]:
                 self.drafter.refresh(self._draft_cache, [state.slot], new)
@@ -305,6 +382,8 @@ class Engine:
             return
         apply, self._pending_swap = self._pending_swap, None
         rows_stay_valid = apply()
+        if self.planner is not None:
+            self.planner.drafter_changed()
         for state in self.running:
             state.versions.append(self.drafter_version)
             state.segment_versions.append(self.drafter_version)

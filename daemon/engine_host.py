@@ -20,6 +20,7 @@ from specblock.daemon.messages import EngineStatus, GenerationRequest, RequestSt
 from specblock.daemon.request import RequestState
 from specblock.daemon.windows import WindowStore
 from specblock.drafter.checkpoint import load_weights
+from specblock.drafter.network import DraftNetwork
 
 log = logging.getLogger(__name__)
 
@@ -223,9 +224,9 @@ class EngineHost:
             self._per_position[position] += sum(histogram[position + 1 :])
 
     def _load(self, version: str, weights: dict[str, Tensor]) -> bool:
-        if self.engine.drafter is None:
-            raise ValueError("this engine has no drafter to swap")
-        model = self.engine.drafter.model
+        model = self.engine.drafter.model if self.engine.drafter is not None else None
+        if not isinstance(model, DraftNetwork):
+            raise ValueError("this engine has no drafter weights to swap")
         own = model.state_dict()
         valid = all(
             name.startswith(_ABOVE_BACKBONE) or torch.equal(own[name], weights.get(name, own[name])) for name in own

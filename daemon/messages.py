@@ -42,6 +42,7 @@ class RequestStats:
     prefill_s: float
     decode_s: float
     drafter_version: str
+    drafter_forwards: int = 0
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0

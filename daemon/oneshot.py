@@ -9,16 +9,18 @@ from dataclasses import dataclass
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.messages import GenerationRequest, RequestStats
-from specblock.drafter.draft import BlockDrafter
+from specblock.daemon.tree_planner import TreePlanner
+from specblock.drafter.interface import AnyDrafter
 from specblock.verifier.model import TargetModel
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """Text and tokens of one completion, and what it took."""
+    """Text and tokens of one completion, and what it took; ``kept`` are the tokens of each cycle."""
 
     text: str
     tokens: tuple[int, ...]
+    kept: tuple[int, ...]
     finish_reason: str
     stats: RequestStats
     seconds: float
@@ -31,17 +33,19 @@ class Answer:
 
 def complete(
     target: TargetModel,
-    drafter: BlockDrafter | None,
+    drafter: AnyDrafter | None,
     prompt: str,
     sampling: SamplingParams,
     max_tokens: int,
     on_text: Callable[[str], None] = lambda text: None,
     ignore_eos: bool = False,
     collect: bool = False,
+    planner: TreePlanner | None = None,
 ) -> Answer:
     """Completes one prompt; ``on_text`` receives text as it becomes certain.
 
-    Measurements ask for ``collect``, so that the work which the daemon does for its training windows is counted.
+    Measurements ask for ``collect``, so that the work which the daemon does for its training windows is counted, and
+    may hand in a ``planner``, which chooses tree sizes and keeps what it learns from prompt to prompt.
 
     Raises:
         ValueError: the prompt is empty or too long for the target's context.
@@ -51,7 +55,7 @@ def complete(
     if len(tokens) + max_tokens > limit:
         raise ValueError(f"prompt ({len(tokens)} tokens) plus --max-tokens {max_tokens} is over the context of {limit}")
     settings = EngineSettings(slots=1, capacity_tokens=len(tokens) + max_tokens)
-    engine = Engine(target, drafter, settings, time.perf_counter)
+    engine = Engine(target, drafter, settings, time.perf_counter, planner=planner)
     begin = time.perf_counter()
     engine.submit(
         GenerationRequest(
@@ -64,12 +68,14 @@ def complete(
         )
     )
     produced: list[int] = []
+    kept: list[int] = []
     text: list[str] = []
     while True:
         for chunk in engine.step():
             produced.extend(chunk.tokens)
+            kept.append(len(chunk.tokens))
             text.append(chunk.text)
             on_text(chunk.text)
             if chunk.finish_reason is not None and chunk.stats is not None:
                 seconds = time.perf_counter() - begin
-                return Answer("".join(text), tuple(produced), chunk.finish_reason, chunk.stats, seconds)
+                return Answer("".join(text), tuple(produced), tuple(kept), chunk.finish_reason, chunk.stats, seconds)

@@ -22,11 +22,12 @@ class CycleCounts:
     cycles: int = 0
     committed: int = 0
     draft_nodes: int = 0
+    drafter_forwards: int = 0
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0
 
-    def add(self, accepted: int, kept: int, nodes: int) -> None:
+    def add(self, accepted: int, kept: int, nodes: int, forwards: int) -> None:
         """Counts one cycle that kept ``kept`` tokens out of ``accepted`` drafts and the bonus."""
         while len(self.histogram) <= accepted:
             self.histogram.append(0)
@@ -34,6 +35,13 @@ class CycleCounts:
         self.cycles += 1
         self.committed += kept
         self.draft_nodes += nodes
+        self.drafter_forwards += forwards
+
+    def spend(self, draft_s: float, verify_s: float, other_s: float) -> None:
+        """Adds this request's share of a cycle's seconds."""
+        self.draft_s += draft_s
+        self.verify_s += verify_s
+        self.other_s += other_s
 
 
 class RequestState:
@@ -56,6 +64,7 @@ class RequestState:
         self.segment = CycleCounts()
         self.segments_sent = 0
         self.accepted: list[int] = []
+        self.plans: list[tuple[int, ...]] = []  # one per cycle, if tree sizes are chosen per cycle
         self.versions: list[str] = []
         self.segment_versions: list[str] = []
         self.speculative = True
@@ -113,6 +122,7 @@ class RequestState:
             top_log_probs=torch.cat(self._top_log_probs)[: size - prompt].clone(),
             sampling=self.request.sampling,
             accepted=tuple(self.accepted) if size == len(self.tokens) else (),
+            plans=tuple(self.plans) if size == len(self.tokens) else (),
             truncated=size < len(self.tokens),
         )
 
@@ -129,6 +139,7 @@ class RequestState:
             prefill_s=max(0.0, self.decoding_since_s - self.started_s),
             decode_s=max(0.0, now_s - self.decoding_since_s) if self.decoding_since_s else 0.0,
             drafter_version=self.versions[-1] if self.versions else "",
+            drafter_forwards=self.total.drafter_forwards,
             draft_s=self.total.draft_s,
             verify_s=self.total.verify_s,
             other_s=self.total.other_s,

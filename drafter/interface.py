@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -107,3 +107,7 @@ class Drafter(Protocol[CacheT]):
 
     def parameter_groups(self) -> Mapping[str, tuple[str, ...]]:
         """Name -> shell patterns over parameter names: what an update may move. Empty if there is nothing to train."""
+
+
+AnyDrafter = Drafter[Any]
+"""A drafter together with whatever cache it makes: callers only pass the one back to the other."""

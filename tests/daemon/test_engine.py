@@ -10,14 +10,18 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from specblock.cuda_ext.sampling import SamplingParams
+from specblock.daemon.cost_curve import CostCurve, RowCurve
 from specblock.daemon.engine import Engine, EngineSettings, Listener
 from specblock.daemon.messages import GenerationRequest, TokenChunk
 from specblock.daemon.request import RequestState
+from specblock.daemon.speculation import GateSettings
+from specblock.daemon.tree_planner import PlannerSettings, TreePlanner
 from specblock.drafter.config import DrafterConfig, DraftSettings
 from specblock.drafter.draft import BlockDrafter
-from specblock.drafter.interface import NewPositions
+from specblock.drafter.interface import AnyDrafter, NewPositions
+from specblock.drafter.kinds import new_network
 from specblock.drafter.kv_cache import DrafterCache
-from specblock.drafter.model import SpecBlockModel
+from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.replay import replay
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
@@ -38,14 +42,28 @@ def target_of(family: str, dtype: torch.dtype) -> TargetModel:
     return TargetModel.from_model(model.to(dtype).eval())
 
 
-def drafter_of(target: TargetModel, **settings: object) -> BlockDrafter:
+def drafter_of(target: TargetModel, kind: str = "specblock", **settings: object) -> BlockDrafter:
     torch.manual_seed(6)
     config = DrafterConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        kind=kind, num_slots=1 if kind == "eagle3" else 4, num_hidden_layers=1 if kind == "eagle3" else 2,
+        hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, vocab_size=VOCAB, draft_vocab_size=VOCAB, feature_layers=target.feature_layers,
     )  # fmt: skip
-    model = SpecBlockModel(config, target.embedding).to(target.dtype).eval()
+    model = new_network(config, target.embedding).to(target.dtype).eval()
     return BlockDrafter(model, DraftSettings(**{"node_budget": 24, "noise_scale": 4.0} | settings))  # type: ignore[arg-type]
+
+
+def planner_of(drafter: AnyDrafter, seed: int = 0, **gate: object) -> TreePlanner:
+    """A planner with made-up costs that explores a lot and changes its mind about speculation often."""
+    curve = CostCurve(
+        verify=RowCurve((1, 8, 32), (1.0, 1.2, 3.0)),
+        first_block=RowCurve((1, 8), (0.2, 0.3)),
+        later_block=RowCurve((1, 16), (0.1, 0.3)),
+    )
+    rng = Random(seed)
+    gates = GateSettings(**{"min_cycles": 4, "probe_cycles": 3, "probe_share": 0.2} | gate)  # type: ignore[arg-type]
+    settings = PlannerSettings(explore_share=0.3, plain_share=0.2, gate=gates)
+    return TreePlanner(curve, drafter.settings, lambda c=itertools.count(): c.__next__() * rng.random(), rng, settings)
 
 
 class Keep(Listener):
@@ -65,11 +83,15 @@ class Keep(Listener):
 
 
 def run(
-    target: TargetModel, drafter: BlockDrafter | None, requests: list[GenerationRequest], slots: int
+    target: TargetModel,
+    drafter: AnyDrafter | None,
+    requests: list[GenerationRequest],
+    slots: int,
+    planner: TreePlanner | None = None,
 ) -> tuple[dict[str, list[int]], Keep]:
     keep = Keep()
     settings = EngineSettings(slots=slots, capacity_tokens=160, prefill_chunk_tokens=7, top_k=8)
-    engine = Engine(target, drafter, settings, lambda c=itertools.count(): float(next(c)), keep, "v0")
+    engine = Engine(target, drafter, settings, lambda c=itertools.count(): float(next(c)), keep, "v0", planner)
     for request in requests:
         engine.submit(request)
     tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
@@ -124,6 +146,42 @@ def test_text_is_the_same_with_and_without_drafter_alone_and_batched(family: str
             assert drafted == plain
     accepted = sum(sum(s.accepted) for s in keep.states.values())
     assert accepted > 0, "the test must exercise accepted drafts"
+
+
+@pytest.mark.parametrize("kind", ["specblock", "eagle3", "parallel", "prompt_lookup"])
+def test_text_is_the_same_for_every_kind_and_for_any_choice_of_sizes(kind: str) -> None:
+    """Fixed trees, the published refresh, and sizes chosen per cycle with pauses, probes and exploration."""
+    target = target_of("llama", torch.float64)
+    requests = random_requests(30, seed=5)
+    plain, _ = run(target, None, requests, slots=1)
+
+    def drafter(**settings: object) -> AnyDrafter:
+        if kind == "prompt_lookup":
+            return LookupDrafter(DraftSettings(**settings), torch.device("cpu"), torch.float64)  # type: ignore[arg-type]
+        return drafter_of(target, kind, **settings)
+
+    for settings in ({}, {"published_refresh": True}, {"rank_head": False, "merge": False}):
+        assert run(target, drafter(**settings), requests, 5)[0] == plain
+    for off_below in (0.5, 1.0, 5.0):  # never off, sometimes, always
+        chosen = drafter(blocks=3, leaf_cap=6)
+        planner = planner_of(chosen, off_below=off_below, on_above=off_below)
+        drafted, keep = run(target, chosen, requests, 5, planner)
+        assert drafted == plain
+        plans = {plan for state in keep.states.values() for plan in state.plans}
+        assert len(plans) > 3, "the test must exercise different sizes"
+    assert (0,) in plans, "and pauses"
+
+
+@pytest.mark.parametrize("kind", ["specblock", "eagle3", "parallel"])
+def test_replay_equals_live_when_sizes_were_chosen_per_cycle(kind: str) -> None:
+    target = target_of("llama", torch.float64)
+    drafter = drafter_of(target, kind, blocks=3, leaf_cap=6)
+    _, keep = run(target, drafter, random_requests(24, seed=8), 5, planner_of(drafter, off_below=1.0, on_above=1.0))
+    windows = list(keep.windows.values())
+    accepted = [a for w in windows for a in w.accepted]
+    assert len(accepted) > 50 and sum(accepted) > 0
+    for window, replayed in zip(windows, replay(drafter, windows, batch_windows=6, recorded=True), strict=True):
+        assert replayed.accepted == window.accepted, window.conversation_id
 
 
 def test_a_wrong_acceptance_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
