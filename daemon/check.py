@@ -198,6 +198,10 @@ def _mismatches(drafter: DrafterConfig, target: dict[str, Any]) -> Iterator[str]
 def _check_memory(config: DaemonConfig, target_folder: Path) -> str:
     if not target_folder.is_dir() or not (config.drafter.path / "model.safetensors").is_file():
         return "not checked: target and drafter must be there to estimate it"
+    if config.target.dtype == "auto":
+        from specblock.daemon.models import settle_dtype  # torch; not needed where the file names the format
+
+        config = settle_dtype(config)
     target = read_target(target_folder)
     drafter = _read_weights(config.drafter.path / "model.safetensors")
     lines = []
@@ -206,7 +210,7 @@ def _check_memory(config: DaemonConfig, target_folder: Path) -> str:
         if need > free:
             raise DeviceError(f"{device}: about {need / GIB:.2f} GiB are needed, {free / GIB:.2f} GiB are free")
         lines.append(f"{device}: about {need / GIB:.2f} GiB of {free / GIB:.2f} GiB free")
-    return ", ".join(lines)
+    return f"{', '.join(lines)}, models in {config.target.dtype}"
 
 
 def _check_redis(config: DaemonConfig) -> str:

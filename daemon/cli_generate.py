@@ -6,12 +6,13 @@ import json
 import secrets
 from dataclasses import asdict, dataclass
 
+import torch
 import typer
 
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.errors import ConfigError, ExitCode
-from specblock.daemon.models import draft_settings, load_pair
+from specblock.daemon.models import draft_settings, load_pair, settle_dtype
 from specblock.daemon.oneshot import complete
 
 
@@ -33,6 +34,8 @@ def generate(config: DaemonConfig, prompt: str, settings: Settings, as_json: boo
         ConfigError: a sampling parameter is out of range, or the prompt is empty or too long.
         IncompatibleError: target and drafter are missing or do not fit.
     """
+    torch.set_num_threads(config.engine.threads)
+    config = settle_dtype(config)
     draft = config.drafter
     seed = secrets.randbits(63) if settings.seed is None else settings.seed
     try:
@@ -50,13 +53,21 @@ def generate(config: DaemonConfig, prompt: str, settings: Settings, as_json: boo
         raise ConfigError(str(error)) from None
     if as_json:
         typer.echo(
-            json.dumps({**asdict(answer), "seed": seed, "acceptance_length": answer.acceptance_length}, indent=2)
+            json.dumps(
+                {
+                    **asdict(answer),
+                    "seed": seed,
+                    "dtype": config.target.dtype,
+                    "acceptance_length": answer.acceptance_length,
+                },
+                indent=2,
+            )
         )
         return ExitCode.OK
     typer.echo()
     typer.echo(
         f"{len(answer.tokens)} tokens in {answer.seconds:.2f} s, {answer.acceptance_length:.2f} tokens per cycle, "
-        f"ended by {answer.finish_reason}, seed {seed}",
+        f"ended by {answer.finish_reason}, seed {seed}, {config.target.dtype}",
         err=True,
     )
     return ExitCode.OK

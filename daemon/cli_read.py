@@ -46,7 +46,7 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     cycles, accepted = engine["cycles"], engine["accepted_tokens"]
     length = f"{1 + accepted / cycles:.2f}" if cycles else "none yet"
     yield f"daemon      {status['url']} (pid {status['pid']}), version {status['version']}"
-    yield f"model       {status['model']}"
+    yield f"model       {status['model']} in {status['dtype']}"
     yield f"phase       {engine['phase']} {engine['detail']}".rstrip()
     yield f"drafter     {engine['drafter_version']}, speculation {'on' if engine['speculation'] else 'off'}"
     yield f"requests    {engine['running']} running, {engine['waiting']} waiting, {engine['slots']} slots"

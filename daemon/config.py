@@ -25,8 +25,8 @@ class TargetConfig(Section):
     """Directory in Hugging Face format, or a hub id."""
     revision: str | None = None
     """Hub revision (branch, tag or commit); null takes the default branch. Ignored for a directory."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
-    """Number format of weights and caches."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Number format of weights and caches; auto is bfloat16 where that is fast, else float32."""
     device: Device = "cpu"
     """cpu, cuda or cuda:N."""
     max_context_tokens: int = Field(default=1024, ge=16)
@@ -265,6 +265,10 @@ class DaemonConfig(Section):
                 "ray.trainer_gpus: must be above 0 when trainer.device is cuda, or Ray hides the GPU from the trainer",
             ),
         ]
+
+    def with_dtype(self, dtype: str) -> DaemonConfig:
+        """The same policy with ``target.dtype`` settled, see ``models.settle_dtype``."""
+        return self.model_copy(update={"target": self.target.model_copy(update={"dtype": dtype})})
 
     def policy_config(self) -> PolicyConfig:
         """The decision rule's configuration."""

@@ -23,6 +23,7 @@ from specblock.daemon.demo_report import write_report
 from specblock.daemon.demo_summary import DOMAINS, Run, in_words, summary
 from specblock.daemon.demo_traffic import Answer, DemoDaemon, Question, phase, send
 from specblock.daemon.errors import DependencyError
+from specblock.daemon.models import serving_dtype
 from specblock.daemon.runfile import read_run_file
 
 PROMPTS = Path("models/demo-prompts")
@@ -55,14 +56,18 @@ class DemoSettings:
 
 def run(settings: DemoSettings, say: Callable[[str], None]) -> int:
     """Runs the demo; returns the exit code (1: the planted fault was not found)."""
+    config = load_config(settings.config)
+    target = config.target
+    # Settled here, so that both daemons run in one format.
+    dtype = serving_dtype(target.dtype, target.device)
     if settings.fault:
-        return 0 if asyncio.run(_fault(settings, say)) else 1
-    adaptive, questions = asyncio.run(_adaptive(_Stage(settings, "adaptive"), DOMAINS, say))
+        return 0 if asyncio.run(_fault(settings, dtype, say)) else 1
+    adaptive, questions = asyncio.run(_adaptive(_Stage(settings, "adaptive", dtype), DOMAINS, say))
     say("\nThe same prompts and seeds again, with adaptation off.")
-    stage = _Stage(settings, "static", changes=("adaptation.enabled=false",))
+    stage = _Stage(settings, "static", dtype, changes=("adaptation.enabled=false",))
     static = asyncio.run(_static(stage, questions, say))
     settings.out.mkdir(parents=True, exist_ok=True)
-    found = summary(static, adaptive, load_config(settings.config).engine.threads)
+    found = summary(static, adaptive, config.engine.threads, target.device, dtype)
     (settings.out / "result.json").write_text(json.dumps(found, indent=2) + "\n")
     page = write_report(settings.out / "report.html", static, adaptive, found)
     for line in in_words(found):
@@ -75,7 +80,7 @@ class _Stage:
     """One run's daemon: a fresh state directory, and how to start it."""
 
     def __init__(
-        self, settings: DemoSettings, name: str, program: str = _PROGRAM, changes: tuple[str, ...] = ()
+        self, settings: DemoSettings, name: str, dtype: str, program: str = _PROGRAM, changes: tuple[str, ...] = ()
     ) -> None:
         config = load_config(settings.config)
         self.settings, self.name, self.together = settings, name, config.engine.slots
@@ -85,7 +90,7 @@ class _Stage:
         self.ledger = state / "bandit" / "ledger.jsonl"
         self._url = f"http://127.0.0.1:{config.http.port}"
         self._arguments = ["-m", program, "serve", "-c", str(settings.config)]
-        for change in (f"state_dir={state}", *changes):
+        for change in (f"state_dir={state}", f"target.dtype={dtype}", *changes):
             self._arguments += ["--set", change]
 
     def daemon(self) -> DemoDaemon:
@@ -106,9 +111,9 @@ def _refuse_running(state: Path) -> None:
     raise DependencyError(f"the daemon of an earlier demo (process {info.pid}) still uses {state}: stop it first")
 
 
-async def _fault(settings: DemoSettings, say: Callable[[str], None]) -> bool:
+async def _fault(settings: DemoSettings, dtype: str, say: Callable[[str], None]) -> bool:
     say("A cache desynchronisation is planted: the drafter's cache has slipped by one position.")
-    done, _ = await _adaptive(_Stage(settings, "fault", _FAULTY_PROGRAM), DOMAINS[:2], say)
+    done, _ = await _adaptive(_Stage(settings, "fault", dtype, _FAULTY_PROGRAM), DOMAINS[:2], say)
     faults = [r for r in done.records if r.stage == DECIDED and r.verdict == FAULT]
     trained = [r for r in done.records if r.stage.startswith(("prob", "train", "promot"))]
     say(f"{len(faults)} decisions reported a fault, {len(trained)} stages trained or promoted anything")

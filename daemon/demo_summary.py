@@ -58,7 +58,7 @@ def paired_gain(static: Run, adaptive: Run, domain: str, fresh: bool = True) -> 
     }
 
 
-def summary(static: Run, adaptive: Run, engine_threads: int) -> dict[str, Any]:
+def summary(static: Run, adaptive: Run, engine_threads: int, device: str, dtype: str) -> dict[str, Any]:
     """The demo's figures; what they depend on is the daemons' engines, not this process."""
 
     def net(one: Run) -> dict[str, float]:
@@ -73,7 +73,9 @@ def summary(static: Run, adaptive: Run, engine_threads: int) -> dict[str, Any]:
         }
 
     return {
-        "facts": facts(threads=engine_threads, new_tokens=NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P),
+        "facts": facts(
+            device, dtype, threads=engine_threads, new_tokens=NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P
+        ),
         "requests": len(static.answers),
         "promoted": [r.candidate_version for r in adaptive.records if r.stage == "promoted"],
         "fresh_prompts": {d: paired_gain(static, adaptive, d) for d in DOMAINS},

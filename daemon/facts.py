@@ -12,11 +12,12 @@ import torch
 _BF16_UNITS = ("amx_bf16", "avx512_bf16")
 
 
-def facts(device: str = "cpu", **settings: str | float) -> dict[str, str | float]:
-    """Commit, versions, machine and ``settings`` of a measurement in bfloat16.
+def facts(device: str = "cpu", dtype: str = "bfloat16", **settings: str | float) -> dict[str, str | float]:
+    """Commit, versions, machine and ``settings`` of a measurement.
 
     Args:
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:N".
+        dtype: number format the models ran in.
         settings: what else the figure depends on, such as the temperature.
     """
     here = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
@@ -28,9 +29,9 @@ def facts(device: str = "cpu", **settings: str | float) -> dict[str, str | float
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else str(known.get("cpu_name", "cpu")),
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else str(known.get("cpu_name", "cpu")),
         "cpu_bfloat16": units,
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "threads": torch.get_num_threads(),
         "attention": "sdpa",
         **settings,

@@ -178,6 +178,7 @@ def _add_information_routes(app: FastAPI, gateway: Gateway) -> None:
             {
                 "model": gateway.model,
                 "version": gateway.version,
+                "dtype": gateway.config.target.dtype,
                 "engine": engine,
                 "bandit": {**gateway.bandit_status()},
             }
@@ -185,5 +186,5 @@ def _add_information_routes(app: FastAPI, gateway: Gateway) -> None:
 
     @app.get("/version")
     async def version() -> dict[str, str]:
-        """The package's version."""
-        return {"version": gateway.version}
+        """The package's version and the number format the models run in."""
+        return {"version": gateway.version, "dtype": gateway.config.target.dtype}

@@ -15,6 +15,7 @@ from specblock.drafter.checkpoint import load_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.precision import fast_bfloat16
 from specblock.verifier.model import TargetModel
 
 if TYPE_CHECKING:
@@ -24,8 +25,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def dtype_of(config: DaemonConfig) -> torch.dtype:
-    """The type both models run in."""
+    """The type both models run in; the configuration must be settled."""
     return DTYPES[config.target.dtype]
+
+
+def serving_dtype(asked: str, device: str) -> str:
+    """The number format that ``asked`` means on ``device``: what is faster there if it is "auto"."""
+    if asked != "auto":
+        return asked
+    return "bfloat16" if fast_bfloat16(torch.device(device)) else "float32"
+
+
+def settle_dtype(config: DaemonConfig) -> DaemonConfig:
+    """``config`` with the number format that ``target.dtype: auto`` means on this machine.
+
+    Once per process tree and before anything is built from the configuration: the trainer's exact replay must run in
+    the engine's format, and a second measurement could come out differently.
+    """
+    return config.with_dtype(serving_dtype(config.target.dtype, config.target.device))
 
 
 def draft_settings(config: DaemonConfig) -> DraftSettings:

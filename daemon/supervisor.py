@@ -30,6 +30,7 @@ from specblock.daemon.config import DaemonConfig
 from specblock.daemon.engine_client import RayEngineClient
 from specblock.daemon.errors import ConfigError, DependencyError, SpecblockError
 from specblock.daemon.gateway import create_app
+from specblock.daemon.models import settle_dtype
 from specblock.daemon.redis_server import RedisServer
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.runfile import DaemonInfo, remove_run_file, write_run_file
@@ -48,6 +49,7 @@ def serve(config: DaemonConfig, engine_type: type[EngineActor] = EngineActor) ->
     Raises:
         SpecblockError: something is missing; nothing stays half-started.
     """
+    asked, config = config.target.dtype, settle_dtype(config)
     state_dir = Path(config.state_dir).resolve()
     state_dir.mkdir(parents=True, exist_ok=True)
     _check_files(config)
@@ -56,7 +58,9 @@ def serve(config: DaemonConfig, engine_type: type[EngineActor] = EngineActor) ->
         _check_port(config.ray.dashboard_host, config.ray.dashboard_port)
     registry = DrafterRegistry(state_dir)
     serving = registry.import_base(Path(config.drafter.path))
-    log.info("drafter version %s", serving)
+    log.info(
+        "drafter version %s, %s on %s (target.dtype: %s)", serving, config.target.dtype, config.target.device, asked
+    )
     redis = RedisServer(config.redis, state_dir)
     redis.start()
     try:

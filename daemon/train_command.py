@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from specblock.daemon.collect import CollectSettings, Prompt, read_prompts
+from specblock.daemon.models import DTYPES, serving_dtype
 from specblock.daemon.train_data import generate_shards
 from specblock.drafter.checkpoint import save_drafter
 from specblock.drafter.config import KINDS, DraftSettings
@@ -50,7 +51,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--most-prompts", type=int, default=0, help="use this many prompts at most (0: all)")
     made.add_argument("--draft-vocab", type=int, default=0, help="size of the draft vocabulary (0: the target's)")
     made.add_argument("--prefix", choices=["argmax", "acceptance"], default="acceptance", help="see LossSettings")
-    made.add_argument("--dtype", choices=["float32", "bfloat16"], default="bfloat16", help="type of the target")
+    made.add_argument(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="number format of the target; auto: the faster",
+    )
     made.add_argument("--device", default="cpu")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--seed", type=int, default=1)
@@ -62,7 +68,9 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(list(argv))
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
-    dtype = torch.bfloat16 if options.dtype == "bfloat16" else torch.float32
+    name = serving_dtype(options.dtype, options.device)
+    dtype = DTYPES[name]
+    _say(f"target in {name}")
     target = TargetModel.load(options.target, dtype=dtype, device=options.device)
     train, heldout = _conversations(target, options)
     vocab = options.draft_vocab or target.vocab_size
@@ -87,7 +95,7 @@ def main(argv: Sequence[str]) -> int:
     begin = time.monotonic()
 
     def evaluate() -> dict[str, float]:
-        return heldout_acceptance(model, heldout, DraftSettings()) if heldout else {}
+        return heldout_acceptance(model, heldout, DraftSettings(), dtype) if heldout else {}
 
     deadline = begin + 60 * options.minutes
     train_to_deadline(run, train, options.work / "run", deadline, _say, evaluate=evaluate)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -23,6 +22,7 @@ from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.kinds import new_network
 from specblock.drafter.loss import LossReport, LossSettings, training_loss
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.precision import fast_bfloat16
 from specblock.drafter.replay import acceptance_length, replay
 from specblock.drafter.window import Window, collate
 
@@ -59,28 +59,6 @@ class TrainSettings:
     loss: LossSettings = field(default_factory=LossSettings)
     autocast: bool | None = None
     seed: int = 0
-
-
-@cache
-def fast_bfloat16(device: torch.device) -> bool:
-    """Whether bfloat16 matrix products beat float32; on CPUs this is measured once, in some 50 ms.
-
-    The instruction set does not tell: of two CPUs without AMX, one ran bfloat16 at twice the speed of float32 and the
-    other at half.
-    """
-    if device.type != "cpu":
-        return True
-
-    def product_s(dtype: torch.dtype) -> float:
-        rows, weight = torch.ones(512, 512, dtype=dtype), torch.ones(1408, 512, dtype=dtype)
-        times = []
-        for _ in range(4):
-            begin = time.perf_counter()
-            torch.nn.functional.linear(rows, weight)
-            times.append(time.perf_counter() - begin)
-        return min(times)
-
-    return product_s(torch.bfloat16) < product_s(torch.float32)
 
 
 class TrainRun:
@@ -203,9 +181,9 @@ class TrainRun:
 
 
 def heldout_acceptance(
-    model: DraftNetwork, windows: Sequence[Window], settings: DraftSettings, dtype: torch.dtype = torch.bfloat16
+    model: DraftNetwork, windows: Sequence[Window], settings: DraftSettings, dtype: torch.dtype
 ) -> dict[str, float]:
-    """Acceptance length per domain by exact replay of ``model``, cast to the serving type."""
+    """Acceptance length per domain by exact replay of ``model``, cast to the serving type ``dtype``."""
     serving = new_network(model.config, model.embedding)
     serving.load_state_dict(model.state_dict())
     serving.refresh_vocabulary()

@@ -77,7 +77,7 @@ def forward_times(device: str, target: TargetModel, drafter: BlockDrafter) -> It
             tokens = torch.randint(0, target.vocab_size, (1, count), device=device)
             ms, spread = timed_ms(lambda tokens=tokens: target.forward(cache, [slot], tokens), device, 30)
             yield {"what": f"target forward, {count} rows", "ms": ms, "iqr_ms": spread}
-        features = torch.randn(1, 2, target.feature_size, dtype=torch.bfloat16, device=device)
+        features = torch.randn(1, 2, target.feature_size, dtype=target.dtype, device=device)
         pairs = NewPositions(features, torch.randint(0, target.vocab_size, (1, 2), device=device), [2])
         own = drafter.new_cache(1, 512)
 
@@ -128,18 +128,17 @@ def decoding_speeds(target: TargetModel, network: SpecBlockModel, num_prompts: i
 
 
 def measure(device: str, num_prompts: int) -> dict[str, Any]:
-    """Forward times and decoding speed of the demo models in bfloat16, and what the figures depend on."""
+    """Forward times and decoding speed of the demo models in the faster format, and what the figures depend on."""
     from specblock.daemon.facts import facts
-    from specblock.daemon.models import load_pair
+    from specblock.daemon.models import load_pair, serving_dtype
     from specblock.drafter.config import DraftSettings
 
     models = ROOT / "models"
-    target, drafter = load_pair(
-        str(models / "demo-target"), models / "demo-drafter", "bfloat16", device, DraftSettings()
-    )
+    dtype = serving_dtype("auto", device)
+    target, drafter = load_pair(str(models / "demo-target"), models / "demo-drafter", dtype, device, DraftSettings())
     assert drafter is not None
     rows = [*forward_times(device, target, drafter), *decoding_speeds(target, drafter.model, num_prompts)]
-    return {"facts": facts(device, temperature=TEMPERATURE, top_p=TOP_P, new_tokens=NEW_TOKENS), "rows": rows}
+    return {"facts": facts(device, dtype, temperature=TEMPERATURE, top_p=TOP_P, new_tokens=NEW_TOKENS), "rows": rows}
 
 
 def show(row: Row) -> str:

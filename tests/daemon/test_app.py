@@ -94,7 +94,8 @@ class _Daemon(http.server.BaseHTTPRequestHandler):
             **{"waiting": 2, "slots": 8, "cycles": 10, "accepted_tokens": 15, "prompt_tokens": 3},
             **{"generation_tokens": 25, "windows": 4, "window_bytes": 1000},
         }
-        body = json.dumps({"version": "9", "model": "m", "engine": engine, "bandit": {"backlog": 3, "x": {}}}).encode()
+        about = {"version": "9", "model": "m", "dtype": "float32"}
+        body = json.dumps({**about, "engine": engine, "bandit": {"backlog": 3, "x": {}}}).encode()
         self.send_response(200 if allowed and self.path == "/specblock/status" else 401)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -120,6 +121,7 @@ def test_status_of_a_running_daemon(policy: str, daemon: str) -> None:
     code, out, _ = run("status", "-c", policy)
     assert code == ExitCode.OK
     assert "2.50 tokens per cycle" in out and "1 running, 2 waiting, 8 slots" in out
+    assert "m in float32" in out
     assert "adaptation  backlog: 3" in out and daemon in out
     code, out, _ = run("status", "-c", policy, "--json")
     assert json.loads(out)["engine"]["phase"] == "ready"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from specblock.daemon import check_memory
+from specblock.daemon import check_memory, models
 from specblock.daemon.check import CheckReport, Finding, run_checks
 from specblock.daemon.check_memory import free_bytes, kv_bytes, needs_bytes
 from specblock.daemon.config import DaemonConfig
@@ -112,7 +112,7 @@ def change(path: Path, **values: Any) -> None:
         (lambda f: change(f / "target/config.json", layer_types=["sliding_attention"]), "target", "sliding_attention"),
         (lambda f: change(f / "target/config.json", max_position_embeddings=64), "target", "was made for 64"),
         (lambda f: shutil.rmtree(f / "drafter"), "drafter", "specblockd train"),
-        (lambda f: change(f / "drafter/config.json", architectures=["Other"]), "drafter", "not a SpecBlock drafter"),
+        (lambda f: change(f / "drafter/config.json", architectures=["Other"]), "drafter", "not a drafter"),
         (lambda f: change(f / "drafter/config.json", draft_vocab_size=8), "drafter", "lm_head.weight is (16, 8)"),
         (lambda f: change(f / "drafter/config.json", vocab_size=64), "drafter", "vocab_size is 64, the target's is 32"),
         (lambda f: change(f / "drafter/config.json", feature_layers=[0, 9]), "drafter", "target layer 9"),
@@ -193,15 +193,26 @@ def test_a_gpu_that_reports_its_memory(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_memory_is_counted_where_it_is_used(folder: Path) -> None:
     tensors = {"w": TensorInfo((10,), "BF16")}
-    base = config(folder, "drafter.node_budget=31", "engine.slots=2")
+    base = config(folder, "drafter.node_budget=31", "engine.slots=2", "target.dtype=bfloat16")
     # 2 (keys, values) x 2 layers x 2 slots x 1 head x 4 per head x (128 + 32) rows x 2 bytes
     assert kv_bytes(base, TARGET) == 2 * 2 * 2 * 1 * 4 * 160 * 2
     engine = 10 * 2 + kv_bytes(base, TARGET) + 10 * 2 * 2
     host = base.windows.budget_bytes + base.ray.object_store_memory_bytes + base.redis.maxmemory_bytes
     assert needs_bytes(base, TARGET, tensors, tensors) == {"cpu": host + engine + 10 * 16}
-    gpu = config(folder, "engine.slots=2", "target.device=cuda", "ray.engine_gpus=1", "adaptation.enabled=false")
+    assert kv_bytes(base.with_dtype("float32"), TARGET) == 2 * kv_bytes(base, TARGET)
+    on_gpu = ("target.device=cuda", "ray.engine_gpus=1", "adaptation.enabled=false", "target.dtype=bfloat16")
+    gpu = config(folder, "engine.slots=2", *on_gpu)
     assert needs_bytes(gpu, TARGET, tensors, tensors) == {"cpu": host, "cuda:0": engine}
     assert free_bytes("cpu") > 0 and check_memory.DTYPE_BYTES["bfloat16"] == 2
+
+
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
+def test_memory_names_what_auto_means_here(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: str
+) -> None:
+    monkeypatch.setattr(models, "fast_bfloat16", lambda device: fast)
+    assert finding(run_checks(config(folder)), "memory").message.endswith(f"models in {dtype}")
+    assert finding(run_checks(config(folder, "target.dtype=float64")), "memory").message.endswith("models in float64")
 
 
 @pytest.mark.parametrize("text", [b"", b"\xff" * 16, struct.pack("<Q", 2) + b"[]", struct.pack("<Q", 9) + b'{"a": {}}'])

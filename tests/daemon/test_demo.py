@@ -52,8 +52,8 @@ def test_page_holds_both_plots_and_the_decisions(tmp_path: Path) -> None:
         records=(record,),
         parity=None,
     )
-    facts = summary(static, adaptive, 1)
-    assert facts["facts"]["threads"] == 1
+    facts = summary(static, adaptive, 1, "cpu", "float32")
+    assert (facts["facts"]["threads"], facts["facts"]["dtype"]) == (1, "float32")
     assert facts["promoted"] == ["v000001-full"]
     assert facts["static"]["net_tokens_per_s"] == pytest.approx(30 * 64 / 15)
     assert facts["adaptive"]["net_tokens_per_s"] == pytest.approx(30 * 64 / 20)

@@ -24,7 +24,7 @@ DEADLINE_S = 20.0
 
 def config(**sections: dict[str, Any]) -> DaemonConfig:
     tree: dict[str, Any] = {
-        "target": {"model": "org/m", "max_context_tokens": 64},
+        "target": {"model": "org/m", "dtype": "float32", "max_context_tokens": 64},
         "drafter": {"path": "d"},
         "engine": {"slots": 2, "max_waiting": 2, "max_output_tokens": 32},
         "windows": {"max_window_tokens": 64},
@@ -369,7 +369,7 @@ def test_models_and_version() -> None:
             await client.post("/v1/completions", json={"model": "other", "prompt": "a"}),
         ):
             assert (reply.status_code, reply.json()["error"]["type"]) == (404, "NotFoundError")
-        assert (await client.get("/version")).json() == {"version": "9.9"}
+        assert (await client.get("/version")).json() == {"version": "9.9", "dtype": "float32"}
         assert (await client.get("/nowhere")).json()["error"]["code"] == 404
         assert (await client.get("/v1/completions")).status_code == 405
 
