@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.kinds import loss_settings, new_network, training_blocks
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.plan import DraftPlan, Limits, PlannedLimits
 from specblock.drafter.replay import Replay, replay
 from specblock.drafter.train import TrainRun, TrainSettings
 from specblock.drafter.window import Window
@@ -103,13 +105,17 @@ class Trainer:
                 live_cycles=len(w.accepted),
                 replay_cycles=r.cycles,
             )
-            for w, r in zip(served, self._replay(version, served), strict=True)
+            for w, r in zip(served, self._replay(version, served, recorded=True), strict=True)
         )
         return ParityReport(rows=rows, device_s=time.perf_counter() - begin)
 
     def compare(self, old: str, new: str, windows: Sequence[Window], cycle_s: float) -> CompareReport:
-        """Replays both versions on the same windows. Cycle time is the same: the architecture does not change."""
+        """Replays both versions on the same windows, with the tree sizes that live cycles used most.
+
+        Cycle time is the same: neither the architecture nor the sizes change.
+        """
         begin = time.perf_counter()
+        limits = usual_limits(windows)
         rows = tuple(
             PairedReplay(
                 conversation_id=w.conversation_id,
@@ -121,7 +127,9 @@ class Trainer:
                 live_version=w.drafter_version,
                 live_cycles=len(w.accepted),
             )
-            for w, a, b in zip(windows, self._replay(old, windows), self._replay(new, windows), strict=True)
+            for w, a, b in zip(
+                windows, self._replay(old, windows, limits), self._replay(new, windows, limits), strict=True
+            )
         )
         return CompareReport(rows=rows, cycle_s_old=cycle_s, cycle_s_new=cycle_s, device_s=time.perf_counter() - begin)
 
@@ -165,8 +173,11 @@ class Trainer:
         )
         return _Candidate(TrainRun(model.train(), settings), arm, base_version, max(w.time_s for w in windows))
 
-    def _replay(self, version: str, windows: Sequence[Window]) -> list[Replay]:
-        return replay(BlockDrafter(self._serving(version).eval(), self._settings), windows) if windows else []
+    def _replay(
+        self, version: str, windows: Sequence[Window], limits: Limits | None = None, recorded: bool = False
+    ) -> list[Replay]:
+        drafter = BlockDrafter(self._serving(version).eval(), self._settings)
+        return replay(drafter, windows, limits=limits, recorded=recorded) if windows else []
 
     def _serving(self, version: str) -> DraftNetwork:
         candidate = self._candidates.get(version)
@@ -176,3 +187,11 @@ class Trainer:
         model = new_network(trained.config, self._embedding)
         load_weights(model, trained.state_dict(), version)
         return model.to(self._dtype)
+
+
+def usual_limits(windows: Sequence[Window]) -> Limits | None:
+    """The tree sizes that most live cycles with drafts used; None if sizes were fixed or nothing was drafted."""
+    counts: Counter[tuple[int, ...]] = Counter(plan for w in windows for plan in w.plans if plan[0])
+    if not counts:
+        return None
+    return PlannedLimits(DraftPlan.from_list(max(counts.items(), key=lambda item: (item[1], item[0]))[0]))
