@@ -90,6 +90,8 @@ class RowCurve:
             # The chord over the last factor of four, not the last two points: one noisy point must not tilt it.
             start = next(i for i, rows_i in enumerate(known) if rows_i * 4 >= known[-1] or i == len(known) - 2)
             slope = (seconds[-1] - seconds[start]) / (known[-1] - known[start])
+            # Nor may noise that made the end look flat promise that any number of rows is free.
+            slope = max(slope, (seconds[-1] - seconds[0]) / (known[-1] - known[0]))
             result = result + slope * np.maximum(total - known[-1], 0.0)
         answer: Floats = result + self.per_request_s * (batch - 1)
         return answer
@@ -159,7 +161,7 @@ class OnlineCorrection:
         limit: a factor stays between 1/limit and limit; so does what one measurement may say.
     """
 
-    def __init__(self, rate: float = 0.05, limit: float = 4.0) -> None:
+    def __init__(self, rate: float = 0.05, limit: float = 8.0) -> None:
         if not 0 < rate <= 1 or limit <= 1:
             raise ValueError("online correction: rate must be in (0, 1] and limit above 1")
         self._rate, self._log_limit = rate, math.log(limit)

@@ -1,0 +1,132 @@
+"""Curves are monotone whatever was measured, extrapolate a line, and follow the machine."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from specblock.daemon.cost_curve import CostCurve, OnlineCorrection, Phase, RowCurve, Timing
+from specblock.daemon.cost_profile import measure
+from specblock.daemon.cycle_cost import CycleCost
+from specblock.drafter.plan import DraftPlan
+from tests.daemon.test_engine import drafter_of, target_of
+
+timings = st.lists(
+    st.builds(Timing, rows=st.integers(1, 64), batch=st.sampled_from([1, 4]), seconds=st.floats(1e-4, 1.0)),
+    min_size=1,
+    max_size=14,
+)
+
+
+class Ticks:
+    """A clock that moves by a fixed step per reading."""
+
+    def __init__(self, step_s: float) -> None:
+        self.now_s, self.step_s = 0.0, step_s
+
+    def __call__(self) -> float:
+        self.now_s += self.step_s
+        return self.now_s
+
+
+@given(timings)
+def test_more_rows_or_requests_never_cost_less(points: list[Timing]) -> None:
+    curve = RowCurve.fit(points)
+    for batch in (1, 2, 4, 9):
+        seconds = curve.table(np.arange(1, 200, dtype=np.float64), batch)
+        assert bool((np.diff(seconds) >= -1e-12).all()) and seconds[0] > 0
+    for rows in (1, 7, 64):
+        by_batch = [curve.at(rows, batch) for batch in range(1, 12)]
+        assert all(a <= b + 1e-12 for a, b in pairwise(by_batch))
+
+
+def test_measured_points_are_met_and_the_end_is_a_line() -> None:
+    def truth(rows: int, batch: int) -> float:
+        return 0.01 + 1e-4 * max(0, rows * batch - 32) + 5e-4 * (batch - 1)
+
+    points = [Timing(r, b, truth(r, b)) for r in (1, 2, 4, 8, 16, 32, 64) for b in (1, 4)]
+    curve = RowCurve.fit(points)
+    assert curve.per_request_s == pytest.approx(5e-4)
+    for rows, batch in [(1, 1), (32, 1), (64, 1), (16, 4), (64, 4), (48, 1), (200, 4), (1000, 1), (16, 3)]:
+        assert curve.at(rows, batch) == pytest.approx(truth(rows, batch), rel=0.01)
+
+
+def test_a_flat_noisy_end_does_not_make_rows_free() -> None:
+    curve = RowCurve((1, 32, 64), (0.01, 0.02, 0.02))
+    assert curve.at(1000, 1) > 0.1
+
+
+def test_one_point_is_a_constant() -> None:
+    assert RowCurve.fit([Timing(4, 2, 0.5)]).at(100, 1) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "seconds"), [((), ()), ((2, 1), (1.0, 2.0)), ((1, 2), (2.0, 1.0)), ((1,), (0.0,)), ((0,), (1.0,))]
+)
+def test_impossible_curves_are_refused(rows: tuple[int, ...], seconds: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="cost curve"):
+        RowCurve(rows, seconds)
+
+
+def test_a_stored_curve_comes_back() -> None:
+    curve = CostCurve(RowCurve((1, 9), (0.1, 0.2), 0.01), RowCurve((1,), (0.3,)), RowCurve((4,), (0.4,)), 0.001)
+    assert CostCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+    assert curve.plain_s(1) == pytest.approx(0.101)
+    assert (curve.draft_s(0, 1, 1), curve.draft_s(2, 8, 1)) == (0.3, 0.4)
+
+
+@given(st.lists(st.floats(1e-6, 1e3), max_size=60))
+def test_correction_stays_within_its_limit(measured: list[float]) -> None:
+    correction = OnlineCorrection(rate=0.5, limit=3.0)
+    for seconds in measured:
+        correction.observe(Phase.VERIFY, seconds, 0.01)
+    assert 1 / 3 - 1e-9 <= correction.factor(Phase.VERIFY) <= 3 + 1e-9
+    assert correction.factor(Phase.FIRST_BLOCK) == 1
+
+
+def test_correction_converges_and_ignores_a_blind_clock() -> None:
+    correction = OnlineCorrection()
+    for _ in range(200):
+        correction.observe(Phase.LATER_BLOCK, 0.03, 0.02)
+        correction.observe(Phase.LATER_BLOCK, 0.0, 0.02)
+    assert correction.factor(Phase.LATER_BLOCK) == pytest.approx(1.5, rel=0.01)
+
+
+def test_plain_cycles_amid_speculation_correct_the_price_of_plain_decoding_only() -> None:
+    curve = CostCurve(RowCurve((1, 33), (0.01, 0.02)), RowCurve((1,), (0.002,)), RowCurve((1,), (0.002,)), 0.001)
+    cost = CycleCost(curve)
+    tree_s = cost.cycle_s(DraftPlan((), 32), 1, 1)
+    for _ in range(200):
+        cost.observe_plain(0.008, 0.009, 1, amid_speculation=True)
+    assert cost.plain_s(1) == pytest.approx(0.009, rel=0.02)
+    assert cost.cycle_s(DraftPlan((), 32), 1, 1) == tree_s
+    for _ in range(200):  # the whole machine slows down while speculation is off
+        cost.observe_plain(0.016, 0.017, 1, amid_speculation=False)
+    assert cost.plain_s(1) == pytest.approx(0.017, rel=0.03)
+    assert cost.cycle_s(DraftPlan((), 32), 1, 1) > 1.5 * tree_s
+
+
+def test_profiling_covers_every_phase_and_keeps_to_its_time() -> None:
+    target = target_of("llama", torch.float32)
+    drafter = drafter_of(target, leaf_cap=6)
+    full = measure(target, drafter, 3, Ticks(1e-4), budget_s=1.0)
+    assert full.verify.total_rows[0] == 1 and full.verify.total_rows[-1] == 64 * 3
+    assert full.first_block.total_rows[-1] == 8 * 3
+    assert full.later_block.total_rows[-1] == 6 * 3
+    assert all(math.isfinite(s) for s in full.verify.seconds)
+    short = measure(target, drafter, 3, Ticks(0.1), budget_s=1.0)
+    assert len(short.verify.total_rows) < len(full.verify.total_rows)
+    assert short.later_block.total_rows[-1] <= 6 * 3
+
+
+def test_a_drafter_of_one_block_has_no_later_points() -> None:
+    target = target_of("llama", torch.float32)
+    curve = measure(target, drafter_of(target, blocks=1), 1, Ticks(1e-4), budget_s=1.0)
+    assert curve.later_block == curve.first_block

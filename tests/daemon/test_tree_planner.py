@@ -1,0 +1,298 @@
+"""The planner against known laws: it finds the best sizes, gives up on a useless drafter, and comes back."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specblock.daemon.cost_curve import CostCurve
+from specblock.daemon.speculation import GateSettings, Participant, ProbeBudget, SpeculationGate
+from specblock.daemon.tree_outlook import best_budget
+from specblock.daemon.tree_planner import CycleResult, PlannerSettings, TreePlanner
+from specblock.drafter.plan import NO_SPECULATION
+from tests.daemon.drafting_world import BUDGET, LEAF_CAP, SETTINGS, Clock, World, curve, run
+
+
+def planner_of(costs: CostCurve, clock: Clock, seed: int = 0, **changes: object) -> TreePlanner:
+    return TreePlanner(costs, SETTINGS, clock, Random(seed), replace(PlannerSettings(), **changes))  # type: ignore[arg-type]
+
+
+# Sizes
+
+
+@given(
+    st.lists(st.floats(0, 1), min_size=1, max_size=40),
+    st.lists(st.floats(0, 0.01), min_size=40, max_size=40),
+    st.floats(1, 8),
+    st.floats(0.001, 0.1),
+)
+def test_best_budget_is_the_best_of_all(steps: list[float], cost: list[float], base: float, fixed_s: float) -> None:
+    gain = np.cumsum(sorted(steps, reverse=True))
+    verify_s = 0.01 + np.cumsum(cost[: len(steps)])
+    values = [(base + gain[n]) / (fixed_s + verify_s[n]) for n in range(len(steps))]
+    chosen = best_budget(gain, base, fixed_s, verify_s)
+    assert 1 <= chosen <= len(steps)
+    assert values[chosen - 1] == max(values)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 4), st.integers(1, 120), st.floats(0, 1))
+def test_sizes_stay_within_the_settings(seed: int, batch: int, width: int, share_valid: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    clock = Clock()
+    planner = planner_of(curve(), clock, seed, explore_share=0.5, plain_share=0.0)
+    scores = -5 * torch.rand(batch, width, generator=generator)
+    scores = scores.masked_fill(torch.rand(batch, width, generator=generator) > share_valid, -torch.inf)
+    planner.begin([Participant(f"r{b}", "any") for b in range(batch)])
+    leaves = planner.leaves(0, scores)
+    assert 0 <= leaves <= min(LEAF_CAP, width)
+    if not bool(torch.isfinite(scores).any()):
+        assert leaves == 0
+    later = scores.new_full((batch, 3 * leaves), -2.0)
+    nodes = planner.nodes(torch.cat([scores, later], dim=1))
+    assert 1 <= nodes <= BUDGET
+    assert planner.leaves(1, later) == 0  # no block beyond the settings'
+
+
+def test_node_budget_is_the_optimum_over_all_budgets() -> None:
+    """With nothing learned yet, survival is the prior and the optimum can be computed by hand."""
+    clock, costs = Clock(), curve()
+    planner = planner_of(costs, clock, explore_share=0.0, plain_share=0.0)
+    scores = -4 * torch.rand(2, 60, generator=torch.Generator().manual_seed(3))
+    planner.begin([Participant("a", "any"), Participant("b", "any")])
+    clock.now_s += 0.003
+    chosen = planner.nodes(scores)
+    p = planner.survival.probability(scores.sort(dim=1, descending=True).values, block=0).double()
+
+    def value(n: int) -> float:
+        seconds = 0.003 + costs.overhead_s + costs.verify_s(n + 1, 2)
+        return (2 + float(p[:, :n].sum())) / seconds
+
+    assert chosen == max(range(1, BUDGET + 1), key=value)
+
+
+def test_dearer_rows_never_mean_more_nodes() -> None:
+    scores = -4 * torch.rand(1, 60, generator=torch.Generator().manual_seed(3))
+    chosen = []
+    for per_row_s in (1e-5, 1e-4, 3e-4, 1e-3, 3e-3):
+        clock = Clock()
+        planner = planner_of(curve(verify_per_row_s=per_row_s, flat_rows=4), clock, explore_share=0.0, plain_share=0.0)
+        planner.begin([Participant("a", "any")])
+        clock.now_s += 0.003
+        chosen.append(planner.nodes(scores))
+    assert chosen == sorted(chosen, reverse=True) and chosen[0] > chosen[-1]
+
+
+@pytest.mark.parametrize(
+    ("costs", "boast", "batch"),
+    [
+        (curve(), 1.0, 1),
+        (curve(block_s=5e-4), 1.0, 1),  # drafting is cheap: a second block pays
+        (curve(verify_per_row_s=1e-4, flat_rows=32), 1.6, 1),  # the drafter's scores are far too low
+        (curve(), 0.6, 4),  # too high, and a batch
+    ],
+)
+def test_it_comes_within_3_percent_of_the_best_fixed_plan(costs: CostCurve, boast: float, batch: int) -> None:
+    world = World(cycles=1300, boast=boast)
+    rates = world.fixed_rates(costs, batch)
+    clock = Clock()
+    planner = planner_of(costs, clock, seed=1)
+    run(planner, clock, world, costs, batch, range(400))
+    ledger = run(planner, clock, world, costs, batch)
+    assert ledger.rate > 0.97 * max(rates.values())
+    status = planner.status()
+    assert status.explored_cycles > 0 and status.plain_share < 0.05
+    best = max(rates, key=lambda plan: rates[plan])
+    assert status.mean_nodes == pytest.approx(best.node_budget, rel=0.35)
+
+
+def test_a_run_can_be_repeated() -> None:
+    ledgers = []
+    for _ in range(2):
+        clock = Clock()
+        ledgers.append(run(planner_of(curve(), clock, seed=5), clock, World(cycles=150), curve()))
+    assert ledgers[0] == ledgers[1]
+
+
+def test_wrong_profiles_are_corrected() -> None:
+    """The curve says that a second block is nearly free; it costs two thirds of a verification."""
+    told, real = curve(block_s=1e-3), curve(block_s=6e-3)
+    world = World(cycles=1000)
+    clock = Clock()
+    planner = planner_of(told, clock)
+    run(planner, clock, world, real, 1, range(300))
+    ledger = run(planner, clock, world, real)
+    assert ledger.rate > 0.97 * max(world.fixed_rates(real, 1).values())
+
+
+# Whether to speculate
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_a_useless_drafter_costs_next_to_nothing(batch: int) -> None:
+    world, costs, clock = World(cycles=2000, quality=0.0), curve(), Clock()
+    planner = planner_of(costs, clock)
+    run(planner, clock, world, costs, batch, range(100 * batch))
+    ledgers = [run(planner, clock, world, costs, batch) for _ in range(3 * batch)]
+    plain = batch / costs.plain_s(batch)
+    assert sum(x.tokens for x in ledgers) / sum(x.seconds for x in ledgers) > 0.97 * plain
+    status = planner.status()
+    assert 0 < status.probe_share <= 0.0105
+    assert status.plain_share > 0.95
+    assert planner.gate.probes > 0
+
+
+def test_it_comes_back_when_a_new_version_is_good() -> None:
+    costs, clock = curve(), Clock()
+    planner = planner_of(costs, clock)
+    run(planner, clock, World(cycles=400, quality=0.0), costs)
+    assert planner.status().plain_share > 0.4 and not planner.speculates("any")
+    planner.drafter_changed()
+    good = World(cycles=60)
+    ledger = run(planner, clock, good, costs)
+    assert ledger.drafted >= 58  # the probe starts at once and speculation stays on
+    assert planner.speculates("any")
+
+
+def test_it_notices_a_better_drafter_without_being_told() -> None:
+    costs, clock = curve(), Clock()
+    planner = planner_of(costs, clock)
+    run(planner, clock, World(cycles=400, quality=0.0), costs)
+    good = World(cycles=2500)
+    run(planner, clock, good, costs)
+    assert planner.speculates("any")
+    assert planner.gate.budget.probe_share <= 0.0105
+
+
+def test_domains_are_judged_apart() -> None:
+    costs, clock = curve(), Clock()
+    planner = planner_of(costs, clock)
+    for _ in range(12):
+        run(planner, clock, World(cycles=20, seed=1), costs, domain="known")
+        run(planner, clock, World(cycles=20, seed=2, quality=0.0), costs, domain="strange")
+    assert planner.speculates("known") and not planner.speculates("strange")
+    speeds = planner.status().speed_by_domain
+    assert speeds["known"] > 1.5 and speeds["strange"] < 1
+    both = planner.begin([Participant("a", "known"), Participant("b", "strange")])
+    assert both == (True, False)
+
+
+def test_a_cycle_without_speculation_has_that_plan() -> None:
+    clock, costs = Clock(), curve()
+    planner = planner_of(costs, clock, plain_share=1.0)
+    assert planner.begin([Participant("a", "any")]) == (False,)
+    assert planner.plan == NO_SPECULATION
+    planner.record(CycleResult(0.0, 0.01, 0.0005, [1]))
+    assert planner.status().plain_share == 1.0
+
+
+# The gate by itself
+
+
+@given(st.floats(0.002, 0.1), st.lists(st.floats(0.001, 0.1), min_size=50, max_size=400), st.integers(1, 10))
+def test_probes_never_take_more_than_their_share(share: float, cycle_s: list[float], length: int) -> None:
+    budget = ProbeBudget(share)
+    left = 0
+    for seconds in cycle_s:
+        if not left and budget.take(length * 0.1):
+            left = length
+        budget.spend(seconds, probing=left > 0)
+        left = max(0, left - 1)
+        assert budget.probe_s <= share * budget.total_s + 1e-9
+
+
+def test_a_grant_is_paid_back() -> None:
+    budget = ProbeBudget(0.01)
+    assert not budget.take(1.0)
+    budget.grant(1)
+    assert budget.take(1.0)
+    budget.spend(1.0, probing=True)
+    assert not budget.take(1.0)
+    budget.spend(150.0, probing=False)  # 1.5 s earned: the grant is paid, the next probe is not
+    assert not budget.take(1.0)
+    budget.spend(60.0, probing=False)
+    assert budget.take(1.0)
+
+
+def test_quiet_time_does_not_pile_up_probes() -> None:
+    budget = ProbeBudget(0.01)
+    budget.spend(1e6, probing=False)
+    probes = 0
+    while budget.take(1.0):
+        budget.spend(1.0, probing=True)
+        probes += 1
+    assert probes <= 3
+
+
+def feed(gate: SpeculationGate, domain: str, tokens: float, cycles: int, seconds: float = 0.01) -> None:
+    """Cycles of one request that commit ``tokens`` on average; a plain cycle takes 10 ms, a drafted one 20 ms."""
+    owed = 0.0
+    for _ in range(cycles):
+        requests = [Participant("r", domain)]
+        speculate = gate.decide(requests, 0.02)
+        owed += tokens if speculate[0] else 1.0
+        cycle_s = 0.02 if speculate[0] else 0.01
+        gate.record(requests, speculate, [int(owed)], cycle_s, cycle_s, 0.01)
+        owed -= int(owed)
+
+
+def test_hysteresis_needs_a_clear_gain_to_come_back() -> None:
+    gate = SpeculationGate(GateSettings(on_above=1.2))
+    feed(gate, "d", 1.5, 200)
+    assert not gate.is_on("d")
+    feed(gate, "d", 2.2, 8000)  # 1.1 times plain: enough to stay on, too little to come back
+    assert not gate.is_on("d") and gate.probes > 0
+    feed(gate, "d", 3.0, 8000)
+    assert gate.is_on("d")
+    feed(gate, "d", 2.2, 1000)
+    assert gate.is_on("d")
+
+
+def test_a_probe_is_one_request_in_consecutive_cycles() -> None:
+    gate = SpeculationGate(GateSettings(probe_cycles=5))
+    feed(gate, "d", 0.0, 100)
+    gate.drafter_changed()
+    requests = [Participant(name, "d") for name in "abc"]
+    chosen = []
+    for _ in range(5):
+        speculate = gate.decide(requests, 0.02)
+        assert sum(speculate) == 1 and gate.is_probe(requests, speculate)
+        chosen.append(speculate.index(True))
+        gate.record(requests, speculate, [1, 1, 1], 0.02, 0.02, 0.01)
+    assert len(set(chosen)) == 1
+    assert gate.decide(requests, 0.02) == (False, False, False)
+
+
+def test_an_ended_request_hands_its_probe_on() -> None:
+    gate = SpeculationGate(GateSettings(probe_cycles=4))
+    feed(gate, "d", 0.0, 100)
+    gate.drafter_changed()
+    for name in "aabb":
+        requests = [Participant(name, "d")]
+        speculate = gate.decide(requests, 0.02)
+        assert speculate == (True,)
+        gate.record(requests, speculate, [4], 0.02, 0.02, 0.01)
+    assert gate.is_on("d")
+
+
+def test_speculating_requests_are_charged_for_holding_up_the_others() -> None:
+    """Two tokens a cycle of 15 ms instead of 10 ms: worth it alone, not with three who wait."""
+    gate = SpeculationGate()
+    alone, crowd = [Participant("a", "alone")], [Participant("a", "crowd"), *[Participant(n, "other") for n in "xyz"]]
+    for _ in range(60):
+        gate.record(alone, (True,), [2], 0.015, 0.015, 0.01)
+        gate.record(crowd, (True, False, False, False), [2, 1, 1, 1], 0.015, 0.015, 0.01)
+    assert gate.is_on("alone") and not gate.is_on("crowd")
+
+
+def test_the_number_of_domains_is_bounded() -> None:
+    gate = SpeculationGate(GateSettings(max_domains=3))
+    for index in range(50):
+        gate.record([Participant("r", f"d{index}")], (True,), [1], 0.02, 0.02, 0.01)
+    assert len(gate.speeds()) <= 4
