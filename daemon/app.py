@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
@@ -182,13 +183,32 @@ def train(context: typer.Context) -> int:
 @bench_app.command("speed")
 @command
 def bench_speed(
-    small: Annotated[bool, typer.Option("--small", help="A few minutes instead of an hour.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="Four prompts per kind of text, one temperature.")] = False,
+    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts per kind of text (--small: 4).")] = 40,
+    temperature: Annotated[list[float] | None, typer.Option(help="One table each; default 1.0, 0.8 and 0.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory for speed.json and the page speed.html.")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Compare transformers, plain decoding and SpecBlock side by side."""
+    """Compare transformers, plain decoding and every drafter side by side."""
     from specblock.daemon import bench_speed as speed
 
-    return speed.run(small=small, as_json=as_json)
+    base = speed.SMALL if small else speed.SpeedSettings(per_domain=prompts)
+    settings = replace(base, temperatures=tuple(temperature or base.temperatures), dtype=dtype, out=out)
+    return speed.run(settings, as_json, _progress(as_json))
+
+
+@bench_app.command("tune")
+@command
+def bench_tune(
+    prompts: Annotated[Path, typer.Option(help="Directory with DOMAIN.train.jsonl files.")],
+    per_domain: Annotated[int, typer.Option(min=1, help="Training prompts per kind of text.")] = 3,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+) -> int:
+    """Search each drafter's best fixed tree on this machine, for bench speed."""
+    from specblock.daemon import bench_tune as tune
+
+    return tune.run(tune.TuneSettings(prompts=prompts, per_domain=per_domain, dtype=dtype), _progress(False))
 
 
 @app.command()
@@ -216,6 +236,11 @@ def version(as_json: AsJson = False) -> int:
     """Print the version."""
     found = installed_version("specblock")
     return emit({"version": found}) if as_json else _lines([found])
+
+
+def _progress(as_json: bool) -> Callable[[str], None]:
+    """Prints lines as they come; with --json everything but the object itself goes to the error stream."""
+    return lambda line: typer.echo(line, err=as_json and not line.startswith("{"))
 
 
 def _lines(lines: Any) -> int:

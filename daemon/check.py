@@ -167,6 +167,8 @@ def _check_drafter(config: DaemonConfig, target_folder: Path) -> str:
         drafter = DrafterConfig.from_json(_read_json(folder / "config.json"))
     except ValueError as error:
         raise IncompatibleError(f"{folder / 'config.json'}: {error}") from None
+    if drafter.kind != config.drafter.kind:
+        raise IncompatibleError(f"drafter.kind: {config.drafter.kind}, but {folder} holds a drafter of {drafter.kind}")
     tensors = _read_weights(folder / "model.safetensors")
     for problem in _drafter_problems(drafter, tensors):
         raise IncompatibleError(f"{folder}: {problem}")

@@ -49,6 +49,11 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     yield f"model       {status['model']} in {status['dtype']}"
     yield f"phase       {engine['phase']} {engine['detail']}".rstrip()
     yield f"drafter     {engine['drafter_version']}, speculation {'on' if engine['speculation'] else 'off'}"
+    if engine.get("tree_nodes_mean"):
+        yield (
+            f"trees       {engine['tree_nodes_mean']:.1f} nodes, {engine['tree_blocks_mean']:.1f} blocks, "
+            f"{engine['plain_cycles_share']:.0%} of recent cycles without drafts"
+        )
     yield f"requests    {engine['running']} running, {engine['waiting']} waiting, {engine['slots']} slots"
     yield f"acceptance  {length} tokens per cycle, bonus included, over {cycles} cycles"
     yield f"tokens      {engine['prompt_tokens']} read, {engine['generation_tokens']} produced"

@@ -34,12 +34,16 @@ class TargetConfig(Section):
 
 
 class DrafterConfig(Section):
-    """The SpecBlock drafter and the shape of its draft tree."""
+    """The drafter and the shape of its draft tree."""
 
     path: ConfigPath
     """Directory of the base drafter; imported into the registry as version 0 on first start."""
-    kind: Literal["specblock"] = "specblock"
-    """Drafter family."""
+    kind: Literal["specblock", "eagle3", "parallel"] = "specblock"
+    """Drafter family; must be what the directory holds."""
+    tree: Literal["cost_chosen", "fixed"] = "cost_chosen"
+    """cost_chosen: sizes per cycle from measured cost, up to those below, or none at all; fixed: always those below."""
+    compat: Literal["corrected", "published"] = "corrected"
+    """published: refresh the drafter as the published code does, for checkpoints tuned with it."""
     blocks: int = Field(default=2, ge=1, le=8)
     """Drafter forwards per cycle; each proposes one block of tokens."""
     leaf_cap: int = Field(default=8, ge=1, le=64)

@@ -18,6 +18,7 @@ from torch import Tensor
 from specblock.daemon.engine import Engine
 from specblock.daemon.messages import EngineStatus, GenerationRequest, RequestStats, TokenChunk
 from specblock.daemon.request import RequestState
+from specblock.daemon.tree_planner import PlannerStatus
 from specblock.daemon.windows import WindowStore
 from specblock.drafter.checkpoint import load_weights
 from specblock.drafter.network import DraftNetwork
@@ -51,6 +52,7 @@ class EngineHost:
         self._totals: Counter[str] = Counter()
         self._per_position: list[int] = []
         self._swaps = 0
+        self._sizes: PlannerStatus | None = None  # written by the decode thread, which owns the planner
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
@@ -112,7 +114,7 @@ class EngineHost:
 
     def status(self) -> EngineStatus:
         """A snapshot; reads counters without stopping the decode thread."""
-        engine, totals = self.engine, self._totals
+        engine, totals, sizes = self.engine, self._totals, self._sizes
         return EngineStatus(
             phase=self._phase,
             detail=self._detail,
@@ -137,6 +139,11 @@ class EngineHost:
             windows_dropped=self.windows.dropped,
             swaps=self._swaps,
             speculation=engine.speculation,
+            tree_nodes_mean=sizes.mean_nodes if sizes else 0.0,
+            tree_leaves_mean=sizes.mean_leaves if sizes else 0.0,
+            tree_blocks_mean=sizes.mean_blocks if sizes else 0.0,
+            plain_cycles_share=sizes.plain_share if sizes else 0.0,
+            probe_seconds_share=sizes.probe_share if sizes else 0.0,
         )
 
     def close(self) -> None:
@@ -205,6 +212,8 @@ class EngineHost:
                 self._finished[chunk.finish_reason] += 1
                 if chunk.stats is not None:
                     self._count(chunk.stats)
+                if self.engine.planner is not None:
+                    self._sizes = self.engine.planner.status()
         with self._changed:
             self._output.extend(chunks)
             self._changed.notify_all()

@@ -95,3 +95,8 @@ class EngineStatus:
     events_dropped: int = 0
     swaps: int = 0
     speculation: bool = True
+    tree_nodes_mean: float = 0.0
+    tree_leaves_mean: float = 0.0
+    tree_blocks_mean: float = 0.0
+    plain_cycles_share: float = 0.0
+    probe_seconds_share: float = 0.0

@@ -77,6 +77,11 @@ _GAUGES = {
     "windows": ("Training windows held in memory.", "windows"),
     "window_bytes": ("Memory held by training windows.", "window_bytes"),
     "speculation_enabled": ("1 while drafting is on.", "speculation"),
+    "tree_nodes_mean": ("Draft nodes chosen per drafting cycle, recent mean.", "tree_nodes_mean"),
+    "tree_leaves_mean": ("Leaves extended per drafting cycle, recent mean.", "tree_leaves_mean"),
+    "tree_blocks_mean": ("Drafter forwards per drafting cycle, recent mean.", "tree_blocks_mean"),
+    "plain_cycles_share": ("Share of recent cycles without drafts.", "plain_cycles_share"),
+    "probe_seconds_share": ("Share of device time spent probing whether drafting pays again.", "probe_seconds_share"),
 }
 
 

@@ -59,6 +59,7 @@ def draft_settings(config: DaemonConfig) -> DraftSettings:
         beam=d.beam,
         shared_noise=d.shared_noise,
         noise_scale=d.noise_scale,
+        published_refresh=d.compat == "published",
     )
 
 

@@ -176,8 +176,10 @@ class Trainer:
     def _replay(
         self, version: str, windows: Sequence[Window], limits: Limits | None = None, recorded: bool = False
     ) -> list[Replay]:
+        if not windows:
+            return []
         drafter = BlockDrafter(self._serving(version).eval(), self._settings)
-        return replay(drafter, windows, limits=limits, recorded=recorded) if windows else []
+        return replay(drafter, windows, limits=limits, recorded=recorded)
 
     def _serving(self, version: str) -> DraftNetwork:
         candidate = self._candidates.get(version)

@@ -74,7 +74,7 @@ class Daemon:
             f"""
 state_dir: {folder}/state
 target: {{model: {models}/target, dtype: float32, max_context_tokens: 96}}
-drafter: {{path: {models}/drafter}}
+drafter: {{path: {models}/drafter, tree: fixed}}
 engine: {{slots: 4, max_output_tokens: 64}}
 windows: {{heldout_fraction: 0.4, max_window_tokens: 96}}
 adaptation:

@@ -1,0 +1,122 @@
+"""The drafters that ``bench`` compares: trained alike, each with its published tree and its best fixed one."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, WayName
+from specblock.daemon.bench_ways import Way, engine_way, transformers_way
+from specblock.daemon.cost_profile import measure
+from specblock.daemon.models import load_network
+from specblock.daemon.tree_planner import TreePlanner
+from specblock.drafter.config import DraftSettings, published_settings
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.interface import AnyDrafter
+from specblock.drafter.lookup import LookupDrafter
+from specblock.drafter.network import DraftNetwork
+from specblock.drafter.weight_bytes import weight_bytes_per_cycle
+from specblock.verifier.model import TargetModel
+
+RIVALS = Path("models/rivals")
+TUNED = "tuned.json"
+KINDS = ("specblock", "eagle3", "parallel")
+LARGEST = {
+    "specblock": DraftSettings(blocks=2, leaf_cap=16, node_budget=63),
+    "eagle3": DraftSettings(blocks=8, leaf_cap=10, node_budget=63),
+    "parallel": DraftSettings(blocks=1, node_budget=63),
+}
+"""Ceilings between which sizes are chosen per cycle."""
+_LOOKUP = DraftSettings(blocks=1, node_budget=10)
+_LOOKUP_TOKENS = 10  # transformers' own usual setting
+
+
+def networks(target: TargetModel, directory: Path = RIVALS) -> dict[str, DraftNetwork]:
+    """Every rival that is there, by kind."""
+    return {kind: load_network(target, directory / kind) for kind in KINDS if (directory / kind).is_dir()}
+
+
+def tuned_settings(directory: Path = RIVALS) -> dict[str, DraftSettings]:
+    """The best fixed trees that ``bench tune`` found on this kind of machine, by kind."""
+    path = directory / TUNED
+    found: dict[str, Any] = json.loads(path.read_text())["settings"] if path.is_file() else {}
+    return {kind: DraftSettings(**{k: _tuples(v) for k, v in fields.items()}) for kind, fields in found.items()}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+def settings_json(settings: DraftSettings) -> dict[str, Any]:
+    """What ``tuned_settings`` reads."""
+    return asdict(settings)
+
+
+def planned(target: TargetModel, drafter: AnyDrafter) -> TreePlanner:
+    """A planner with the costs of this machine."""
+    return TreePlanner(measure(target, drafter, 1, time.perf_counter), drafter.settings, time.perf_counter, Random(0))
+
+
+def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[WayName, Way]]:
+    """Every way of answering, named; the order is that of the table."""
+    yield PLAIN, engine_way(target, None)
+    yield TRANSFORMERS, transformers_way(target)
+    lookup = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
+    yield WayName("transformers_prompt_lookup"), transformers_way(target, **lookup)
+    drafter = LookupDrafter(_LOOKUP, target.device, target.dtype)
+    yield WayName("prompt_lookup", None, "fixed"), engine_way(target, drafter)
+    yield WayName("prompt_lookup", None, "cost_chosen"), engine_way(target, drafter, planned(target, drafter))
+    tuned = tuned_settings()
+    for kind, network in found.items():
+        best = tuned.get(kind, published_settings(kind))
+        name = {"eagle3": "eagle3_tuned"}.get(kind, kind)
+        for shared in (True, False):
+            chosen = replace(best, shared_noise=shared)
+            yield WayName(name, shared, "fixed"), engine_way(target, BlockDrafter(network, chosen))
+        if kind != "parallel":
+            published = {"eagle3": "eagle3"}.get(kind, f"{kind}_published")
+            for shared in (True, False):
+                chosen = replace(published_settings(kind), shared_noise=shared, noise_scale=best.noise_scale)
+                yield WayName(published, shared, "fixed"), engine_way(target, BlockDrafter(network, chosen))
+        largest = BlockDrafter(network, replace(LARGEST[kind], noise_scale=best.noise_scale))
+        yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planned(target, largest))
+
+
+def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:
+    """Bytes that one block and every further one of a way's drafter read; zero without weights."""
+    kind = name.drafter.removesuffix("_tuned").removesuffix("_published")
+    if kind not in found:
+        return 0, 0
+    first, both = (weight_bytes_per_cycle(found[kind], blocks) for blocks in (1, 2))
+    return first, both - first
+
+
+def describe(found: dict[str, DraftNetwork]) -> dict[str, Any]:
+    """Facts about the drafters, for the report."""
+    tuned = tuned_settings()
+    return {
+        kind: {
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "tuned": settings_json(tuned[kind]) if kind in tuned else None,
+            "training": _training(RIVALS / kind),
+        }
+        for kind, network in found.items()
+    }
+
+
+def _training(directory: Path) -> Any:
+    path = directory / "training.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def warm(target: TargetModel) -> None:
+    """Nothing is timed before the target has run once."""
+    with torch.inference_mode():
+        target.transformers_model(input_ids=torch.zeros(1, 8, dtype=torch.int64, device=target.device))

@@ -1,0 +1,103 @@
+"""``specblockd bench tune``: each kind's best fixed tree on this machine, from training prompts only.
+
+Every candidate answers the same prompts, interleaved; what counts is tokens per second at the headline setting. The
+finer search is a coordinate descent: depth, then fan-out, then budget, then the spread of the noise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specblock.daemon import bench_rivals as rivals
+from specblock.daemon.bench_rows import WayName
+from specblock.daemon.bench_speed import interleaved
+from specblock.daemon.bench_ways import Question, engine_way
+from specblock.daemon.collect import Prompt, read_prompts
+from specblock.daemon.facts import facts
+from specblock.daemon.models import DTYPES, load_target, serving_dtype
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.network import DraftNetwork
+from specblock.verifier.model import TargetModel
+
+_START = {
+    "specblock": DraftSettings(blocks=1, leaf_cap=8, node_budget=7),
+    "eagle3": DraftSettings(blocks=3, leaf_cap=2, node_budget=7, beam=6),
+    "parallel": DraftSettings(blocks=1, leaf_cap=8, node_budget=7),
+}
+_GRID: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
+    "specblock": [
+        ("blocks", (1, 2)), ("node_budget", (4, 7, 12, 20)), ("leaf_cap", (2, 4, 8)), ("noise_scale", (0.7, 1.0, 1.4)),
+    ],
+    "eagle3": [
+        ("blocks", (1, 2, 3, 4, 6)), ("leaf_cap", (1, 2, 4, 10)), ("node_budget", (3, 5, 7, 12, 20)),
+        ("noise_scale", (0.7, 1.0, 1.4)),
+    ],
+    "parallel": [("node_budget", (2, 4, 7, 12, 20)), ("noise_scale", (0.7, 1.0, 1.4))],
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TuneSettings:
+    """Which prompts; the directory holds DOMAIN.train.jsonl files."""
+
+    target: str = "models/demo-target"
+    prompts: Path
+    per_domain: int = 3
+    domains: tuple[str, ...] = ("python", "cpp", "javascript", "manual")
+    new_tokens: int = 64
+    dtype: str = "auto"
+
+
+def run(settings: TuneSettings, say: Callable[[str], None]) -> int:
+    """Searches, prints every step and writes the result beside the drafters."""
+    torch.set_num_threads(1)
+    dtype = serving_dtype(settings.dtype, "cpu")
+    target = load_target(settings.target, DTYPES[dtype], "cpu")
+    rivals.warm(target)
+    how = Question(temperature=1.0, top_p=0.95, new_tokens=settings.new_tokens)
+    prompts = [
+        prompt
+        for domain in settings.domains
+        for prompt in read_prompts(settings.prompts / f"{domain}.train.jsonl")[-settings.per_domain :]
+    ]
+    best: dict[str, Any] = {}
+    log: list[dict[str, Any]] = []
+    for kind, network in rivals.networks(target).items():
+        chosen = _START[kind]
+        for name, values in _GRID[kind]:
+            steps = _measured(target, network, [replace(chosen, **{name: v}) for v in values], prompts, how)
+            for candidate, speed in steps:
+                log.append({"kind": kind, "settings": asdict(candidate), "tokens_per_s": speed})
+            chosen, speed = max(steps, key=lambda step: step[1])
+            tried = ", ".join(f"{getattr(c, name)}: {s:.1f}" for c, s in steps)
+            say(f"{kind}: {name} -> {getattr(chosen, name)} ({tried} tokens/s)")
+        best[kind] = rivals.settings_json(chosen)
+    known = facts(dtype=dtype, prompts=len(prompts), new_tokens=settings.new_tokens, temperature=1.0, top_p=0.95)
+    (rivals.RIVALS / rivals.TUNED).write_text(
+        json.dumps({"facts": known, "settings": best, "log": log}, indent=1) + "\n"
+    )
+    return 0
+
+
+def _measured(
+    target: TargetModel,
+    network: DraftNetwork,
+    candidates: Sequence[DraftSettings],
+    prompts: Sequence[Prompt],
+    how: Question,
+) -> list[tuple[DraftSettings, float]]:
+    ways = {
+        WayName(str(i)): engine_way(target, BlockDrafter(network, candidate)) for i, candidate in enumerate(candidates)
+    }
+    runs = interleaved(ways, prompts, how)
+    return [
+        (candidate, sum(len(r.tokens) for r in own) / sum(r.seconds for r in own))
+        for candidate, own in zip(candidates, runs.values(), strict=True)
+    ]
