@@ -7,6 +7,7 @@ request. Between measured points it is interpolated, beyond them extrapolated al
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -79,22 +80,33 @@ class RowCurve:
 
     def at(self, rows: int, batch: int) -> float:
         """Seconds of a forward with ``rows`` rows for each of ``batch`` requests."""
-        return float(self.table(np.array([rows], dtype=np.float64), batch)[0])
+        total, known, seconds = rows * batch, self.total_rows, self.seconds
+        more_s = self.per_request_s * (batch - 1)
+        if total >= known[-1]:
+            return seconds[-1] + self._slope() * (total - known[-1]) + more_s
+        above = bisect_right(known, total)
+        if above == 0:
+            return seconds[0] + more_s
+        part = (total - known[above - 1]) / (known[above] - known[above - 1])
+        return seconds[above - 1] + part * (seconds[above] - seconds[above - 1]) + more_s
 
     def table(self, rows: Floats, batch: int) -> Floats:
-        """Seconds for many row counts at once: [...] -> [...]."""
-        total = rows * batch
-        known, seconds = self.total_rows, self.seconds
-        result = np.interp(total, known, seconds)
-        if len(known) > 1:
-            # The chord over the last factor of four, not the last two points: one noisy point must not tilt it.
-            start = next(i for i, rows_i in enumerate(known) if rows_i * 4 >= known[-1] or i == len(known) - 2)
-            slope = (seconds[-1] - seconds[start]) / (known[-1] - known[start])
-            # Nor may noise that made the end look flat promise that any number of rows is free.
-            slope = max(slope, (seconds[-1] - seconds[0]) / (known[-1] - known[0]))
-            result = result + slope * np.maximum(total - known[-1], 0.0)
-        answer: Floats = result + self.per_request_s * (batch - 1)
+        """The same for many row counts at once, fractions allowed: [...] -> [...]."""
+        total, last = rows * batch, self.total_rows[-1]
+        beyond_s = self._slope() * np.maximum(total - last, 0.0)
+        answer: Floats = np.interp(total, self.total_rows, self.seconds) + beyond_s + self.per_request_s * (batch - 1)
         return answer
+
+    def _slope(self) -> float:
+        """Seconds per row beyond the last point."""
+        known, seconds = self.total_rows, self.seconds
+        if len(known) == 1:
+            return 0.0
+        # The chord over the last factor of four, not the last two points: one noisy point must not tilt it. Nor may
+        # noise that made the end look flat promise that any number of rows is free.
+        start = min(bisect_left(known, known[-1] / 4), len(known) - 2)
+        last = (seconds[-1] - seconds[start]) / (known[-1] - known[start])
+        return max(last, (seconds[-1] - seconds[0]) / (known[-1] - known[0]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,9 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from specblock.drafter.forgetting import ForgettingRatio
-from specblock.drafter.survival import SurvivalTable
-
-Floats = NDArray[np.float64]
+from specblock.drafter.survival import Floats, SurvivalTable
 
 _HALF_LIFE_CYCLES = 200.0
 _PRIOR_EXTRA_NODES = 8.0  # nodes another block adds, before any was seen
@@ -53,7 +48,7 @@ class Growth:
         kept_tokens: accepted drafts expected of the chosen budget, before correction.
     """
 
-    extendable: list[Tensor] = field(default_factory=list)
+    extendable: list[Floats] = field(default_factory=list)
     leaf_caps: list[int] = field(default_factory=list)
     leaf_mass: list[float] = field(default_factory=list)
     stop_nodes: list[float] = field(default_factory=list)
@@ -90,14 +85,14 @@ class TreeOutlook:
         self._decision_bias = _ratios(_BIAS_HALF_LIFE_CYCLES)
         self._budget_bias = _ratios(_BIAS_HALF_LIFE_CYCLES)
 
-    def stop(self, growth: Growth, block: int, score_Bm: Tensor) -> Stop:
+    def stop(self, growth: Growth, block: int, score_Bm: Floats) -> Stop:
         """What the trees are worth as they are, and what leaves of ``block`` there are to extend."""
         growth.extendable.append(score_Bm)
         top = _best(score_Bm, self._max_nodes)
-        mass_Bm = self.survival.probability(top, block=block)
-        mass_m = _host(mass_Bm)
-        widths = [score.shape[1] for score in growth.extendable]
-        gain_N = self._by_nodes(torch.cat(growth.extendable, dim=1), widths) if block else mass_m
+        mass_Bm = self.survival.chances(top, block > 0)
+        mass_m = _summed(mass_Bm)
+        known = growth.extendable
+        gain_N = self._by_nodes(np.concatenate(known, axis=1), known[0].shape[1]) if block else mass_m
         requests = score_Bm.shape[0]
         return Stop(
             gain_by_nodes=gain_N,
@@ -106,11 +101,10 @@ class TreeOutlook:
             mass_m=mass_m[: int(np.searchsorted(mass_m, mass_m[-1])) + 1] if mass_m[-1] > 0 else mass_m[:0],
         )
 
-    def kept(self, growth: Growth, score_BM: Tensor) -> Floats:
+    def kept(self, growth: Growth, score_BM: Floats) -> Floats:
         """Accepted drafts of the batch by node budget, from all raw candidates in block order."""
         widths = [score.shape[1] for score in growth.extendable]
-        rest = score_BM.shape[1] - sum(widths)
-        return self._by_nodes(score_BM, [*widths, rest] if rest > 0 else widths)
+        return self._by_nodes(score_BM, widths[0] if widths else score_BM.shape[1])
 
     def decision_bias(self, blocks: int) -> float:
         """Measured over predicted accepted drafts when trees ended after so many blocks, as seen when they ended."""
@@ -124,16 +118,15 @@ class TreeOutlook:
         """How much larger the best node budget is once ``block`` (at least 1) was drafted."""
         return max(0.0, self._extra_nodes[block].value(_PRIOR_EXTRA_NODES, 4.0))
 
-    def chosen(self, growth: Growth, score_BM: Tensor, nodes: int) -> None:
+    def chosen(self, growth: Growth, score_BM: Floats, nodes: int) -> None:
         """Learns from the final candidates what could not be known when blocks were decided on."""
         start = 0
         threshold = _best(score_BM, nodes)[:, -1:]
         for block, score_Bm in enumerate(growth.extendable):
             own = score_BM[:, start : start + score_Bm.shape[1]]
             start += score_Bm.shape[1]
-            closed = (own >= threshold) & torch.isfinite(own) & ~torch.isfinite(score_Bm)
-            worth = torch.where(closed, self.survival.probability(own, block=block), 0.0)
-            tokens, count = torch.stack([worth.sum(), closed.sum()]).tolist()
+            closed = (own >= threshold) & np.isfinite(own) & ~np.isfinite(score_Bm)
+            tokens, count = float(self.survival.chances(own[closed], block > 0).sum()), int(closed.sum())
             self._closed_tokens[block].add(tokens, own.shape[0], 1)
             self._closed_nodes[block].add(count, own.shape[0], 1)
         for index in range(len(growth.leaf_caps)):
@@ -148,21 +141,20 @@ class TreeOutlook:
             self._decision_bias[blocks].add(tokens, growth.predicted_tokens)
         self._budget_bias[blocks].add(tokens, growth.kept_tokens)
 
-    def _by_nodes(self, score_BM: Tensor, widths: list[int]) -> Floats:
-        block_M = torch.arange(len(widths), device=score_BM.device).repeat_interleave(
-            torch.tensor(widths, device=score_BM.device), output_size=sum(widths)
-        )
-        best = torch.topk(score_BM, min(self._max_nodes, score_BM.shape[1]), dim=1)
-        return _host(self.survival.probability(best.values, block=block_M[best.indices]))
+    def _by_nodes(self, score_BM: Floats, first_width: int) -> Floats:
+        """Sums of survival of the best nodes; the first ``first_width`` columns are block 1's."""
+        best = np.argsort(-score_BM, axis=1, kind="stable")[:, : self._max_nodes]
+        return _summed(self.survival.chances(np.take_along_axis(score_BM, best, axis=1), best >= first_width))
 
 
-def _best(score_Bm: Tensor, count: int) -> Tensor:
-    return torch.topk(score_Bm, min(count, score_Bm.shape[1]), dim=1).values
+def _best(score_Bm: Floats, count: int) -> Floats:
+    """The best ``count`` scores of each request, descending."""
+    return -np.sort(-score_Bm, axis=1)[:, :count]
 
 
-def _host(survival_BN: Tensor) -> Floats:
+def _summed(survival_BN: Floats) -> Floats:
     """Sums over requests of the best 1, 2, ... N."""
-    result: Floats = survival_BN.sum(dim=0).cpu().numpy().astype(np.float64).cumsum()
+    result: Floats = survival_BN.sum(axis=0).cumsum()
     return result
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from specblock.cuda_ext.tree import DraftTree
@@ -24,7 +25,7 @@ from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook, best_budget
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
 from specblock.drafter.plan import NO_SPECULATION, DraftPlan
-from specblock.drafter.survival import LeafGain, SurvivalTable
+from specblock.drafter.survival import Floats, LeafGain, SurvivalTable
 
 Clock = Callable[[], float]
 
@@ -196,8 +197,9 @@ class TreePlanner:
         cycle = self._under_way()
         if block + 1 >= self._settings.blocks or score_Bm.shape[1] == 0:
             return 0
-        stop = self.outlook.stop(cycle.growth, block, score_Bm)
+        scores = _on_host(score_Bm)
         self._tick(cycle)
+        stop = self.outlook.stop(cycle.growth, block, scores)
         values, predicted = self._outcomes(cycle, block, stop)
         choice = max(values, key=lambda leaves: (values[leaves], -leaves))
         if block == cycle.explore_block and len(values) > 1:
@@ -213,8 +215,9 @@ class TreePlanner:
     def nodes(self, score_BM: Tensor) -> int:
         """See Limits."""
         cycle = self._under_way()
-        gain_N = self.outlook.kept(cycle.growth, score_BM)
+        scores = _on_host(score_BM)
         self._tick(cycle)
+        gain_N = self.outlook.kept(cycle.growth, scores)
         scale, spent_s = self._scaled(cycle)
         bias = self.outlook.budget_bias(1 + len(cycle.growth.leaf_caps))
         cycle.nodes = best_budget(
@@ -224,7 +227,7 @@ class TreePlanner:
             self.cost.verify_s(np.arange(2, len(gain_N) + 2, dtype=np.float64), cycle.batch),
         )
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
-        self.outlook.chosen(cycle.growth, score_BM, cycle.nodes)
+        self.outlook.chosen(cycle.growth, scores, cycle.nodes)
         cycle.spent_s = self._clock() - cycle.begin_s
         return cycle.nodes
 
@@ -339,3 +342,9 @@ class TreePlanner:
     def _under_way(self) -> _Cycle:
         assert self._cycle is not None, "begin() starts a cycle, record() ends it"
         return self._cycle
+
+
+def _on_host(scores: Tensor) -> Floats:
+    """Waits for the device: what follows needs the numbers, and the clock is read next."""
+    result: Floats = scores.to(torch.float64).cpu().numpy()
+    return result

@@ -1,7 +1,8 @@
 """What drafts are worth, learned while serving: how often a node of a given score ends up on the accepted path.
 
-A drafter's own log-probabilities are over- or under-confident, and differently so in later blocks, which see the target
-only through earlier guesses. Both estimators below start from a prior and follow what verification accepts.
+A drafter's own log-probabilities are over- or under-confident, and differently so in later blocks, which see the
+target only through earlier guesses. Both estimators below start from a prior and follow what verification accepts. They
+compute on the host in numpy: for arrays of a few hundred numbers that is cheaper, and results are needed there.
 
 Legend: B requests, R tree rows, A accepted drafts on the longest path, N bins.
 """
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from specblock.cuda_ext.tree import DraftTree
@@ -25,6 +28,8 @@ _EDGES = (
 )  # fmt: skip
 _CENTRES = (*((low + high) / 2 for low, high in pairwise(_EDGES)), _EDGES[-1] + 1.0)
 _NUM_BINS = len(_EDGES)
+
+Floats = NDArray[np.float64]
 
 
 class SurvivalTable:
@@ -42,9 +47,9 @@ class SurvivalTable:
         if half_life_cycles <= 0 or prior_nodes <= 0:
             raise ValueError("survival table: half-life and prior must be above 0")
         self._half_life, self._prior_nodes = half_life_cycles, prior_nodes
-        self._seen_2N = torch.zeros(2, _NUM_BINS, dtype=torch.float64)
-        self._hit_2N = torch.zeros(2, _NUM_BINS, dtype=torch.float64)
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._seen_2N: Floats = np.zeros((2, _NUM_BINS))
+        self._hit_2N: Floats = np.zeros((2, _NUM_BINS))
+        self._log_2N: Floats | None = None
 
     def observe(self, tree: DraftTree, accepted_rows: Tensor, num_accepted: Sequence[int]) -> None:
         """Learns from one verification.
@@ -54,25 +59,17 @@ class SurvivalTable:
             accepted_rows: int64 [B, A + 1], tree rows of each path, root first; padding is ignored.
             num_accepted: accepted drafts per request.
         """
-        batch, width = accepted_rows.shape
-        device = tree.token.device
-        accepted = torch.zeros(tree.token.shape, dtype=torch.float64, device=device)
-        count_B1 = torch.tensor([*num_accepted], device=device)[:, None]
-        real = torch.arange(width, device=device).expand(batch, -1) <= count_B1
-        accepted.scatter_(
-            1, torch.where(real, accepted_rows, 0), 1.0
-        )  # the root is no draft, so marking it is harmless
-        drafts = tree.depth > 0
-        edges = torch.tensor(_EDGES, dtype=torch.float32, device=device)
-        bins = (torch.bucketize(-tree.score[drafts], edges, right=True) - 1).clamp(min=0)
-        bins = bins + _NUM_BINS * (tree.block[drafts] > 0)
-        hits = torch.bincount(bins, weights=accepted[drafts], minlength=2 * _NUM_BINS)
-        seen = torch.bincount(bins, minlength=2 * _NUM_BINS)
-        both = torch.stack([seen.to(torch.float64), hits]).cpu().view(2, 2, _NUM_BINS)
-        keep = 0.5 ** (batch / self._half_life)
-        self._seen_2N = keep * self._seen_2N + both[0]
-        self._hit_2N = keep * self._hit_2N + both[1]
-        self._tables.clear()
+        depth_BR, block_BR = tree.depth.cpu().numpy(), tree.block.cpu().numpy()
+        accepted = np.zeros(depth_BR.shape)
+        rows = np.where(_on_path(accepted_rows, num_accepted), accepted_rows.cpu().numpy(), 0)
+        np.put_along_axis(accepted, rows, 1.0, axis=1)  # the root is no draft, so marking it is harmless
+        drafts = depth_BR > 0
+        bins = np.searchsorted(_EDGES, -tree.score.cpu().numpy()[drafts], side="right") - 1
+        bins = bins.clip(min=0) + _NUM_BINS * (block_BR[drafts] > 0)
+        keep = 0.5 ** (depth_BR.shape[0] / self._half_life)
+        self._seen_2N = keep * self._seen_2N + _histogram(bins, None)
+        self._hit_2N = keep * self._hit_2N + _histogram(bins, accepted[drafts])
+        self._log_2N = None
 
     def probability(self, score: Tensor, *, block: int | Tensor) -> Tensor:
         """Survival of nodes, non-decreasing in their score.
@@ -84,22 +81,25 @@ class SurvivalTable:
         Returns:
             float32, shaped like ``score``.
         """
-        centres, log_2N = self._table(score.device)
-        depth = -score.to(torch.float32)
-        upper = torch.bucketize(depth, centres)
-        lower = (upper - 1).clamp(min=0)
-        upper = upper.clamp(max=_NUM_BINS - 1)
-        gap = centres[upper] - centres[lower]
-        part = ((depth - centres[lower]) / torch.where(gap > 0, gap, 1.0)).clamp(0.0, 1.0)
-        row = int(block > 0) if isinstance(block, int) else (block > 0).to(torch.int64).expand(score.shape)
-        low, high = log_2N[row, lower], log_2N[row, upper]
-        beyond = (depth - centres[-1]).clamp(min=0.0)
-        return (low + part * (high - low) - beyond).exp()
+        later = block > 0 if isinstance(block, int) else (block > 0).expand(score.shape).cpu().numpy()
+        result = self.chances(score.to(torch.float64).cpu().numpy(), later)
+        return torch.as_tensor(result).to(score.device, torch.float32)
+
+    def chances(self, score: Floats, later: bool | NDArray[np.bool_]) -> Floats:
+        """The same on the host; ``later`` says which nodes are not block 1's (one for all, or one each)."""
+        log_2N = self._table()
+        depth = -score
+        if isinstance(later, bool):
+            log_p = np.interp(depth, _CENTRES, log_2N[int(later)])
+        else:
+            log_p = np.where(later, *(np.interp(depth, _CENTRES, log_N) for log_N in log_2N[::-1]))
+        answer: Floats = np.exp(log_p - np.maximum(depth - _CENTRES[-1], 0.0))
+        return answer
 
     def fade(self, keep: float) -> None:
         """Keeps only this share of the evidence, as when the drafter changed."""
         self._seen_2N, self._hit_2N = keep * self._seen_2N, keep * self._hit_2N
-        self._tables.clear()
+        self._log_2N = None
 
     def snapshot(self) -> dict[str, Any]:
         """What was learned, as plain lists."""
@@ -113,23 +113,21 @@ class SurvivalTable:
         """
         if list(data["edges"]) != list(_EDGES):
             raise ValueError("survival table: the snapshot has other score bins")
-        self._seen_2N = torch.tensor(data["seen"], dtype=torch.float64)
-        self._hit_2N = torch.tensor(data["hit"], dtype=torch.float64)
-        self._tables.clear()
+        self._seen_2N = np.array(data["seen"])
+        self._hit_2N = np.array(data["hit"])
+        self._log_2N = None
 
-    def _table(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Bin centres [N] of -score and log survival [2, N] there."""
-        if device not in self._tables:
-            centres = torch.tensor(_CENTRES, dtype=torch.float64)
+    def _table(self) -> Floats:
+        """Log survival [2, N] at the bin centres."""
+        if self._log_2N is None:
             weight_2N = self._seen_2N + self._prior_nodes
-            mean_2N = (self._hit_2N + self._prior_nodes * (-centres).exp()) / weight_2N
+            mean_2N = (self._hit_2N + self._prior_nodes * np.exp(-np.array(_CENTRES))) / weight_2N
             rows = [
                 non_decreasing(mean[::-1], weight[::-1])[::-1]
                 for mean, weight in zip(mean_2N.tolist(), weight_2N.tolist(), strict=True)
             ]
-            log_2N = torch.tensor(rows, dtype=torch.float64).clamp(1e-6, 1.0).log()
-            self._tables[device] = (centres.to(device, torch.float32), log_2N.to(device, torch.float32))
-        return self._tables[device]
+            self._log_2N = np.log(np.clip(rows, 1e-6, 1.0))
+        return self._log_2N
 
 
 class LeafGain:
@@ -209,15 +207,22 @@ def extra_tokens(tree: DraftTree, accepted_rows: Tensor, num_accepted: Sequence[
     A node above an accepted node of an earlier block was proposed by that block too (merging kept the better score), so
     only nodes below the last accepted node of earlier blocks count.
     """
-    device = tree.token.device
-    width = accepted_rows.shape[1]
-    count_B1 = torch.tensor([*num_accepted], device=device)[:, None]
-    column = torch.arange(width, device=device)
-    real = (column >= 1) & (column <= count_B1)
     beyond = later_blocks + 1
-    rows = torch.where(real, accepted_rows, 0)
-    block = torch.where(real, tree.block.gather(1, rows), beyond)
-    earliest_below = block.flip(1).cummin(dim=1).values.flip(1)
-    new = torch.where(block == earliest_below, block, beyond).flatten().clamp(max=beyond)
-    counts: list[float] = torch.bincount(new, minlength=beyond + 1)[1:beyond].to(torch.float64).tolist()
+    real = _on_path(accepted_rows, num_accepted)
+    real[:, 0] = False  # the root is no draft
+    block = tree.block.cpu().numpy()
+    along = np.take_along_axis(block, np.where(real, accepted_rows.cpu().numpy(), 0), axis=1)
+    along = np.where(real, along, beyond).clip(max=beyond)
+    earliest_below = np.minimum.accumulate(along[:, ::-1], axis=1)[:, ::-1]
+    counts: list[float] = np.bincount(along[along == earliest_below], minlength=beyond + 1)[1:beyond].tolist()
     return counts
+
+
+def _on_path(accepted_rows: Tensor, num_accepted: Sequence[int]) -> NDArray[np.bool_]:
+    """bool [B, A + 1]: columns that are no padding, the root's included."""
+    real: NDArray[np.bool_] = np.arange(accepted_rows.shape[1]) <= np.array(num_accepted)[:, None]
+    return real
+
+
+def _histogram(bins: NDArray[np.int64], weights: Floats | None) -> Floats:
+    return np.bincount(bins, weights, minlength=2 * _NUM_BINS).astype(np.float64).reshape(2, _NUM_BINS)

@@ -42,6 +42,7 @@ def test_more_rows_or_requests_never_cost_less(points: list[Timing]) -> None:
     for batch in (1, 2, 4, 9):
         seconds = curve.table(np.arange(1, 200, dtype=np.float64), batch)
         assert bool((np.diff(seconds) >= -1e-12).all()) and seconds[0] > 0
+        assert seconds.tolist() == pytest.approx([curve.at(rows, batch) for rows in range(1, 200)])
     for rows in (1, 7, 64):
         by_batch = [curve.at(rows, batch) for batch in range(1, 12)]
         assert all(a <= b + 1e-12 for a, b in pairwise(by_batch))
