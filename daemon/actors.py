@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -44,6 +44,16 @@ def plan_for(config: DaemonConfig, target: TargetModel, drafter: BlockDrafter) -
     return TreePlanner(curve, drafter.settings, time.perf_counter, Random(os.getpid()))
 
 
+def newest_within(windows: Sequence[Window], most_positions: int) -> list[Window]:
+    """The newest of ``windows`` (oldest first) with at most so many positions together, but always one."""
+    positions = 0
+    for index in range(len(windows) - 1, -1, -1):
+        positions += windows[index].tokens.shape[0] - 1
+        if positions > most_positions:
+            return list(windows[min(index + 1, len(windows) - 1) :])
+    return list(windows)
+
+
 class EngineActor:
     """Verifier and inference drafter on one device, with the event producer beside them."""
 
@@ -53,7 +63,7 @@ class EngineActor:
         registry = DrafterRegistry(Path(config.state_dir))
         version = registry.serving()
         assert version is not None, "the daemon imports a base drafter before it starts engines"
-        target = load_target(config.target.model, dtype_of(config), config.target.device)
+        target = load_target(config.target.source, dtype_of(config), config.target.device, config.target.revision)
         drafter = self.load_drafter(config, target, registry, version)
         limits = config.windows
         self._windows = WindowStore(
@@ -91,7 +101,10 @@ class EngineActor:
         return BlockDrafter(load_network(target, registry.path(version)), draft_settings(config))
 
     def __repr__(self) -> str:
-        return f"Engine({self._name}, drafter {self._host.engine.drafter_version})"
+        # Ray asks for the name of an actor whose constructor failed, too; a second error would hide the first.
+        host: EngineHost | None = getattr(self, "_host", None)
+        serves = f"drafter {host.engine.drafter_version}" if host else "loading"
+        return f"Engine({self._name}, {serves})"
 
     def submit(self, request: GenerationRequest) -> None:
         """See EngineHost.submit."""
@@ -126,10 +139,16 @@ class EngineActor:
         return self._windows.summary()
 
     def pull_windows(
-        self, heldout: bool | None, after_time_s: float | None, version: str | None, most: int
+        self,
+        heldout: bool | None,
+        after_time_s: float | None,
+        version: str | None,
+        most: int,
+        most_positions: int | None = None,
     ) -> list[Window]:
-        """The newest ``most`` windows that match; they travel through the object store."""
-        return self._windows.pull(heldout=heldout, after_time_s=after_time_s, version=version)[-most:]
+        """The newest windows that match, within both limits, oldest first; they travel through the object store."""
+        found = self._windows.pull(heldout=heldout, after_time_s=after_time_s, version=version)[-most:]
+        return found if most_positions is None else newest_within(found, most_positions)
 
     def close(self, deadline_s: float) -> None:
         """Stops decoding and flushes events."""
@@ -143,7 +162,8 @@ class TrainerActor:
 
     def __init__(self, config: DaemonConfig) -> None:
         torch.set_num_threads(config.trainer.threads)
-        target = load_target(config.target.model, dtype_of(config), config.target.device)
+        # On the CPU: only the embedding is kept, Trainer loads drafters there, and Ray hides the engine's GPU.
+        target = load_target(config.target.source, dtype_of(config), "cpu", config.target.revision)
         self._registry = DrafterRegistry(Path(config.state_dir))
         self._trainer = Trainer(
             target.embedding.clone(),
@@ -154,7 +174,8 @@ class TrainerActor:
         )
 
     def __repr__(self) -> str:
-        return f"Trainer(serving {self._registry.serving()})"
+        registry: DrafterRegistry | None = getattr(self, "_registry", None)
+        return f"Trainer(serving {registry.serving()})" if registry else "Trainer(loading)"
 
     def train(
         self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool, windows: list[Window]

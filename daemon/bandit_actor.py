@@ -41,7 +41,9 @@ class BanditActor:
             decide_every_events=adaptation.decide_every_events,
             block_s=min(0.5, stream.block_max_s),
         )
-        self._service = BanditService(RedisStream(stream, waiter()), RayActions(engine, trainer), policy, service)
+        self._service = BanditService(
+            RedisStream(stream, waiter()), RayActions(engine, trainer, config.trainer.max_positions), policy, service
+        )
         if not adaptation.enabled:
             self._service.pause()
         self._stop = threading.Event()
@@ -51,7 +53,8 @@ class BanditActor:
         self._thread.start()
 
     def __repr__(self) -> str:
-        return f"Bandit({self._service.status().stage})"
+        service: BanditService | None = getattr(self, "_service", None)
+        return f"Bandit({service.status().stage})" if service else "Bandit(loading)"
 
     def status(self) -> Mapping[str, Any]:
         """The service at a glance, as plain values."""

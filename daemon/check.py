@@ -19,6 +19,7 @@ from specblock.daemon.errors import (
     DependencyError,
     DeviceError,
     ExitCode,
+    FailedCheckError,
     IncompatibleError,
     SpecblockError,
 )
@@ -82,7 +83,7 @@ def run_checks(config: DaemonConfig) -> CheckReport:
             level: Literal["ok", "warning"] = "warning" if message.startswith("not checked") else "ok"
             findings.append(Finding(name, level, message))
 
-    target = Path(config.target.model).expanduser()
+    target = config.target.directory
     attempt("state_dir", lambda: _check_state_dir(config.state_dir))
     attempt("target", lambda: _check_target(config, target))
     attempt("drafter", lambda: _check_drafter(config, target))
@@ -91,6 +92,18 @@ def run_checks(config: DaemonConfig) -> CheckReport:
     attempt("ray", lambda: _check_ray(config))
     attempt("port", lambda: _check_port(config))
     return CheckReport(tuple(findings))
+
+
+def refuse_if_broken(config: DaemonConfig) -> None:
+    """What ``serve`` does before it starts anything.
+
+    Raises:
+        FailedCheckError: one line per error; warnings pass.
+    """
+    report = run_checks(config)
+    errors = [finding.message for finding in report.findings if finding.level == "error"]
+    if errors:
+        raise FailedCheckError(errors, report.exit_code)
 
 
 def _check_state_dir(state_dir: Path) -> str:
@@ -138,11 +151,11 @@ def _read_weights(path: Path) -> dict[str, TensorInfo]:
         raise IncompatibleError(str(error)) from None
 
 
-def _check_target(config: DaemonConfig, folder: Path) -> str:
-    if not folder.is_dir():
-        if config.target.model.count("/") > 1 or config.target.model.startswith((".", "/", "~")):
-            raise IncompatibleError(f"target.model: {folder}: no such directory")
+def _check_target(config: DaemonConfig, folder: Path | None) -> str:
+    if folder is None:
         return f"not checked: {config.target.model} is no directory here and will be looked up on the hub"
+    if not folder.is_dir():
+        raise IncompatibleError(f"target.model: {folder}: no such directory")
     stored = read_target(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise IncompatibleError(f"{folder}: no tokenizer (tokenizer.json) in this directory")
@@ -159,7 +172,7 @@ def _check_target(config: DaemonConfig, folder: Path) -> str:
     return f"{folder}: {kind}, {layers} layers, {elements / 1e6:.1f} M parameters"
 
 
-def _check_drafter(config: DaemonConfig, target_folder: Path) -> str:
+def _check_drafter(config: DaemonConfig, target_folder: Path | None) -> str:
     folder = config.drafter.path
     if not folder.is_dir():
         raise IncompatibleError(f"drafter.path: {folder}: no such directory; `specblockd train` makes one")
@@ -172,7 +185,7 @@ def _check_drafter(config: DaemonConfig, target_folder: Path) -> str:
     tensors = _read_weights(folder / "model.safetensors")
     for problem in _drafter_problems(drafter, tensors):
         raise IncompatibleError(f"{folder}: {problem}")
-    if not target_folder.is_dir():
+    if target_folder is None or not target_folder.is_dir():
         return f"not checked: {folder} is a drafter, but the target's shapes are not known yet"
     for problem in _mismatches(drafter, read_target(target_folder).config):
         raise IncompatibleError(f"{folder} does not fit {target_folder}: {problem}")
@@ -197,8 +210,8 @@ def _mismatches(drafter: DrafterConfig, target: dict[str, Any]) -> Iterator[str]
         yield f"it reads target layer {drafter.feature_layers[-1]}, the target has {layers}"
 
 
-def _check_memory(config: DaemonConfig, target_folder: Path) -> str:
-    if not target_folder.is_dir() or not (config.drafter.path / "model.safetensors").is_file():
+def _check_memory(config: DaemonConfig, target_folder: Path | None) -> str:
+    if target_folder is None or not target_folder.is_dir() or not (config.drafter.path / "model.safetensors").is_file():
         return "not checked: target and drafter must be there to estimate it"
     if config.target.dtype == "auto":
         from specblock.daemon.models import settle_dtype  # torch; not needed where the file names the format

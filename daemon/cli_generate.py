@@ -41,11 +41,12 @@ def generate(config: DaemonConfig, prompt: str, settings: Settings, as_json: boo
     try:
         sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, seed=seed)
         target, drafter = load_pair(
-            config.target.model,
+            config.target.source,
             draft.path if settings.speculation else None,
             config.target.dtype,
             config.target.device,
             draft_settings(config),
+            config.target.revision,
         )
         show = (lambda text: None) if as_json else (lambda text: typer.echo(text, nl=False))
         answer = complete(target, drafter, prompt, sampling, settings.max_tokens, show)

@@ -6,6 +6,7 @@ Everything here is cheap to import: no torch, no ray, no transformers. Units are
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
@@ -31,6 +32,19 @@ class TargetConfig(Section):
     """cpu, cuda or cuda:N."""
     max_context_tokens: int = Field(default=1024, ge=16)
     """Prompt and output together, in tokens; sizes the KV storage of every slot."""
+
+    @property
+    def directory(self) -> Path | None:
+        """Where the model lies if ``model`` is a path; None for a hub id (``name`` or ``organisation/name``)."""
+        path = Path(self.model).expanduser()
+        # No organisation on the hub can be called "models", which is where the shipped configurations point to.
+        is_path = self.model.startswith((".", "/", "~", "models/")) or self.model.count("/") > 1
+        return path if is_path or path.is_dir() else None
+
+    @property
+    def source(self) -> str:
+        """What loaders take: the directory, or the hub id."""
+        return str(self.directory or self.model)
 
 
 class DrafterConfig(Section):

@@ -6,6 +6,7 @@ SpecblockError
 ├── DeviceError          4  no such device, or not enough memory on it
 ├── IncompatibleError    5  target and drafter (or a stored version) do not fit together
 │   └── CorruptVersionError
+├── FailedCheckError        several of the above at once, found before the start
 └── VerificationError    6  a check of the running system failed
 """
 
@@ -60,6 +61,14 @@ class IncompatibleError(SpecblockError):
 
 class CorruptVersionError(IncompatibleError):
     """A stored drafter version is torn or damaged; the message names the file."""
+
+
+class FailedCheckError(SpecblockError):
+    """What ``specblockd check`` reports, one line per error; ends the process as the first of them would."""
+
+    def __init__(self, lines: Sequence[str], exit_code: ExitCode) -> None:
+        super().__init__("\n".join(lines))
+        self.exit_code = exit_code
 
 
 class VerificationError(SpecblockError):

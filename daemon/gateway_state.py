@@ -7,7 +7,6 @@ import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -33,8 +32,8 @@ _REJECTIONS = {429: "queue_full", 500: "failed", 503: "unavailable"}
 
 def served_name(config: DaemonConfig) -> str:
     """The model id clients see: a hub id as it is, a directory by its last component."""
-    model = config.target.model
-    return Path(model).name if Path(model).is_dir() or model.startswith((".", "/", "~")) else model
+    directory = config.target.directory
+    return directory.absolute().name if directory is not None else config.target.model
 
 
 class Gateway:

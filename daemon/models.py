@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub import snapshot_download
 
 from specblock.daemon.errors import IncompatibleError
 from specblock.drafter.checkpoint import load_drafter
@@ -63,13 +64,15 @@ def draft_settings(config: DaemonConfig) -> DraftSettings:
     )
 
 
-def load_target(model: str, dtype: torch.dtype, device: str) -> TargetModel:
-    """The target, from a directory or a hub id.
+def load_target(model: str, dtype: torch.dtype, device: str, revision: str | None = None) -> TargetModel:
+    """The target, from a directory or a hub id; ``revision`` is a branch, tag or commit of the latter.
 
     Raises:
         IncompatibleError: missing, or of a family that cannot be served.
     """
     try:
+        if revision is not None and not Path(model).is_dir():
+            model = snapshot_download(model, revision=revision)
         return TargetModel.load(model, dtype=dtype, device=device)
     except ValueError as error:
         raise IncompatibleError(str(error)) from None
@@ -96,12 +99,12 @@ def load_network(target: TargetModel, directory: Path) -> DraftNetwork:
 
 
 def load_pair(
-    model: str, drafter: Path | None, dtype: str, device: str, settings: DraftSettings
+    model: str, drafter: Path | None, dtype: str, device: str, settings: DraftSettings, revision: str | None = None
 ) -> tuple[TargetModel, BlockDrafter | None]:
     """Loads a target and the drafter that belongs to it.
 
     Raises:
         IncompatibleError: one of them is missing or they do not fit.
     """
-    target = load_target(model, DTYPES[dtype], device)
+    target = load_target(model, DTYPES[dtype], device, revision)
     return target, None if drafter is None else BlockDrafter(load_network(target, drafter), settings)

@@ -26,8 +26,9 @@ _TRAIN_WINDOWS = 1024
 class RayActions:
     """Implements ``specblock.bandit.actions.Actions``; every call blocks the bandit's thread, never decoding."""
 
-    def __init__(self, engine: Any, trainer: Any, timeout_s: float = 1800.0) -> None:
+    def __init__(self, engine: Any, trainer: Any, train_positions: int, timeout_s: float = 1800.0) -> None:
         self._engine, self._trainer, self._timeout_s = engine, trainer, timeout_s
+        self._train_positions = train_positions
 
     def windows(self) -> WindowSummary:
         """What could be trained on right now."""
@@ -51,8 +52,8 @@ class RayActions:
         return report
 
     def train(self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool) -> TrainReport:
-        """Trains on everything kept on the training side of the split."""
-        windows = self._engine.pull_windows.remote(False, None, None, _TRAIN_WINDOWS)
+        """Trains on the newest windows of the training side of the split."""
+        windows = self._engine.pull_windows.remote(False, None, None, _TRAIN_WINDOWS, self._train_positions)
         report: TrainReport = self._get(
             self._trainer.train.remote(decision_id, arm, base_version, fraction, resume, windows)
         )

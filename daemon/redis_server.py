@@ -157,7 +157,10 @@ class RedisServer:
 
     def _spawn(self) -> RedisEndpoint:
         binary = find_server_binary()
-        self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise DependencyError(f"no place for redis: {self._folder}: {error.strerror}") from None
         socket_path = self._socket_path()
         self._refuse_live_socket(socket_path)
         command = [

@@ -1,6 +1,7 @@
 """``specblockd serve``: start order, health, signals, drain, stop.
 
-Order: port and drafter checks, Redis, Ray, HTTP (503 while loading), trainer and engine, bandit. Stop is the reverse.
+Order: state directory, checks, drafter and tokenizer, Redis, Ray, HTTP (503 while loading), trainer and engine,
+bandit. Stop is the reverse.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import os
 import random
 import signal
-import socket
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,14 +27,16 @@ from transformers import AutoTokenizer
 from specblock.bandit.config import StreamConfig
 from specblock.daemon.actors import EngineActor, TrainerActor, remote_options
 from specblock.daemon.bandit_actor import BanditActor, BanditView
+from specblock.daemon.check import refuse_if_broken
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.engine_client import RayEngineClient
-from specblock.daemon.errors import ConfigError, DependencyError, SpecblockError
+from specblock.daemon.errors import ConfigError, DependencyError, DeviceError, IncompatibleError, SpecblockError
 from specblock.daemon.gateway import create_app
 from specblock.daemon.models import settle_dtype
 from specblock.daemon.redis_server import RedisServer
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.runfile import DaemonInfo, remove_run_file, write_run_file
+from specblock.daemon.state_lock import own_state_dir
 
 log = logging.getLogger(__name__)
 _REDIS_WATCH_S = 1.0
@@ -51,46 +54,65 @@ def serve(config: DaemonConfig, engine_type: type[EngineActor] = EngineActor) ->
     """
     asked, config = config.target.dtype, settle_dtype(config)
     state_dir = Path(config.state_dir).resolve()
-    state_dir.mkdir(parents=True, exist_ok=True)
-    _check_files(config)
-    _check_port(config.http.host, config.http.port)
-    if config.ray.address == "local" and config.ray.dashboard:
-        _check_port(config.ray.dashboard_host, config.ray.dashboard_port)
-    registry = DrafterRegistry(state_dir)
-    serving = registry.import_base(Path(config.drafter.path))
-    log.info(
-        "drafter version %s, %s on %s (target.dtype: %s)", serving, config.target.dtype, config.target.device, asked
-    )
-    redis = RedisServer(config.redis, state_dir)
-    redis.start()
-    try:
-        _start_ray(config)
-        return asyncio.run(_Daemon(config, state_dir, redis, engine_type).run())
-    finally:
-        ray.shutdown()
-        redis.stop()
-        remove_run_file(state_dir)
-        log.info("stopped")
-
-
-def _check_files(config: DaemonConfig) -> None:
-    for name, place in (("target.model", config.target.model), ("drafter.path", config.drafter.path)):
-        looks_local = name == "drafter.path" or Path(place).is_absolute() or str(place).startswith((".", "models/"))
-        if looks_local and not (Path(place) / "config.json").is_file():
-            raise ConfigError(f"{name}: no model at {place} (config.json is missing)")
-
-
-def _check_port(host: str, port: int) -> None:
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    stop_asked = threading.Event()
+    with own_state_dir(state_dir), _signals(stop_asked):
+        refuse_if_broken(config)
         try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise DependencyError(f"cannot listen on {host}:{port}: {error.strerror}; is a daemon running?") from None
+            serving = DrafterRegistry(state_dir).import_base(Path(config.drafter.path))
+        except OSError as error:  # a full disk, for example
+            raise ConfigError(f"state_dir: {error.filename or state_dir}: {error.strerror or error}") from None
+        log.info(
+            "drafter version %s, %s on %s (target.dtype: %s)", serving, config.target.dtype, config.target.device, asked
+        )
+        tokenizer = _tokenizer(config)
+        redis = RedisServer(config.redis, state_dir)
+        redis.start()
+        # In the main thread Ray would take SIGTERM and exit in the middle of its own start. The thread stays until the
+        # end, because Ray's processes die with the thread that forked them.
+        starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray-start")
+        try:
+            starter.submit(_start_ray, config).result()
+            if stop_asked.is_set():
+                return 0
+            return asyncio.run(_Daemon(config, state_dir, redis, tokenizer, engine_type).run())
+        finally:
+            ray.shutdown()
+            starter.shutdown()
+            redis.stop()
+            remove_run_file(state_dir)
+            log.info("stopped")
+
+
+@contextmanager
+def _signals(stop_asked: threading.Event) -> Iterator[None]:
+    """Until the event loop takes them: a signal ends the start at its next step instead of in the middle of one."""
+
+    def remember(number: int, _: object) -> None:
+        stop_asked.set()
+        log.info("signal %d while starting; stopping", number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tokenizer(config: DaemonConfig) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(config.target.source, revision=config.target.revision or "main")
+    except Exception as error:  # whatever the tokenizer's own code raises about its files
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise IncompatibleError(
+            f"target.model: the tokenizer of {config.target.source} cannot be read: {reason}"
+        ) from None
 
 
 def _start_ray(config: DaemonConfig) -> None:
     settings = config.ray
+    # That Ray does not take SIGTERM is what we want.
+    logging.getLogger("ray._private.worker").addFilter(lambda record: "SIGTERM handler" not in record.getMessage())
     log.info("starting Ray (%s)", settings.address)
     if settings.address != "local":
         ray.init(address=settings.address, namespace="specblock", log_to_driver=False)
@@ -118,13 +140,29 @@ def _start_ray(config: DaemonConfig) -> None:
         )
 
 
+def _start_error(actor: str, text: str) -> SpecblockError:
+    """One line, and the exit code of the error in the actor's constructor, out of what Ray says of its death."""
+    last = (text.strip().splitlines() or ["no reason given"])[-1]
+    kind, _, message = last.partition(": ")
+    known = {each.__name__: each for each in (ConfigError, DeviceError, IncompatibleError)}
+    error = known.get(kind.rpartition(".")[2])
+    if error is None:
+        return DependencyError(f"the {actor} did not start: {last}")
+    return error(f"the {actor} did not start: {message}")
+
+
 class _Daemon:
     """The running daemon: everything between Ray's start and its shutdown."""
 
     def __init__(
-        self, config: DaemonConfig, state_dir: Path, redis: RedisServer, engine_type: type[EngineActor]
+        self,
+        config: DaemonConfig,
+        state_dir: Path,
+        redis: RedisServer,
+        tokenizer: Any,
+        engine_type: type[EngineActor],
     ) -> None:
-        self._engine_type = engine_type
+        self._engine_type, self._tokenizer = engine_type, tokenizer
         self._config, self._state_dir, self._redis = config, state_dir, redis
         self._stream = StreamConfig(
             url=redis.url,
@@ -138,7 +176,7 @@ class _Daemon:
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which installs its own
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop.set)
         server = self._http_server()
         serving = asyncio.create_task(server.serve())
@@ -175,11 +213,10 @@ class _Daemon:
                 log.error("redis-server is gone and does not start: %s", error)
 
     def _http_server(self) -> uvicorn.Server:
-        tokenizer = AutoTokenizer.from_pretrained(self._config.target.model)
         app = create_app(
             self._client,
             self._config,
-            tokenizer,
+            self._tokenizer,
             rng=random.SystemRandom(),
             clock=time.monotonic,
             wall_clock=time.time,
@@ -232,9 +269,7 @@ class _Daemon:
         try:
             await actor.pid.remote()
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
-            message = str(cause).strip().splitlines()[-1] if str(cause).strip() else repr(cause)
-            raise DependencyError(f"the {name} did not start: {message}") from None
+            raise _start_error(name, str(error)) from None
 
     async def _shut_down(self, server: uvicorn.Server, serving: asyncio.Task[None], actors: list[Any]) -> None:
         self._client.report("draining", "no new requests")

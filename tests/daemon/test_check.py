@@ -14,7 +14,7 @@ import pytest
 from specblock.daemon import check_memory, models
 from specblock.daemon.check import CheckReport, Finding, run_checks
 from specblock.daemon.check_memory import free_bytes, kv_bytes, needs_bytes
-from specblock.daemon.config import DaemonConfig
+from specblock.daemon.config import DaemonConfig, TargetConfig
 from specblock.daemon.config_loader import parse_config
 from specblock.daemon.errors import DeviceError, ExitCode
 from specblock.daemon.safetensors_header import TensorInfo, read_header
@@ -131,6 +131,25 @@ def test_a_truncated_weight_file(folder: Path) -> None:
     path = folder / "target" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     assert "its header says" in finding(run_checks(config(folder)), "target").message
+
+
+@pytest.mark.parametrize(
+    ("model", "directory"),
+    [
+        ("gpt2", None),
+        ("organisation/name", None),
+        ("models/none", "models/none"),
+        ("./x", "x"),
+        ("a/b/c", "a/b/c"),
+        ("/x", "/x"),
+        ("~/x", str(Path.home() / "x")),
+        ("tests/daemon", "tests/daemon"),
+    ],
+)
+def test_paths_are_told_from_hub_ids(model: str, directory: str | None) -> None:
+    target = TargetConfig(model=model)
+    assert target.directory == (None if directory is None else Path(directory))
+    assert target.source == (model if directory is None else directory)
 
 
 def test_sharded_weights(folder: Path) -> None:

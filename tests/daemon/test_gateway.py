@@ -6,6 +6,7 @@ import asyncio
 import json
 import random
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -377,7 +378,8 @@ def test_models_and_version() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [("models/demo-target", "demo-target"), ("./x/y", "y"), ("org/name", "org/name")]
+    ("model", "name"),
+    [("models/demo-target", "demo-target"), ("./x/y", "y"), (".", Path.cwd().name), ("org/name", "org/name")],
 )
 def test_served_name(model: str, name: str) -> None:
     assert served_name(config(target={"model": model})) == name

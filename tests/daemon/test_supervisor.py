@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -11,8 +15,11 @@ import torch
 from specblock.daemon import models, supervisor
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.config_loader import parse_config
-from specblock.daemon.errors import ConfigError, DependencyError
+from specblock.daemon.errors import ExitCode, FailedCheckError, SpecblockError
+from specblock.daemon.state_lock import own_state_dir
 from specblock.drafter.precision import fast_bfloat16
+
+TARGET, DRAFTER = Path("models/demo-target"), Path("models/demo-drafter")
 
 
 @pytest.fixture(autouse=True)
@@ -24,14 +31,14 @@ def nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor.RedisServer, "start", refuse)
 
 
-def config(folder: Path, target: Path, drafter: Path, port: int) -> DaemonConfig:
+def config(folder: Path, target: Path = TARGET, drafter: Path = DRAFTER, port: int | None = None) -> DaemonConfig:
     return parse_config(
         f"""
 state_dir: {folder}/state
 target: {{model: {target}}}
 drafter: {{path: {drafter}}}
 ray: {{dashboard: false}}
-http: {{port: {port}}}
+http: {{port: {port or free_port()}}}
 """,
         "test.yaml",
     )
@@ -43,22 +50,83 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def refused(policy: DaemonConfig) -> tuple[str, int]:
+    """The one line that the daemon ends with, and its exit code."""
+    with pytest.raises(SpecblockError) as caught:
+        supervisor.serve(policy)
+    (line,) = str(caught.value).splitlines()
+    return line, int(caught.value.exit_code)
+
+
 def test_missing_model_directories(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"target\.model: no model at"):
-        supervisor.serve(config(tmp_path, tmp_path / "none", tmp_path / "none", free_port()))
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "config.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"drafter\.path: no model at"):
-        supervisor.serve(config(tmp_path, tmp_path / "target", tmp_path / "none", free_port()))
+    with pytest.raises(FailedCheckError) as caught:
+        supervisor.serve(config(tmp_path, tmp_path / "none", tmp_path / "void"))
+    assert str(caught.value).splitlines() == [
+        f"target.model: {tmp_path}/none: no such directory",
+        f"drafter.path: {tmp_path}/void: no such directory; `specblockd train` makes one",
+    ]
+    assert caught.value.exit_code == ExitCode.INCOMPATIBLE
+    assert not (tmp_path / "state" / "drafters").exists()
+
+
+def test_an_unreadable_tokenizer_is_found_before_anything_starts(tmp_path: Path) -> None:
+    shutil.copytree(TARGET, tmp_path / "target")
+    (tmp_path / "target" / "tokenizer.json").write_text("{")
+    line, code = refused(config(tmp_path, tmp_path / "target"))
+    assert line.startswith("target.model: the tokenizer of ") and code == ExitCode.INCOMPATIBLE
+
+
+def test_a_state_directory_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("")
+    line, code = refused(config(tmp_path))
+    assert line == f"state_dir: {tmp_path}/state cannot be used: File exists" and code == ExitCode.CONFIG
+
+
+def test_a_full_disk_while_the_drafter_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/x")
+
+    monkeypatch.setattr(supervisor.DrafterRegistry, "import_base", full)
+    assert refused(config(tmp_path)) == ("state_dir: /x: No space left on device", ExitCode.CONFIG)
+
+
+def test_a_second_daemon_touches_nothing(tmp_path: Path) -> None:
+    half_written = tmp_path / "state" / "drafters" / ".tmp-000001"
+    half_written.mkdir(parents=True)
+    with own_state_dir(tmp_path / "state"):
+        line, code = refused(config(tmp_path))
+        assert line.endswith(f"is used by another daemon (process {os.getpid()})") and code == ExitCode.DEPENDENCY
+    assert half_written.exists(), "the first daemon may be in the middle of writing it"
+    with own_state_dir(tmp_path / "state"):
+        pass  # released
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_ray_starts_ends_the_start_cleanly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    before = signal.getsignal(number)
+    monkeypatch.setattr(supervisor.RedisServer, "start", lambda self: None)
+    monkeypatch.setattr(supervisor, "_start_ray", lambda config: signal.raise_signal(number))
+    monkeypatch.setattr(supervisor, "_Daemon", lambda *_: pytest.fail("must not be reached"))
+    assert supervisor.serve(config(tmp_path)) == 0
+    assert signal.getsignal(number) is before
+
+
+def test_the_reason_an_actor_did_not_start() -> None:
+    text = "The actor died\n  File x\nspecblock.daemon.errors.IncompatibleError: the drafter is for another target"
+    error = supervisor._start_error("engine", text)
+    assert str(error) == "the engine did not start: the drafter is for another target"
+    assert error.exit_code == ExitCode.INCOMPATIBLE
+    other = supervisor._start_error("engine", "RuntimeError: CUDA error: no device\n")
+    assert str(other) == "the engine did not start: RuntimeError: CUDA error: no device"
+    assert other.exit_code == ExitCode.DEPENDENCY
 
 
 @pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_auto_is_settled_once_before_anything_is_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fast: bool, dtype: torch.dtype
 ) -> None:
-    for name in ("target", "drafter"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
     measured: list[torch.device] = []
     received: list[DaemonConfig] = []
 
@@ -77,7 +145,7 @@ def test_auto_is_settled_once_before_anything_is_built(
     monkeypatch.setattr(supervisor.RedisServer, "start", lambda self: None)
     monkeypatch.setattr(supervisor, "_start_ray", received.append)
     monkeypatch.setattr(supervisor, "_Daemon", Recorded)
-    asked = config(tmp_path, tmp_path / "target", tmp_path / "drafter", free_port())
+    asked = config(tmp_path)
     assert asked.target.dtype == "auto"
     with caplog.at_level("INFO"):
         assert supervisor.serve(asked) == 0
@@ -99,11 +167,8 @@ def test_the_measurement_leaves_the_thread_count_alone() -> None:
 
 
 def test_port_in_use(tmp_path: Path) -> None:
-    for name in ("target", "drafter"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(DependencyError, match="cannot listen on"):
-            supervisor.serve(config(tmp_path, tmp_path / "target", tmp_path / "drafter", taken.getsockname()[1]))
+        line, code = refused(config(tmp_path, port=taken.getsockname()[1]))
+    assert "http.port" in line and "cannot be used" in line and code == ExitCode.DEPENDENCY

@@ -45,6 +45,12 @@ def gone(pid: int) -> bool:
         return True
 
 
+def test_a_folder_that_cannot_be_made(server: RedisServer, tmp_path: Path) -> None:
+    (tmp_path / "redis").write_text("")
+    with pytest.raises(DependencyError, match=r"no place for redis: .*: File exists"):
+        server.start()
+
+
 def test_start_serves_streams_and_stop_removes_the_socket(server: RedisServer) -> None:
     endpoint = server.start()
     assert server.start() is endpoint, "starting twice is harmless"
