@@ -21,6 +21,7 @@ from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.kinds import new_network
 from specblock.drafter.loss import LossReport, LossSettings, training_loss
+from specblock.drafter.muon import Muon
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.precision import fast_bfloat16
 from specblock.drafter.replay import acceptance_length, replay
@@ -93,7 +94,7 @@ class TrainRun:
             )
             self._optimizers.append((adam, settings.learning_rate))
         if matrices:
-            muon = torch.optim.Muon(matrices, lr=settings.matrix_rate, weight_decay=settings.weight_decay)
+            muon = Muon(matrices, lr=settings.matrix_rate, weight_decay=settings.weight_decay)
             self._optimizers.append((muon, settings.matrix_rate))
 
     def rate(self) -> float:
