@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from specblock.drafter.config import DrafterConfig, DraftSettings
 from specblock.drafter.draft import BlockDrafter
-from specblock.drafter.interface import NewPositions
 from specblock.drafter.expand import Leaves
+from specblock.drafter.interface import NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.loss import later_block_mask, train_blocks
 from specblock.drafter.model import SpecBlockModel, rank_class
