@@ -92,7 +92,9 @@ class EngineActor:
         planner = plan_for(config, target, drafter) if config.drafter.tree == "cost_chosen" else None
         engine = Engine(target, drafter, settings, time.perf_counter, feedback, version, planner)
         engine.speculation = config.engine.speculation
-        self._host = EngineHost(engine, self._windows, config.engine.stream_interval_s, config.engine.max_waiting)
+        # Requests pass through the waiting line on their way to a free slot; the gateway's 429 is the real limit.
+        places = config.engine.slots + config.engine.max_waiting
+        self._host = EngineHost(engine, self._windows, config.engine.stream_interval_s, places)
 
     def load_drafter(
         self, config: DaemonConfig, target: TargetModel, registry: DrafterRegistry, version: str

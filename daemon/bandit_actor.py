@@ -19,6 +19,7 @@ from specblock.bandit.service import BanditService
 from specblock.bandit.stream import RedisStream
 from specblock.daemon.actors import waiter
 from specblock.daemon.config import DaemonConfig
+from specblock.daemon.engine_client import one_line
 from specblock.daemon.ray_actions import RayActions
 
 log = logging.getLogger(__name__)
@@ -99,9 +100,12 @@ class BanditView:
             self._task.cancel()
 
     async def _follow(self, bandit: Any) -> None:
+        told = False
         while True:
             try:
-                self._latest = await bandit.status.remote()
+                self._latest, told = await bandit.status.remote(), False
             except RayActorError as error:
-                log.warning("the bandit is restarting: %s", error)
+                if not told:
+                    log.warning("the bandit is restarting: %s", one_line(error))
+                told = True
             await asyncio.sleep(_REFRESH_S)

@@ -191,7 +191,11 @@ class _Daemon:
             await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
             if starting.done():
                 await starting
-                await stopping
+                gone = asyncio.create_task(self._client.gone())
+                await asyncio.wait({stopping, gone}, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    raise DependencyError(f"the engine died and Ray has given up on it: {gone.result()}")
+                gone.cancel()
             else:
                 starting.cancel()
         except SpecblockError as error:

@@ -261,3 +261,39 @@ def test_absurd_costs_lead_to_skip_and_the_ledger_says_why(start: Callable[..., 
     daemon.until(learning_again, "learning after the death of redis-server", 60.0)
     assert "redis-server was gone" in daemon.tail()
     assert daemon.stop() == 0, daemon.tail()
+
+
+def test_a_killed_engine_continues_its_request_and_one_that_cannot_load_ends_the_daemon(
+    start: Callable[..., Daemon],
+) -> None:
+    # Tokens leave the engine once a second: the kill falls between two groups.
+    daemon = start("adaptation.enabled=false", "engine.stream_interval_s=1")
+    question = {"prompt": "import os", "max_tokens": 64, "temperature": 1, "seed": 5, "presence_penalty": 0.5}
+    undisturbed = daemon.http.post("/v1/completions", json=question).json()["choices"][0]["text"]
+
+    def kill_engine() -> None:
+        [engine] = [pid for pid, args in daemon.descendants().items() if "ray::Engine" in args]
+        os.kill(engine, signal.SIGKILL)
+
+    text, killed = "", False
+    with daemon.http.stream("POST", "/v1/completions", json={**question, "stream": True}, timeout=120) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                assert "error" not in event, f"{event} {daemon.tail()}"
+                text += event["choices"][0]["text"]
+                if text and not killed:
+                    kill_engine()
+                    killed = True
+    assert killed and text == undisturbed
+    assert "the engine is back after" in daemon.tail()
+    daemon.ready()
+
+    # The next engine finds no intact drafter: the daemon says why, once, and leaves nothing behind.
+    [weights] = (daemon.folder / "state" / "drafters").glob("v000000-base/model.safetensors")
+    weights.write_bytes(b"")
+    children = daemon.descendants()
+    kill_engine()
+    assert daemon.process.wait(timeout=60) == 3, daemon.tail()
+    assert [line for line in daemon.tail().splitlines() if "model.safetensors" in line], daemon.tail()
+    assert alive(children) == []
