@@ -81,6 +81,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         path = [str(part) for part in first["loc"] if part != "body"]
         if not path:
             return error_response(bad_request("the body must be a JSON object (Content-Type: application/json)"))
+        if path[0] == "prompt" and first["type"] != "missing":  # its four forms each complain in their own way
+            return error_response(bad_request("prompt must be text, token ids, or a list of one of them", "prompt"))
         message = f"{path[0]}: {first['msg']}" if first["type"] != "missing" else f"{path[0]} is required"
         return error_response(bad_request(message, path[0]))
 
@@ -148,7 +150,7 @@ def _add_information_routes(app: FastAPI, gateway: Gateway) -> None:
         gateway.require_model(name)
         return model_card()
 
-    @app.get("/health", response_model=None)
+    @app.api_route("/health", methods=["GET", "HEAD"], response_model=None)
     async def health() -> Response:
         """200 while requests are served; 503 with the phase while loading, draining or failed."""
         status = await gateway.status()
@@ -159,7 +161,7 @@ def _add_information_routes(app: FastAPI, gateway: Gateway) -> None:
             headers={} if ready else {"retry-after": str(RETRY_AFTER_S)},
         )
 
-    @app.get("/health/live")
+    @app.api_route("/health/live", methods=["GET", "HEAD"])
     async def live() -> dict[str, str]:
         """200 as long as the process answers."""
         return {"status": "ok"}

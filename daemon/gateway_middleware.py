@@ -30,7 +30,7 @@ class RequestGuard:
         api_key: Bearer token asked for on everything but /health*; None asks for none.
         max_body_bytes: longer bodies are answered with 413.
         new_id: makes a request id when the client sent none.
-        count: called with the status code of every answer.
+        count: called with the status code of every answer but those of /health*, which are no requests for work.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class RequestGuard:
         request_id = given if _REQUEST_ID.fullmatch(given) else self._new_id()
         scope.setdefault("state", {})["request_id"] = request_id
 
+        open_path = scope["path"] == "/health" or scope["path"].startswith("/health/")
         body = _LimitedBody(receive, self._max_body_bytes)
 
         async def tagged_send(message: Message) -> None:
@@ -65,18 +66,18 @@ class RequestGuard:
                 return  # FastAPI turns the failed read into a 400; the caller gets the 413 below
             if message["type"] == "http.response.start":
                 MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
-                self._count(message["status"])
+                if not open_path:
+                    self._count(message["status"])
             await send(message)
 
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._refusal(open_path, headers)
         if refusal is None:
             await self._app(scope, body.receive, tagged_send)
             refusal = body.refusal()
         if refusal is not None:
             await error_response(refusal)(scope, receive, tagged_send)
 
-    def _refusal(self, path: str, headers: Headers) -> ApiError | None:
-        open_path = path == "/health" or path.startswith("/health/")
+    def _refusal(self, open_path: bool, headers: Headers) -> ApiError | None:
         if self._key_digest is not None and not open_path and not self._key_matches(headers):
             return ApiError(401, "a valid API key is needed: Authorization: Bearer <key>")
         length = headers.get("content-length", "0")

@@ -16,6 +16,8 @@ from specblock.daemon.openai_schema import ChatBody, CompletionBody, GenerationB
 DOMAIN_HEADER = "x-specblock-domain"
 COLLECT_HEADER = "x-specblock-collect"
 _DOMAIN = re.compile(r"[A-Za-z0-9_.:/-]{1,64}")
+_TOKEN_ID = re.compile(r"[0-9]{1,18}")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _DEFAULT_MAX_TOKENS = 16
 _GREEDY_BELOW = 1e-5
 """Temperatures below this mean arg-max, as in vLLM: dividing by them only overflows."""
@@ -118,6 +120,7 @@ def completion_batch(
         ApiError: status 400, naming the field.
     """
     body.check()
+    _check_text([entry for entry in body.prompts if isinstance(entry, str)], "prompt")
     if not all(body.prompts or ("",)):
         raise bad_request("prompt must not be empty", "prompt")
     prompts = []
@@ -139,6 +142,7 @@ def chat_batch(
     body.check()
     if not codec.has_chat_template:
         raise bad_request("this model's tokenizer has no chat template; use /v1/completions", "messages")
+    _check_text([message.plain["content"] for message in body.messages], "messages")
     try:
         tokens = tuple(codec.encode_chat([message.plain for message in body.messages]))
     except ValueError as error:
@@ -152,6 +156,12 @@ def chat_batch(
 def fresh_seed(rng: random.Random) -> int:
     """A seed for a request that brought none: 63 random bits."""
     return rng.getrandbits(63)
+
+
+def _check_text(texts: Sequence[str], param: str) -> None:
+    """JSON can hold half of a surrogate pair, which is no character and breaks tokenizers."""
+    if any(_SURROGATE.search(text) for text in texts):
+        raise bad_request(f"{param} holds half of a surrogate pair, which is no character", param)
 
 
 def _checked(tokens: tuple[int, ...], limits: Limits, param: str) -> tuple[int, ...]:
@@ -245,7 +255,7 @@ def _sampling(body: GenerationBody, limits: Limits, seed: int, choice: int) -> S
 def _logit_bias(body: GenerationBody, limits: Limits) -> tuple[tuple[int, float], ...]:
     pairs = []
     for key, bias in (body.logit_bias or {}).items():
-        if not (key.isascii() and key.isdigit() and int(key) < limits.vocab_size):
+        if not (_TOKEN_ID.fullmatch(key) and int(key) < limits.vocab_size):
             raise bad_request(f"logit_bias keys must be token ids below {limits.vocab_size}", "logit_bias")
         if not -100 <= bias <= 100:
             raise bad_request("logit_bias values must be between -100 and 100", "logit_bias")

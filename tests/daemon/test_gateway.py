@@ -248,6 +248,8 @@ def test_chat_without_a_template() -> None:
         ({"prompt": None}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": "a\ud800b"}, "prompt"),
+        ({"prompt": ["a", "\udfff"]}, "prompt"),
         ({"prompt": [128]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"prompt": "x" * 64}, "prompt"),
@@ -269,6 +271,8 @@ def test_chat_without_a_template() -> None:
         ({"seed": 2**63}, "seed"),
         ({"seed": 1.5}, "seed"),
         ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": {"\u00b2": 1}}, "logit_bias"),
         ({"logit_bias": {"128": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"n": 0}, "n"),
@@ -297,7 +301,9 @@ def test_bad_requests_name_their_field(fields: dict[str, Any], param: str) -> No
 
     async def check(client: httpx.AsyncClient) -> None:
         for extra in ({}, {"stream": True}) if param != "stream_options" else ({},):
-            reply = await client.post("/v1/completions", json={"prompt": "hi", **extra, **fields})
+            # ASCII: httpx itself refuses to send half of a surrogate pair.
+            text = json.dumps({"prompt": "hi", **extra, **fields})
+            reply = await client.post("/v1/completions", content=text, headers={"content-type": "application/json"})
             assert reply.status_code == 400, reply.text
             error = reply.json()["error"]
             assert error["param"] == param, error
@@ -393,6 +399,8 @@ def test_not_ready(phase: str) -> None:
         health = await client.get("/health")
         assert (health.status_code, health.json()["phase"]) == (503, phase)
         assert health.headers["retry-after"] == "5"
+        assert (await client.head("/health")).status_code == 503
+        assert 'reason="unavailable"} 0.0' in (await client.get("/metrics")).text, "a probe is no request"
         assert (await client.get("/health/live")).status_code == 200
         reply = await client.post("/v1/completions", json={"prompt": "a"})
         assert (reply.status_code, reply.headers["retry-after"]) == (503, "5")

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from specblock.daemon.openai_request import TextCodec, TransformersCodec
+from specblock.daemon.api_error import ApiError
+from specblock.daemon.openai_request import Limits, TextCodec, TransformersCodec, completion_batch
+from specblock.daemon.openai_schema import CompletionBody
 
 TARGET = Path(__file__).parents[2] / "models" / "demo-target"
 TEMPLATE = (
@@ -34,6 +36,13 @@ def test_text_survives_the_round_trip(tokenizer: Any) -> None:
 def test_it_is_a_codec_and_the_tokenizer_alone_is_not(tokenizer: Any) -> None:
     assert isinstance(TransformersCodec(tokenizer), TextCodec)
     assert not isinstance(tokenizer, TextCodec)
+
+
+@pytest.mark.parametrize("prompt", ["a\ud800b", ["ok", "\udfff"]])
+def test_half_a_surrogate_pair_is_a_bad_request(tokenizer: Any, prompt: Any) -> None:
+    limits = Limits(max_context_tokens=64, max_output_tokens=8, vocab_size=4096)
+    with pytest.raises(ApiError, match="surrogate"):
+        completion_batch(CompletionBody(prompt=prompt), {}, "r", TransformersCodec(tokenizer), limits, 1)
 
 
 def test_chat_templates(tokenizer: Any) -> None:
