@@ -33,6 +33,9 @@ from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
 
 
+_TRAINER_NICENESS = 10  # on shared cores serving goes before learning
+
+
 def waiter() -> Callable[[float], object]:
     """A pause that needs no sleep loop: an event that is never set."""
     return threading.Event().wait
@@ -163,6 +166,7 @@ class TrainerActor:
     """Online updates, replay and the registry of versions."""
 
     def __init__(self, config: DaemonConfig) -> None:
+        os.nice(_TRAINER_NICENESS)
         torch.set_num_threads(config.trainer.threads)
         # On the CPU: only the embedding is kept, Trainer loads drafters there, and Ray hides the engine's GPU.
         target = load_target(config.target.source, dtype_of(config), "cpu", config.target.revision)
