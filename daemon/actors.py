@@ -32,7 +32,6 @@ from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
 
-
 _TRAINER_NICENESS = 10  # on shared cores serving goes before learning
 
 

