@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -25,6 +26,13 @@ from specblock.daemon.ray_actions import RayActions
 log = logging.getLogger(__name__)
 
 _REFRESH_S = 0.5
+_TELL_EVERY_S = 60.0
+_ERRORS = {
+    "snapshot_errors": "its state cannot be written, is the disk of state_dir full?",
+    "step_errors": "a step failed",
+    "action_errors": "an update failed",
+    "stream_errors": "Redis did not answer",
+}
 
 
 class BanditActor:
@@ -79,6 +87,25 @@ class BanditActor:
         self._thread.join(timeout=deadline_s)
 
 
+class ErrorWatch:
+    """Turns the bandit's error counters into lines for the daemon's log; its own log is with Ray's."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seen: dict[str, tuple[int, float]] = {}
+
+    def new_errors(self, counters: Mapping[str, int]) -> list[str]:
+        """One line per counter that grew, at most once a minute."""
+        lines = []
+        for name, what in _ERRORS.items():
+            count, told_s = counters.get(name, 0), self._clock()
+            seen, last_s = self._seen.get(name, (0, -math.inf))
+            if count > seen and told_s - last_s >= _TELL_EVERY_S:
+                lines.append(f"adaptation: {what} ({count} times so far); the bandit's log in Ray's directory says why")
+                self._seen[name] = count, told_s
+        return lines
+
+
 class BanditView:
     """The latest status of the bandit actor, refreshed in the background so that no request waits for it."""
 
@@ -101,9 +128,12 @@ class BanditView:
 
     async def _follow(self, bandit: Any) -> None:
         told = False
+        watch = ErrorWatch(time.monotonic)
         while True:
             try:
                 self._latest, told = await bandit.status.remote(), False
+                for line in watch.new_errors(self._latest.get("counters", {})):
+                    log.error("%s", line)
             except RayActorError as error:
                 if not told:
                     log.warning("the bandit is restarting: %s", one_line(error))

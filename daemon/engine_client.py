@@ -148,6 +148,15 @@ class RayEngineClient:
         """The latest snapshot, at most a second old."""
         return self._status
 
+    def abandon(self, reason: str) -> None:
+        """Ends every request with an error; later ones end at once."""
+        if self._gone is None or self._gone.done():
+            return
+        self._gone.set_result(reason)
+        self._up.set()
+        for queue in self._queues.values():
+            queue.put_nowait(None)
+
     async def close(self) -> None:
         """Stops following the engine."""
         tasks = list(self._tasks)
@@ -184,7 +193,7 @@ class RayEngineClient:
         except TimeoutError:
             raise DependencyError(f"the engine is not back after {self._restart_deadline_s:g} s") from None
         if self._gone is not None and self._gone.done():
-            raise DependencyError(f"the engine is gone: {self._gone.result()}")
+            raise DependencyError(self._gone.result())
 
     async def _pump(self) -> None:
         while True:
@@ -238,9 +247,8 @@ class RayEngineClient:
             try:
                 await self._engine.pid.remote()
             except ActorDiedError as error:  # not "unavailable": Ray has given up on it
-                assert self._gone is not None
-                self._gone.set_result(one_line(error))
                 self.report("failed", "the engine is gone")
+                self.abandon(f"the engine is gone: {one_line(error)}")
                 break
             except RayActorError:
                 await asyncio.sleep(self._poll_s / 4)

@@ -60,7 +60,9 @@ def serve(config: DaemonConfig, engine_type: type[EngineActor] = EngineActor) ->
         try:
             serving = DrafterRegistry(state_dir).import_base(Path(config.drafter.path))
         except OSError as error:  # a full disk, for example
-            raise ConfigError(f"state_dir: {error.filename or state_dir}: {error.strerror or error}") from None
+            raise ConfigError(
+                f"state_dir: {error.filename2 or error.filename or state_dir}: {error.strerror or error}"
+            ) from None
         log.info(
             "drafter version %s, %s on %s (target.dtype: %s)", serving, config.target.dtype, config.target.device, asked
         )
@@ -173,11 +175,13 @@ class _Daemon:
         self._client = RayEngineClient()
         self._bandit = BanditView()
         self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        """A second signal: running requests get no more time."""
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._take_signal)
         server = self._http_server()
         serving = asyncio.create_task(server.serve())
         actors: list[Any] = []
@@ -194,7 +198,7 @@ class _Daemon:
                 gone = asyncio.create_task(self._client.gone())
                 await asyncio.wait({stopping, gone}, return_when=asyncio.FIRST_COMPLETED)
                 if gone.done():
-                    raise DependencyError(f"the engine died and Ray has given up on it: {gone.result()}")
+                    raise DependencyError(f"Ray has given up on restarting: {gone.result()}")
                 gone.cancel()
             else:
                 starting.cancel()
@@ -205,6 +209,11 @@ class _Daemon:
         watching.cancel()
         watcher.shutdown()
         return code
+
+    def _take_signal(self) -> None:
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
 
     async def _watch_redis(self, watcher: ThreadPoolExecutor) -> None:
         """Without Redis the daemon serves on but learns nothing, which nobody would notice for months."""
@@ -278,8 +287,11 @@ class _Daemon:
     async def _shut_down(self, server: uvicorn.Server, serving: asyncio.Task[None], actors: list[Any]) -> None:
         self._client.report("draining", "no new requests")
         deadline = time.monotonic() + self._config.http.drain_deadline_s
-        while self._client.queue_depth and time.monotonic() < deadline:
+        while self._client.queue_depth and time.monotonic() < deadline and not self._hurry.is_set():
             await asyncio.sleep(0.05)
+        if left := self._client.queue_depth:
+            log.warning("%d requests are cut off", left)
+        self._client.abandon("the daemon is stopping")
         server.should_exit = True
         await asyncio.wait({serving}, timeout=5)
         self._bandit.detach()

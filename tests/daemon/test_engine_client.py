@@ -11,6 +11,7 @@ import pytest
 from ray.exceptions import ActorDiedError, ActorUnavailableError
 
 from specblock.cuda_ext.sampling import SamplingParams
+from specblock.daemon.bandit_actor import ErrorWatch
 from specblock.daemon.engine_client import RayEngineClient, Transcript
 from specblock.daemon.errors import DependencyError
 from specblock.daemon.messages import EngineStatus, GenerationRequest, TokenChunk
@@ -252,3 +253,29 @@ def test_a_transcript_leaves_out_what_is_known_whatever_the_borders() -> None:
     with pytest.raises(DependencyError):
         transcript.restart()
         transcript.fresh(TokenChunk(request_id="r", tokens=(1,), text="x"))
+
+
+def test_a_daemon_that_stops_ends_its_requests_with_an_error() -> None:
+    async def check(client: RayEngineClient, handle: Handle) -> None:
+        reading = asyncio.create_task(read(client, []))
+        await until(lambda: "r" in handle.jobs)
+        client.abandon("the daemon is stopping")
+        with pytest.raises(DependencyError, match="the daemon is stopping"):
+            await reading
+        assert handle.submitted == ["r"] and client.queue_depth == 0
+        client.abandon("twice is harmless")
+
+    with_client(check)
+
+
+def test_the_bandits_errors_reach_the_log_once_a_minute() -> None:
+    now = [0.0]
+    watch = ErrorWatch(lambda: now[0])
+    assert watch.new_errors({}) == watch.new_errors({"snapshot_errors": 0}) == []
+    (line,) = watch.new_errors({"snapshot_errors": 3})
+    assert "disk of state_dir full" in line and "3 times" in line
+    assert watch.new_errors({"snapshot_errors": 9}) == []
+    now[0] = 61.0
+    assert len(watch.new_errors({"snapshot_errors": 9, "step_errors": 1})) == 2
+    now[0] = 200.0
+    assert watch.new_errors({"snapshot_errors": 9, "step_errors": 1}) == []
