@@ -17,10 +17,12 @@ from specblock.bandit.config import (
     HorizonConfig,
     ParityConfig,
     PolicyConfig,
+    default_arms,
 )
 from specblock.daemon.config_types import Count, Fraction, Seconds, Section, Strings
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
+_PRIOR: dict[str, Any] = {field.name: field.default for field in fields(Arm)}
 _NAMED_ABOVE = {"arms": "adaptation.arms", "budget_device_s_per_hour": "adaptation.budget_device_s_per_hour"}
 
 
@@ -39,11 +41,11 @@ class ArmConfig(Section):
     """Peak step size of Muon, which then moves the hidden matrices; 0: AdamW moves them too."""
     cooldown_s: float | None = Field(default=None, ge=0)
     """Seconds without updates after one of this arm; null takes adaptation.cooldown_s."""
-    prior_s_per_position: float = Field(default=1e-4, gt=0)
+    prior_s_per_position: float = Field(default=_PRIOR["prior_s_per_position"], gt=0)
     """First guess of device-seconds per training position; replaced by what is measured."""
-    prior_gain_sd: float = Field(default=0.02, gt=0)
+    prior_gain_sd: float = Field(default=_PRIOR["prior_gain_sd"], gt=0)
     """First guess of how much the relative saving of an update varies."""
-    drop_recovery: Fraction = 0.4
+    drop_recovery: Fraction = _PRIOR["drop_recovery"]
     """First guess of the share of a drop in acceptance that the update wins back."""
 
     def arm(self, cooldown_s: float, positions_per_step: int) -> Arm:
@@ -66,19 +68,13 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-DEFAULT_ARMS = (
-    ArmConfig(name="head", patterns=("*head*", "norm.*"), steps=20, learning_rate=2e-3),
-    ArmConfig(
-        name="full",
-        patterns=("*",),
-        steps=40,
-        learning_rate=8e-4,
-        matrix_rate=0.02,
-        prior_s_per_position=4e-4,
-        prior_gain_sd=0.03,
-        drop_recovery=0.6,
-    ),
-)
+def _default(arm: Arm) -> ArmConfig:
+    """A default arm as the operator would write it; its cool-down is the section's."""
+    written = set(ArmConfig.model_fields) - {"cooldown_s"}
+    return ArmConfig(**{name: getattr(arm, name) for name in written})
+
+
+DEFAULT_ARMS = tuple(_default(arm) for arm in default_arms() if arm.steps > 0)
 
 
 class AdaptationConfig(Section):

@@ -1,0 +1,77 @@
+"""The arms: ways to update the drafter, as data. The only place where the default ones stand."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from specblock.bandit.config_checks import at_least, not_negative, positive, require
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One way to update the drafter; ``steps == 0`` is the arm that does nothing.
+
+    Gains are relative savings of device-seconds per committed token: ``1 - s_new / s_old``.
+    The expected gain of a domain whose acceptance fell by ``drop`` is ``prior_gain_mean + drop_recovery * drop``.
+    """
+
+    name: str
+    patterns: tuple[str, ...] = ()
+    """Parameter names to train, shell-style wildcards."""
+    steps: int = 0
+    learning_rate: float = 0.0
+    matrix_rate: float = 0.0
+    """Rate of the hidden matrices under orthogonalised momentum (Muon); 0: they take ``learning_rate`` as the rest."""
+    positions_per_step: int = 2048
+    """Training positions one step is expected to process; replaced by what is measured."""
+    prior_s_per_position: float = 1e-4
+    """Device-seconds one training position is expected to cost; replaced by what is measured."""
+    prior_gain_mean: float = 0.0
+    prior_gain_sd: float = 0.02
+    drop_recovery: float = 0.4
+    """Share of an observed drop of acceptance that the arm is expected to win back."""
+    drop_recovery_sd: float = 0.15
+    probe_gain_share: float = 0.5
+    """Share of the final gain that is expected to be visible after the micro-profile."""
+    cooldown_s: float = 60.0
+    """No further update starts for this long after one of this arm ended."""
+
+    def __post_init__(self) -> None:
+        path = f"policy.arms[{self.name}]"
+        require(bool(self.name), "policy.arms.name", "a non-empty name", self.name)
+        at_least(path, 0, steps=self.steps)
+        not_negative(
+            path, cooldown_s=self.cooldown_s, drop_recovery_sd=self.drop_recovery_sd, matrix_rate=self.matrix_rate
+        )
+        require(math.isfinite(self.prior_gain_mean), f"{path}.prior_gain_mean", "finite", self.prior_gain_mean)
+        if self.steps == 0:
+            return
+        require(bool(self.patterns), f"{path}.patterns", "a list of at least one parameter pattern", self.patterns)
+        positive(
+            path,
+            learning_rate=self.learning_rate,
+            positions_per_step=self.positions_per_step,
+            prior_s_per_position=self.prior_s_per_position,
+            prior_gain_sd=self.prior_gain_sd,
+        )
+        require(0 <= self.drop_recovery <= 1, f"{path}.drop_recovery", "between 0 and 1", self.drop_recovery)
+        require(0 < self.probe_gain_share <= 1, f"{path}.probe_gain_share", "in (0, 1]", self.probe_gain_share)
+
+
+def default_arms() -> tuple[Arm, ...]:
+    """Skip, retrain the draft head, retrain the whole drafter: the arms of the paper."""
+    return (
+        Arm(name="skip"),
+        Arm(name="head", patterns=("*head*", "norm.*"), steps=20, learning_rate=2e-3),
+        Arm(
+            name="full",
+            patterns=("*",),
+            steps=40,
+            learning_rate=8e-4,
+            matrix_rate=0.02,
+            prior_s_per_position=4e-4,
+            prior_gain_sd=0.03,
+            drop_recovery=0.6,
+        ),
+    )
