@@ -14,6 +14,8 @@ _MASK32 = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 _ROUNDS = 10
+_PASS_VALUES = 1 << 22
+"""Noise values computed at a time: a pass works on about ten 64-bit integers per value, 300 MiB at most."""
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -102,10 +104,13 @@ class NoiseWindow:
             for position in range(max(start, self._next[slot]), start + self._width):
                 wanted.append((slot, position, seed, choice))
             self._next[slot] = max(self._next[slot], start + self._width)
-        if wanted:
-            columns = torch.tensor(wanted, dtype=torch.int64, device=self._rows.device).unbind(1)
-            slot_N, position_N, seed_N, choice_N = columns
-            self._rows[slot_N, position_N % self._width] = gumbel(seed_N, choice_N, position_N, self._rows.shape[2])
+        if not wanted:
+            return
+        vocab_size = self._rows.shape[2]
+        # Requests that start together want whole windows at once; their scratch memory must not grow with the batch.
+        for part in torch.tensor(wanted, device=self._rows.device).split(max(1, _PASS_VALUES // vocab_size)):
+            slot_N, position_N, seed_N, choice_N = part.unbind(1)
+            self._rows[slot_N, position_N % self._width] = gumbel(seed_N, choice_N, position_N, vocab_size)
 
     def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
         """float64 [..., V]: noise rows for ``slots`` and ``positions`` (int64, broadcastable)."""

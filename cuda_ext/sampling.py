@@ -51,7 +51,8 @@ class SamplingParams:
         checks: Mapping[str, bool] = {
             "temperature: must be a finite number >= 0": math.isfinite(self.temperature) and self.temperature >= 0,
             "top_p: must be in (0, 1]": 0 < self.top_p <= 1,
-            "top_k: must be an integer >= 0 (0 keeps every token)": self.top_k >= 0,
+            # Both travel as int64: a larger one would fail inside a batch, and the batch with it.
+            "top_k: must be an integer from 0 (keeps every token) to 2**63 - 1": 0 <= self.top_k < 2**63,
             "min_p: must be in [0, 1]": 0 <= self.min_p <= 1,
             "repetition_penalty: must be a finite number > 0": math.isfinite(self.repetition_penalty)
             and self.repetition_penalty > 0,
@@ -60,7 +61,7 @@ class SamplingParams:
             "logit_bias: token ids must be >= 0 and biases finite": all(
                 token >= 0 and math.isfinite(bias) for token, bias in self.logit_bias
             ),
-            "seed: must fit in 64 bits": -(2**63) <= self.seed < 2**63,
+            "seed: must be an integer from -2**63 to 2**63 - 1": -(2**63) <= self.seed < 2**63,
             "choice: must be in [0, 2**32)": 0 <= self.choice < 2**32,
         }
         for message, holds in checks.items():

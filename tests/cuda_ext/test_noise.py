@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from specblock.cuda_ext import noise as module
 from specblock.cuda_ext.noise import NoiseWindow, gumbel, philox4x32
 
 # Known answers published with Random123 (philox4x32-10).
@@ -92,3 +93,20 @@ def test_noise_window_reset_forgets_the_old_request():
     window.advance([1], [2], [6], [0])
     expected = gumbel(torch.tensor([6]), torch.tensor([0]), torch.tensor([4]), 8)[0]
     assert torch.equal(window.rows(torch.tensor(1), torch.tensor(4)), expected)
+
+
+def test_noise_of_many_new_requests_is_computed_in_bounded_passes(monkeypatch):
+    whole, parts = NoiseWindow(6, 5, 16), NoiseWindow(6, 5, 16)
+    wanted = list(range(6)), [10 * s for s in range(6)], [s - 3 for s in range(6)], [s % 2 for s in range(6)]
+    whole.advance(*wanted)
+    passes: list[int] = []
+
+    def counted(seed, choice, position, vocab_size):
+        passes.append(len(seed) * vocab_size)
+        return gumbel(seed, choice, position, vocab_size)
+
+    monkeypatch.setattr(module, "gumbel", counted)
+    monkeypatch.setattr(module, "_PASS_VALUES", 70)
+    parts.advance(*wanted)
+    assert max(passes) <= 70 and sum(passes) == 6 * 5 * 16
+    assert torch.equal(parts._rows, whole._rows)

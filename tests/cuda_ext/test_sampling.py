@@ -127,6 +127,7 @@ def test_something_is_always_kept(top_p, min_p, top_k, temperature, seed):
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_k", -1),
+        ("top_k", 2**63),
         ("min_p", 1.5),
         ("repetition_penalty", 0.0),
         ("presence_penalty", 2.5),
@@ -134,12 +135,21 @@ def test_something_is_always_kept(top_p, min_p, top_k, temperature, seed):
         ("logit_bias", ((-1, 1.0),)),
         ("logit_bias", ((1, math.nan),)),
         ("seed", 2**63),
+        ("seed", -(2**63) - 1),
         ("choice", -1),
+        ("choice", 2**32),
     ],
 )
 def test_bad_values_are_named(name, value):
     with pytest.raises(ValueError, match=f"^{name}:"):
         SamplingParams(**{name: value})
+
+
+def test_the_largest_values_allowed_fit_a_batch():
+    params = SamplingParams(top_k=2**63 - 1, seed=-(2**63), choice=2**32 - 1, temperature=1e-5)
+    batch = SamplingBatch.of([params, SamplingParams(seed=2**63 - 1)])
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(processed_log_probs(logits, batch).exp().sum(-1), torch.ones(2, dtype=torch.float64))
 
 
 def test_needs_history():
