@@ -250,13 +250,18 @@ class Engine:
         return self._noise
 
     def _catch_up(self, state: RequestState) -> None:
-        """Absorbs what was left pending while the request did not speculate, in chunks; the last ones stay pending."""
+        """Absorbs what was left pending while the request did not speculate, in chunks; one position stays pending.
+
+        What a single cycle can leave is drafted from at once. More would make every request of the batch as wide.
+        """
         assert self.drafter is not None
         pending = sum(p.shape[0] for p in state.pending)
-        while pending > _CATCH_UP_POSITIONS:
-            new = self._new_positions([state], keep=pending - _CATCH_UP_POSITIONS)
-            self.drafter.refresh(self._draft_cache, [state.slot], new)
-            pending -= _CATCH_UP_POSITIONS
+        if pending <= self.drafter.max_depth + 1:
+            return
+        while pending > 1:
+            taken = min(_CATCH_UP_POSITIONS, pending - 1)
+            self.drafter.refresh(self._draft_cache, [state.slot], self._new_positions([state], keep=pending - taken))
+            pending -= taken
 
     def _new_positions(self, states: list[RequestState], keep: int) -> NewPositions:
         """Takes pending features with the token after each; ``keep`` of the newest stay pending."""
@@ -381,7 +386,10 @@ class Engine:
         if self._pending_swap is None:
             return
         apply, self._pending_swap = self._pending_swap, None
+        before = self.drafter_version
         rows_stay_valid = apply()
+        if rows_stay_valid and self.drafter_version == before:
+            return  # the weights were refused; what serves is what served
         if self.planner is not None:
             self.planner.drafter_changed()
         for state in self.running:

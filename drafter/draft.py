@@ -102,7 +102,8 @@ class BlockDrafter:
         rotary_base = torch.tensor([cache.rotary[s] for s in slots], device=new.tokens.device)
         num_positions, width = new.tokens.shape[1], self.model.config.num_slots
         order_P = torch.arange(num_positions, device=base.device)
-        end = (max(cache.rows[s] for s in slots) + num_positions) * width
+        # Padding may reach further than this, even out of the storage: nothing looks at it.
+        end = max(1, *(cache.rows[s] + count for s, count in zip(slots, new.counts, strict=True))) * width
         row = base[:, None] * width + torch.arange(num_positions * width, device=base.device)
         in_order = cache.in_order(slots)
         mask_BTS = torch.arange(end, device=base.device) <= row[:, :, None]  # causal over rows (method reference 1.6)

@@ -33,7 +33,7 @@ class DrafterCache:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        rows = capacity_positions * config.num_slots + scratch_rows
+        rows = capacity_positions * config.num_slots + scratch_rows + 1  # the last one takes padding
         shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, rows, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -79,13 +79,15 @@ class DrafterCache:
             start: int64 [B], first row to write.
             keys: [B, kv_heads, T, D], already rotated.
             values: [B, kv_heads, T, D].
-            end: number of rows to return, at least ``max(start) + T``.
+            end: number of rows to return, at least as many as hold anything real. Rows that do not fit the storage
+                are padding of a batch in which another request has more new positions; they are dropped.
 
         Returns:
             Keys and values [B, kv_heads, end, D].
         """
-        assert end <= self.keys.shape[3], "drafter cache overflow: the scheduler must check capacity first"
-        rows = start[:, None] + torch.arange(keys.shape[2], device=keys.device)
+        last = self.keys.shape[3] - 1
+        assert end <= last, "drafter cache overflow: the scheduler must check capacity first"
+        rows = (start[:, None] + torch.arange(keys.shape[2], device=keys.device)).clamp(max=last)
         layer_keys, layer_values = self.keys[layer], self.values[layer]
         layer_keys[slots[:, None], :, rows] = keys.transpose(1, 2)
         layer_values[slots[:, None], :, rows] = values.transpose(1, 2)

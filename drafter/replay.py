@@ -137,7 +137,8 @@ class _Lockstep(Generic[CacheT]):
         if plan is not None and plan.node_budget == 0:
             return dict.fromkeys(rows, 0)
         device, depth = self._drafter.device, self._drafter.max_depth
-        self._catch_up(rows)
+        # As the engine does: only after a pause is there more to absorb than drafting itself does.
+        self._catch_up([b for b in rows if self._root[b] - self._cache.positions[b] > depth + 1])
         if self._noise is not None:
             sampled = [b for b in rows if self._windows[b].sampling.temperature > 0]
             self._noise.advance(

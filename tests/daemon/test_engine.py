@@ -201,10 +201,58 @@ def test_a_wrong_acceptance_rule_is_caught(monkeypatch: pytest.MonkeyPatch) -> N
     assert drafted != plain
 
 
-@pytest.mark.parametrize("shared_noise", [True, False])
-def test_replay_of_the_serving_version_equals_live_cycle_by_cycle(shared_noise: bool) -> None:
+class Pauses:
+    """A planner of fixed sizes in which one request drafts always and the others only after a while."""
+
+    def __init__(self, until: int) -> None:
+        self.until, self.cycles = until, 0
+
+    def begin(self, participants, new_positions):  # type: ignore[no-untyped-def]
+        self.cycles += 1
+        return tuple(p.request_id == "always" or self.cycles > self.until for p in participants)
+
+    def leaves(self, block: int, score: torch.Tensor) -> int:
+        return 4
+
+    def nodes(self, score: torch.Tensor) -> int:
+        return 12
+
+    def record(self, result: object) -> None:
+        """Learns nothing."""
+
+    def speculates(self, domain: str) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("kind", ["specblock", "eagle3", "parallel", "lookup"])
+def test_a_request_catches_up_beside_one_whose_slot_is_nearly_full(kind: str) -> None:
     target = target_of("llama", torch.float64)
-    drafter = drafter_of(target, shared_noise=shared_noise)
+    drafter: AnyDrafter = LookupDrafter(DraftSettings(blocks=1, node_budget=12), target.device, target.dtype)
+    if kind != "lookup":
+        drafter = drafter_of(target, kind, blocks=2, leaf_cap=4)
+    requests = [
+        GenerationRequest(
+            request_id=name,
+            prompt_tokens=tuple(range(2, 2 + prompt)),
+            sampling=SamplingParams(temperature=1.0, seed=prompt),
+            max_tokens=160 - prompt,
+            ignore_eos=True,
+        )
+        for name, prompt in (("always", 60), ("later", 3))
+    ]
+    plain, _ = run(target, None, requests, slots=1)
+    for until in (5, 40, 60):
+        drafted, keep = run(target, drafter, requests, 2, Pauses(until))  # type: ignore[arg-type]
+        assert drafted == plain
+        windows = list(keep.windows.values())
+        for window, replayed in zip(windows, replay(drafter, windows, recorded=True), strict=True):
+            assert replayed.accepted == window.accepted, window.conversation_id
+
+
+@pytest.mark.parametrize("settings", [{}, {"shared_noise": False}, {"published_refresh": True}])
+def test_replay_of_the_serving_version_equals_live_cycle_by_cycle(settings: dict[str, object]) -> None:
+    target = target_of("llama", torch.float64)
+    drafter = drafter_of(target, **settings)
     _, keep = run(target, drafter, random_requests(24, seed=8), slots=5)
     windows = list(keep.windows.values())
     assert sum(len(w.accepted) for w in windows) > 50
@@ -284,3 +332,24 @@ def test_swap_happens_between_cycles_and_flags_running_requests() -> None:
     assert engine.running[0].versions == ["v0"]
     engine.step()
     assert engine.running[0].versions == ["v0", "v1"] and engine.running[0].flagged
+
+
+def test_a_refused_swap_changes_nothing() -> None:
+    target = target_of("llama", torch.float64)
+    drafter, keep = drafter_of(target), Keep()
+    planner = planner_of(drafter)
+    settings = EngineSettings(slots=1, capacity_tokens=60)
+    engine = Engine(target, drafter, settings, lambda c=itertools.count(): float(next(c)), keep, "v0", planner)
+    request = GenerationRequest(
+        request_id="r", prompt_tokens=(2, 3, 4), sampling=SamplingParams(seed=1), max_tokens=40, ignore_eos=True
+    )
+    engine.submit(request)
+    for _ in range(4):
+        engine.step()
+    seen = planner.survival.snapshot()
+    engine.swap_between_cycles(lambda: True)
+    engine._apply_swap()
+    assert planner.survival.snapshot() == seen
+    while not engine.idle:
+        engine.step()
+    assert keep.windows["r"].drafter_version == "v0"
