@@ -236,9 +236,10 @@ class EngineHost:
         model = self.engine.drafter.model if self.engine.drafter is not None else None
         if not isinstance(model, DraftNetwork):
             raise ValueError("this engine has no drafter weights to swap")
-        own = model.state_dict()
+        # Weights come from the trainer's device, and comparing needs both on one.
         valid = all(
-            name.startswith(_ABOVE_BACKBONE) or torch.equal(own[name], weights.get(name, own[name])) for name in own
+            name.startswith(_ABOVE_BACKBONE) or torch.equal(own, weights.get(name, own).to(own.device))
+            for name, own in model.state_dict().items()
         )
         load_weights(model, weights, version)
         self.engine.drafter_version = version

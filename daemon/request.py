@@ -102,7 +102,10 @@ class RequestState:
             self._top_log_probs.append(top.log_probs[row, :count].to(torch.float16))
 
     def window(self, now_s: float, heldout: bool, max_tokens: int) -> Window | None:
-        """The training window of the finished request, or None if there is nothing to learn from."""
+        """The training window of the finished request, or None if there is nothing to learn from.
+
+        Its tensors are on the host: windows outlive requests, and the trainer's process may not see the device.
+        """
         if not self.request.collect or not self._top_ids:
             return None
         prompt = len(self.request.prompt_tokens)
@@ -117,9 +120,9 @@ class RequestState:
             heldout=heldout,
             tokens=torch.tensor(self.tokens[:size], dtype=torch.int32),
             prompt_tokens=prompt,
-            features=torch.cat(self._features)[: size - 1].clone(),
-            top_ids=torch.cat(self._top_ids)[: size - prompt].clone(),
-            top_log_probs=torch.cat(self._top_log_probs)[: size - prompt].clone(),
+            features=torch.cat(self._features)[: size - 1].to("cpu", copy=True),
+            top_ids=torch.cat(self._top_ids)[: size - prompt].to("cpu", copy=True),
+            top_log_probs=torch.cat(self._top_log_probs)[: size - prompt].to("cpu", copy=True),
             sampling=self.request.sampling,
             accepted=tuple(self.accepted) if size == len(self.tokens) else (),
             plans=tuple(self.plans) if size == len(self.tokens) else (),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -112,10 +112,12 @@ class Trainer:
     def compare(self, old: str, new: str, windows: Sequence[Window], cycle_s: float) -> CompareReport:
         """Replays both versions on the same windows, with the tree sizes that live cycles used most.
 
+        Windows that ``new`` served repeat their own sizes, since its cycles are then compared with the live ones.
         Cycle time is the same: neither the architecture nor the sizes change.
         """
         begin = time.perf_counter()
         limits = usual_limits(windows)
+        sized = [w if w.drafter_version == new else replace(w, plans=()) for w in windows]
         rows = tuple(
             PairedReplay(
                 conversation_id=w.conversation_id,
@@ -128,7 +130,10 @@ class Trainer:
                 live_cycles=len(w.accepted),
             )
             for w, a, b in zip(
-                windows, self._replay(old, windows, limits), self._replay(new, windows, limits), strict=True
+                windows,
+                self._replay(old, sized, limits, recorded=True),
+                self._replay(new, sized, limits, recorded=True),
+                strict=True,
             )
         )
         return CompareReport(rows=rows, cycle_s_old=cycle_s, cycle_s_new=cycle_s, device_s=time.perf_counter() - begin)

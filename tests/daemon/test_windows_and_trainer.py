@@ -128,6 +128,23 @@ def test_parity_of_a_version_with_itself_has_no_difference(trainer: Trainer) -> 
     assert trainer.parity("another", live).rows == ()
 
 
+def test_windows_that_the_new_version_served_are_compared_at_their_live_sizes(trainer: Trainer) -> None:
+    from dataclasses import replace
+
+    from specblock.drafter.replay import replay
+
+    base = trainer.registry.serving()
+    assert base is not None
+    sizes = [(0,), (0,), (1,), *[(24, 8)] * 20]
+    drawn = [replace(random_window(i, generated=40), plans=tuple(sizes[i:])) for i in range(4)]
+    cycles = replay(trainer_drafter(trainer, base), drawn, recorded=True)
+    live = [replace(w, drafter_version=base, accepted=r.accepted) for w, r in zip(drawn, cycles, strict=True)]
+    rows = trainer.compare(base, base, live, 0.01).rows
+    assert all(r.cycles_new == r.live_cycles for r in rows)
+    other = trainer.compare(base, base, [replace(w, drafter_version="older") for w in live], 0.01).rows
+    assert [r.cycles_new for r in other] != [r.cycles_new for r in rows], "elsewhere the usual sizes count"
+
+
 def trainer_drafter(trainer: Trainer, version: str):  # type: ignore[no-untyped-def]
     from specblock.drafter.draft import BlockDrafter
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from specblock.cuda_ext.noise import gumbel
+from specblock.daemon.engine import Engine, EngineSettings
+from specblock.daemon.engine_host import EngineHost
+from specblock.daemon.windows import WindowLimits, WindowStore
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.replay import replay
 from specblock.drafter.train import TrainRun, TrainSettings
@@ -52,6 +55,21 @@ def test_replay_equals_live(device: str) -> None:
     windows = [w for w in keep.windows.values() if w.num_generated > 0]
     for window, found in zip(windows, replay(drafter, windows), strict=True):
         assert found.accepted == window.accepted
+        assert window.features.device.type == window.top_ids.device.type == "cpu", "windows travel to the trainer"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_from_the_host_are_swapped_in(device: str) -> None:
+    target, drafter = pair(device, torch.float32)
+    engine = Engine(target, drafter, EngineSettings(slots=1, capacity_tokens=20), lambda: 0.0, drafter_version="a")
+    host = EngineHost(engine, WindowStore(WindowLimits(budget_bytes=10**6), lambda: 0.0), 0.0, 4)
+    weights = {name: value.cpu().clone() for name, value in drafter.model.state_dict().items()}
+    try:
+        assert host.swap("b", weights, timeout_s=20.0).rows_stay_valid
+        weights["layers.0.mlp.up_proj.weight"] = weights["layers.0.mlp.up_proj.weight"] * 1.5
+        assert not host.swap("c", weights, timeout_s=20.0).rows_stay_valid
+    finally:
+        host.close()
 
 
 @pytest.mark.parametrize("device", DEVICES)
