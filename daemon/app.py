@@ -52,6 +52,11 @@ def command(function: Callable[P, int]) -> Callable[P, None]:
         except SpecblockError as error:
             typer.echo(str(error), err=True)
             code = int(error.exit_code)
+        except BrokenPipeError:
+            raise  # the reader left; click ends quietly
+        except OSError as error:
+            typer.echo(f"{error.filename}: {error.strerror}" if error.filename else str(error), err=True)
+            code = int(ExitCode.DEPENDENCY)
         raise typer.Exit(code)
 
     run.__annotations__["return"] = None

@@ -74,8 +74,9 @@ def load_target(model: str, dtype: torch.dtype, device: str, revision: str | Non
         if revision is not None and not Path(model).is_dir():
             model = snapshot_download(model, revision=revision)
         return TargetModel.load(model, dtype=dtype, device=device)
-    except ValueError as error:
-        raise IncompatibleError(str(error)) from None
+    except (ValueError, OSError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]  # the hub's advice goes over several lines
+        raise IncompatibleError(reason) from None
 
 
 def load_network(target: TargetModel, directory: Path) -> DraftNetwork:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from specblock.daemon.collect import CollectSettings, Prompt, read_prompts
-from specblock.daemon.models import DTYPES, serving_dtype
+from specblock.daemon.models import DTYPES, load_target, serving_dtype
 from specblock.daemon.train_data import generate_shards
 from specblock.drafter.checkpoint import save_drafter
 from specblock.drafter.config import KINDS, DraftSettings
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
     name = serving_dtype(options.dtype, options.device)
     dtype = DTYPES[name]
     _say(f"target in {name}")
-    target = TargetModel.load(options.target, dtype=dtype, device=options.device)
+    target = load_target(options.target, dtype, options.device)
     train, heldout = _conversations(target, options)
     vocab = options.draft_vocab or target.vocab_size
     config = config_for_target(target.config, target.fingerprint, target.feature_layers, vocab, options.kind)

@@ -192,6 +192,17 @@ def test_drafter_commands(policy: str, tmp_path: Path) -> None:
     assert code == ExitCode.INCOMPATIBLE and "SHA-256" in err
 
 
+def test_files_that_cannot_be_read_are_one_line(policy: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    code, _, err = run("drafter", "list", "-c", policy, "--set", f"state_dir={tmp_path}/file")
+    assert (code, err) == (ExitCode.DEPENDENCY, f"{tmp_path}/file/drafters/SERVING: Not a directory\n")
+    folders = ("--out", f"{tmp_path}/out", "--work", f"{tmp_path}/work", "--prompts", f"{tmp_path}/none")
+    code, _, err = run("train", "--target", f"{tmp_path}/none", *folders)
+    assert code == ExitCode.INCOMPATIBLE and len(err.splitlines()) == 1 and "none" in err
+    code, _, err = run("train", "--target", "models/demo-target", *folders)
+    assert (code, err.splitlines()[-1]) == (ExitCode.DEPENDENCY, f"{tmp_path}/none: No such file or directory")
+
+
 def test_the_environment_keeps_what_the_operator_set() -> None:
     environ = {"RAY_AUTH_MODE": "disabled"}
     prepare_environment(environ)
