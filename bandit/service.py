@@ -9,28 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 from specblock.bandit.actions import Actions
-from specblock.bandit.codec import digest, dumps, loads
+from specblock.bandit.codec import dumps, loads
 from specblock.bandit.config import PolicyConfig, ServiceConfig
-from specblock.bandit.context import base_s_per_token, build_context
-from specblock.bandit.cost import charge_s
-from specblock.bandit.decision import CHECK, PROBE, SKIP, Decision, DecisionContext
+from specblock.bandit.deciding import Decider
 from specblock.bandit.errors import BanditError, SnapshotError, StreamError
-from specblock.bandit.events import EventError, decode
-from specblock.bandit.forecast import score_s
-from specblock.bandit.ledger import DECIDED, Ledger, LedgerRecord
+from specblock.bandit.inbox import Inbox
+from specblock.bandit.ledger import Ledger, LedgerRecord
 from specblock.bandit.lifecycle import Lifecycle
-from specblock.bandit.outside import ActionError, attempt
-from specblock.bandit.policy import decide
+from specblock.bandit.outside import ActionError
 from specblock.bandit.recovery import retry_or_end
 from specblock.bandit.snapshot import SnapshotStore
-from specblock.bandit.state import BanditState, PendingUpdate
+from specblock.bandit.state import BanditState
 from specblock.bandit.status import BanditStatus, LoopCounters, StepReport, build_status
-from specblock.bandit.stream_types import Stream, StreamEntry
+from specblock.bandit.stream_types import Stream
 
 logger = logging.getLogger(__name__)
-
-CLAIM_EVERY_S = 5.0
-"""How often entries that were delivered and lost (a broken connection, another consumer) are looked for."""
 
 RETRY_S = 10.0
 """Pause after the outside world failed to end an update."""
@@ -61,10 +54,18 @@ class BanditService:
         self.state = self._restore()
         self._lifecycle = Lifecycle(self.state, self._ledger, actions, policy)
         self.counters = LoopCounters(ledger_repaired_bytes=self._ledger.repaired_bytes)
-        self._unacked: list[str] = []
+        self._inbox = Inbox(stream, self.state, policy, self.counters, config.read_count)
+        self._decider = Decider(
+            self.state,
+            self._ledger,
+            self._lifecycle,
+            actions,
+            policy,
+            lambda now_s: self._save(now_s, True),
+            config.ledger_sync_every_s,
+        )
         self._dirty = False
-        self._snapshot_s = self._claim_s = self._retry_s = self._synced_s = float("-inf")
-        self._last_skip = ""
+        self._snapshot_s = self._retry_s = float("-inf")
         self._paused = threading.Event()
         if self.state.paused:
             self._paused.set()
@@ -82,7 +83,7 @@ class BanditService:
             OSError: the ledger could not be written; the action it announces was not started.
         """
         before = replace(self.counters)
-        self._ingest(now_s)
+        self._inbox.take(now_s)
         durable = self._persist(now_s) if self._due_for_snapshot(now_s) else True
         error = ""
         if durable and not self._paused.is_set():
@@ -150,38 +151,13 @@ class BanditService:
         state.policy = replace(state.policy, decisions=numbered)
         return state
 
-    def _ingest(self, now_s: float) -> None:
-        if now_s - self._claim_s >= CLAIM_EVERY_S:
-            while batch := self._stream.claim(self._config.read_count):
-                self._learn(batch)
-            self._claim_s = now_s
-        self._learn(self._stream.read(self._config.read_count, 0.0))
-
-    def _learn(self, entries: list[StreamEntry]) -> None:
-        for entry in entries:
-            self.counters.read += 1
-            if not entry.fields:
-                self._unacked.append(entry.entry_id)
-                continue
-            try:
-                event = decode(entry.fields)
-            except EventError as error:
-                self._stream.park(entry, str(error))
-                self.counters.parked += 1
-                continue
-            fresh = self.state.learn(event, self._policy)
-            self.counters.learned += fresh
-            self.counters.duplicates += not fresh
-            self._dirty = self._dirty or fresh
-            self._unacked.append(entry.entry_id)
-
     def _due_for_snapshot(self, now_s: float) -> bool:
-        waiting = bool(self._unacked) or self.state.paused != self._paused.is_set()
+        waiting = self._inbox.waiting or self.state.paused != self._paused.is_set()
         return waiting and now_s - self._snapshot_s >= self._config.snapshot_every_s
 
     def _persist(self, now_s: float) -> bool:
         """Snapshot, then acknowledge; False when the disk refused (then nothing is acknowledged or decided)."""
-        if self._dirty or self.state.paused != self._paused.is_set():
+        if self._dirty or self._inbox.unsaved or self.state.paused != self._paused.is_set():
             self.state.paused = self._paused.is_set()
             try:
                 self._snapshots.save(dumps(self.state))
@@ -190,15 +166,9 @@ class BanditService:
                 logger.error("bandit: no snapshot could be written, events stay unacknowledged: %s", error)
                 return False
             self.counters.snapshots += 1
-            self._dirty = False
+            self._dirty = self._inbox.unsaved = False
         self._snapshot_s = now_s
-        acked, self._unacked = self._unacked, []
-        try:
-            self._stream.ack(acked)
-        except StreamError:
-            self._unacked = acked + self._unacked
-            raise
-        self.counters.acked += len(acked)
+        self._inbox.ack()
         return True
 
     def _adapt(self, now_s: float) -> str:
@@ -215,9 +185,13 @@ class BanditService:
         enough = self.state.learned - self.state.learned_at_decision >= self._config.decide_every_events
         if not (self._now.is_set() or (waited and enough)):
             return ""
+        asked = self._now.is_set()
+        self._now.clear()
         try:
-            return self._decide(now_s)
+            return self._decider.decide(now_s)
         except ActionError as error:
+            if asked:
+                self._now.set()
             self.state.last_decision_s = now_s
             return f"no decision could be taken: {error}"
 
@@ -231,58 +205,6 @@ class BanditService:
         self._save(now_s, True)
         return "; ".join(problem for problem in problems if problem)
 
-    def _decide(self, now_s: float) -> str:
-        serving = attempt(self._actions.serving_version)
-        self._lifecycle.close_accrual(serving, now_s)
-        windows = attempt(self._actions.windows)
-        self._now.clear()
-        self.state.last_decision_s = now_s
-        self.state.learned_at_decision = self.state.learned
-        error = ""
-        # A parity check is a decision of its own; the second decision has its result to go by.
-        for _ in range(2):
-            context = build_context(self.state, windows, serving, now_s, self._policy)
-            inputs = digest([dumps(context), dumps(self.state.policy), dumps(self._policy)])
-            decision_id = f"d{self.state.policy.decisions:06d}"
-            decision, self.state.policy = decide(context, self.state.policy, self._policy)
-            self._record(decision_id, decision, context, inputs)
-            if decision.action != CHECK:
-                break
-            self._save(now_s, True)
-            error = self._lifecycle.check_parity(decision_id, serving, now_s)
-            if error:
-                break
-        if decision.action == PROBE:
-            self.state.pending = _pending(decision_id, decision, context)
-        self._save(now_s, True)
-        return error
-
-    def _record(self, decision_id: str, decision: Decision, context: DecisionContext, inputs: str) -> None:
-        checking = decision.action == CHECK
-        expected_s = score_s(self.state.policy, self._policy).mean if checking else 0.0
-        skip = decision.verdict if decision.action == SKIP else ""
-        fresh = skip != self._last_skip or not skip
-        durable = fresh or context.now_s - self._synced_s >= self._config.ledger_sync_every_s
-        self._ledger.append(
-            LedgerRecord(
-                decision_id=decision_id,
-                stage=DECIDED,
-                time_s=context.now_s,
-                action=decision.action,
-                arm=decision.arm,
-                verdict=decision.verdict,
-                reason=decision.reason,
-                base_version=context.serving_version,
-                expected_s=charge_s(self._policy.cost, device_s=expected_s),
-                options=decision.options,
-                inputs_sha256=inputs,
-                context=context,
-            ),
-            durable=durable,
-        )
-        self._last_skip = skip
-        self._synced_s = context.now_s if durable else self._synced_s
-
     def _save(self, now_s: float, changed: bool) -> None:
         """Make a change of the update or the policy durable at once."""
         if changed:
@@ -292,19 +214,3 @@ class BanditService:
 
     def _build_status(self) -> BanditStatus:
         return build_status(self.state, self._ledger, self.counters, paused=self._paused.is_set())
-
-
-def _pending(decision_id: str, decision: Decision, context: DecisionContext) -> PendingUpdate:
-    option = decision.option()
-    assert option is not None
-    return PendingUpdate(
-        decision_id=decision_id,
-        stage="probing",
-        ledger_stage=DECIDED,
-        arm=decision.arm,
-        base_version=context.serving_version,
-        started_s=context.now_s,
-        targets=decision.targets,
-        scale_s=base_s_per_token(context),
-        option=option,
-    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from specblock.bandit.accrual import accrued_s
 from specblock.bandit.ledger import Balance, Ledger, LedgerRecord
-from specblock.bandit.lifecycle import accrued_s
 from specblock.bandit.parity import ParityEvidence
 from specblock.bandit.state import BanditState
 

@@ -1,0 +1,92 @@
+"""What the stages of an update share: recording what begins, measuring and charging, ending early."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from specblock.bandit.actions import Actions, CompareReport
+from specblock.bandit.config import PolicyConfig
+from specblock.bandit.cost import charge_s
+from specblock.bandit.forecast import score_s, train_s
+from specblock.bandit.gate import Saving, pooled_saving
+from specblock.bandit.learning import learn_gain, learn_parity, learn_score
+from specblock.bandit.ledger import Ledger, LedgerRecord
+from specblock.bandit.outside import Journal, attempt
+from specblock.bandit.parity import ParityEvidence
+from specblock.bandit.parity import judge as judge_parity
+from specblock.bandit.recovery import Recovery
+from specblock.bandit.state import BanditState, PendingUpdate
+
+
+class StageTools:
+    """State, ledger and outside world of an update, and the moves that several stages make."""
+
+    def __init__(self, state: BanditState, ledger: Ledger, actions: Actions, config: PolicyConfig) -> None:
+        self.state, self.ledger, self.actions, self.config = state, ledger, actions, config
+        self.journal = Journal(state, ledger, actions, config)
+        self.recovery = Recovery(self.journal)
+
+    def served(self, pending: PendingUpdate, wanted: int, now_s: float) -> bool:
+        """Whether the live version has served ``wanted`` requests, or waiting for them ends."""
+        served = self.state.totals(pending.new_version).requests - pending.requests_mark
+        return served >= wanted or now_s >= pending.deadline_s
+
+    def begin(
+        self,
+        pending: PendingUpdate,
+        stage: str,
+        now_s: float,
+        *,
+        train: float = 0.0,
+        candidate_version: str = "",
+        charged_s: float = 0.0,
+    ) -> None:
+        """Record that an action is about to start and what it should cost: training, or else one scoring."""
+        config, policy = self.config, self.state.policy
+        arm = config.arm(pending.arm)
+        seconds = train_s(arm, train, policy, config).mean if train else score_s(policy, config).mean
+        self.journal.write(
+            pending.decision_id,
+            stage,
+            now_s,
+            candidate_version=candidate_version or pending.new_version or pending.candidate_version,
+            expected_s=charge_s(config.cost, device_s=seconds, train_s=seconds if train else 0.0),
+            charged_s=charged_s,
+        )
+
+    def move(self, **changes: object) -> None:
+        """The pending update with ``changes``."""
+        assert self.state.pending is not None
+        self.state.pending = replace(self.state.pending, **changes)  # type: ignore[arg-type]
+
+    def compare(self, old: str, new: str, after_s: float | None) -> tuple[CompareReport, float]:
+        """Paired replay of two versions, and what it is charged with; its cost is learned."""
+        report = attempt(lambda: self.actions.compare(old, new, after_s))
+        self.state.policy = learn_score(self.state.policy, report.device_s)
+        return report, charge_s(self.config.cost, device_s=report.device_s)
+
+    def parity(self, version: str, now_s: float) -> tuple[ParityEvidence, float]:
+        """The parity of a version, and what the check is charged with; cost and outcome are learned."""
+        report = attempt(lambda: self.actions.parity(version))
+        evidence = judge_parity(report.rows, self.config.parity)
+        changes = sum(domain.changes for domain in self.state.domains.values())
+        policy = learn_score(self.state.policy, report.device_s)
+        self.state.policy = learn_parity(policy, version, now_s, evidence, changes)
+        return evidence, charge_s(self.config.cost, device_s=report.device_s)
+
+    def learn(self, pending: PendingUpdate, saving: Saving, seen: float) -> None:
+        """Learn what the update's arm saved; ``seen`` is the share of its gain that is expected to show."""
+        arm = self.config.arm(pending.arm)
+        self.state.policy = learn_gain(self.state.policy, arm, pending.targets, saving, seen)
+
+    def reject(self, pending: PendingUpdate, now_s: float, reason: str) -> None:
+        """End an update at the gate; what it would have saved is learned."""
+        record, rows = self.ledger.open_record(pending.decision_id), self.state.pending
+        assert record is not None and rows is not None
+        self.learn(pending, pooled_saving(rows.rows), 1.0)
+        self.drop(record, "rejected", now_s, reason)
+
+    def drop(self, record: LedgerRecord, stage: str, now_s: float, reason: str, charged_s: float | None = None) -> None:
+        """End an update that never served (or was refused) and forget its candidate."""
+        problem = self.journal.discard(record.candidate_version)
+        self.recovery.finish(record, stage, now_s, reason + problem, charged_s=charged_s)

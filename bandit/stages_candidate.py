@@ -1,0 +1,108 @@
+"""Stages in which a candidate does not serve yet: micro-profile, training, gate. True: something was recorded."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from specblock.bandit.actions import WindowSummary
+from specblock.bandit.context import build_context
+from specblock.bandit.cost import charge_s
+from specblock.bandit.decision import CONTINUE, Probed
+from specblock.bandit.evidence import gate_numbers, saving_numbers
+from specblock.bandit.gate import gate_rows, judge, pooled_saving
+from specblock.bandit.learning import learn_training
+from specblock.bandit.outside import attempt
+from specblock.bandit.policy import decide
+from specblock.bandit.stage_tools import StageTools
+from specblock.bandit.state import PendingUpdate
+
+
+def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
+    """Run the micro-profile, measure it on held-out conversations, and decide again."""
+    config, key, arm = tools.config, pending.decision_id, tools.config.arm(pending.arm)
+    share = config.probe_fraction
+    tools.begin(pending, "probing", now_s, train=share)
+    trained = attempt(lambda: tools.actions.train(key, arm, pending.base_version, share, resume=False))
+    tools.state.policy = learn_training(tools.state.policy, arm, share, trained)
+    candidate = trained.candidate_version
+    tools.begin(
+        pending,
+        "scoring",
+        now_s,
+        candidate_version=candidate,
+        charged_s=charge_s(config.cost, device_s=trained.device_s, train_s=trained.train_s),
+    )
+    report, cost_s = tools.compare(pending.base_version, candidate, None)
+    saving = pooled_saving(gate_rows(report))
+    context = build_context(tools.state, WindowSummary(), pending.base_version, now_s, config)
+    probed = Probed(arm=arm.name, targets=pending.targets, saving=saving)
+    decision, tools.state.policy = decide(replace(context, probed=probed), tools.state.policy, config)
+    record = tools.journal.write(
+        key,
+        "probed",
+        now_s,
+        decision.reason,
+        charged_s=cost_s,
+        options=decision.options,
+        numbers=saving_numbers(saving),
+    )
+    if decision.action != CONTINUE:
+        tools.learn(pending, saving, arm.probe_gain_share)
+        tools.drop(record, "abandoned", now_s, decision.reason)
+        return True
+    tools.move(stage="training", candidate_version=candidate, option=decision.option() or pending.option)
+    return True
+
+
+def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
+    """Run the rest of the arm's steps."""
+    config, arm = tools.config, tools.config.arm(pending.arm)
+    rest = 1 - config.probe_fraction
+    tools.begin(pending, "training", now_s, train=rest)
+    report = attempt(lambda: tools.actions.train(pending.decision_id, arm, pending.base_version, 1.0, resume=True))
+    tools.state.policy = learn_training(tools.state.policy, arm, rest, report)
+    tools.journal.write(
+        pending.decision_id,
+        "trained",
+        now_s,
+        f"{report.positions} positions in {report.train_s:.1f} s",
+        candidate_version=report.candidate_version,
+        charged_s=charge_s(config.cost, device_s=report.device_s, train_s=report.train_s),
+        numbers={"train_s": report.train_s, "positions": float(report.positions)},
+    )
+    tools.move(
+        stage="gating",
+        candidate_version=report.candidate_version,
+        cutoff_s=report.cutoff_time_s,
+        deadline_s=now_s + report.train_s + config.gate.deadline_s,
+        requests_mark=tools.state.requests,
+        next_look=config.gate.first_look_requests,
+    )
+    return True
+
+
+def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
+    """Take the next look once enough conversations came in; pass, reject or wait on."""
+    rules, requests = tools.config.gate, tools.state.requests - pending.requests_mark
+    if requests < pending.next_look and now_s < pending.deadline_s:
+        return False
+    if requests < pending.next_look:
+        tools.reject(pending, now_s, f"undecided at the deadline with {len(pending.rows)} conversations")
+        return True
+    look = pending.looks + 1
+    tools.begin(pending, f"gating-{look}", now_s)
+    report, cost_s = tools.compare(pending.base_version, pending.candidate_version, pending.cutoff_s)
+    seen = {row.conversation_id for row in pending.rows}
+    fresh = [r for r in gate_rows(report) if r.time_s > pending.cutoff_s and r.conversation_id not in seen]
+    rows = (*pending.rows, *fresh)
+    evidence = judge(rows, pending.scale_s, rules)
+    numbers = gate_numbers(evidence)
+    tools.journal.write(pending.decision_id, f"gated-{look}", now_s, evidence.reason, charged_s=cost_s, numbers=numbers)
+    next_look = math.ceil(requests * rules.look_growth)
+    tools.move(stage="gating", looks=look, rows=rows, next_look=next_look)
+    if evidence.verdict == "pass":
+        tools.move(stage="promoting")
+    elif evidence.verdict == "fail":
+        tools.reject(pending, now_s, evidence.reason)
+    return True
