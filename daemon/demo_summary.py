@@ -74,7 +74,7 @@ def summary(static: Run, adaptive: Run, engine_threads: int, device: str, dtype:
 
     return {
         "facts": facts(
-            device, dtype, threads=engine_threads, new_tokens=NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P
+            device, dtype=dtype, threads=engine_threads, new_tokens=NEW_TOKENS, temperature=TEMPERATURE, top_p=TOP_P
         ),
         "requests": len(static.answers),
         "promoted": [r.candidate_version for r in adaptive.records if r.stage == "promoted"],

@@ -12,7 +12,7 @@ import torch
 _BF16_UNITS = ("amx_bf16", "avx512_bf16")
 
 
-def facts(device: str = "cpu", dtype: str = "bfloat16", **settings: str | float) -> dict[str, str | float]:
+def facts(device: str = "cpu", *, dtype: str, **settings: str | float) -> dict[str, str | float]:
     """Commit, versions, machine and ``settings`` of a measurement.
 
     Args:

@@ -138,7 +138,10 @@ def measure(device: str, num_prompts: int) -> dict[str, Any]:
     target, drafter = load_pair(str(models / "demo-target"), models / "demo-drafter", dtype, device, DraftSettings())
     assert drafter is not None
     rows = [*forward_times(device, target, drafter), *decoding_speeds(target, drafter.model, num_prompts)]
-    return {"facts": facts(device, dtype, temperature=TEMPERATURE, top_p=TOP_P, new_tokens=NEW_TOKENS), "rows": rows}
+    return {
+        "facts": facts(device, dtype=dtype, temperature=TEMPERATURE, top_p=TOP_P, new_tokens=NEW_TOKENS),
+        "rows": rows,
+    }
 
 
 def show(row: Row) -> str:
