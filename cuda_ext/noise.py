@@ -108,7 +108,7 @@ class NoiseWindow:
             return
         vocab_size = self._rows.shape[2]
         # Requests that start together want whole windows at once; their scratch memory must not grow with the batch.
-        for part in torch.tensor(wanted, device=self._rows.device).split(max(1, _PASS_VALUES // vocab_size)):
+        for part in torch.split(torch.tensor(wanted, device=self._rows.device), max(1, _PASS_VALUES // vocab_size)):
             slot_N, position_N, seed_N, choice_N = part.unbind(1)
             self._rows[slot_N, position_N % self._width] = gumbel(seed_N, choice_N, position_N, vocab_size)
 
