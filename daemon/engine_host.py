@@ -25,6 +25,8 @@ from specblock.drafter.network import DraftNetwork
 
 log = logging.getLogger(__name__)
 
+_MOST_FAILURES = 3
+"""Failed cycles in a row after which the engine counts as broken; one alone may be the fault of one request."""
 _ABOVE_BACKBONE = ("lm_head.", "norm.", "rank_head.", "t2d", "d2t")
 
 
@@ -53,6 +55,8 @@ class EngineHost:
         self._per_position: list[int] = []
         self._swaps = 0
         self._sizes: PlannerStatus | None = None  # written by the decode thread, which owns the planner
+        self._failures = 0  # cycles in a row that raised
+        self._swapping = threading.Lock()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="decode", daemon=True)
         self._thread.start()
@@ -87,26 +91,36 @@ class EngineHost:
 
         Raises:
             ValueError: the weights do not fit; the old ones stay.
-            TimeoutError: the decode thread did not get to it.
+            TimeoutError: the decode thread did not get to it, and will not.
         """
         done: list[SwapResult | Exception] = []
         event = threading.Event()
+        ticket = threading.Lock()  # taken once: by the decode thread that starts, or by the caller who gives up
 
         def apply() -> bool:
+            if not ticket.acquire(blocking=False):
+                return True
             begin = time.perf_counter()
+            valid = True
             try:
                 valid = self._load(version, weights)
-            except ValueError as error:
+                done.append(SwapResult(version=version, stall_s=time.perf_counter() - begin, rows_stay_valid=valid))
+            except Exception as error:  # the caller's to handle; running requests have nothing to do with it
                 done.append(error)
+            finally:
                 event.set()
-                return True
-            done.append(SwapResult(version=version, stall_s=time.perf_counter() - begin, rows_stay_valid=valid))
-            event.set()
             return valid
 
-        self._post(lambda: self.engine.swap_between_cycles(apply))
-        if not event.wait(timeout_s):
-            raise TimeoutError("the decode loop did not reach the swap in time")
+        late = TimeoutError("the decode loop did not reach the swap in time")
+        if not self._swapping.acquire(timeout=timeout_s):  # the engine holds one swap: a second would replace it
+            raise late
+        try:
+            self._post(lambda: self.engine.swap_between_cycles(apply))
+            if not event.wait(timeout_s) and ticket.acquire(blocking=False):
+                raise late
+            event.wait()
+        finally:
+            self._swapping.release()
         result = done[0]
         if isinstance(result, Exception):
             raise result
@@ -159,13 +173,18 @@ class EngineHost:
             self._changed.notify_all()
 
     def _accept(self, request: GenerationRequest) -> None:
-        if len(self.engine.waiting) >= self._max_waiting:
+        # Requests that came during a long cycle find slots free that are filled only when the next one begins.
+        free = self.engine.settings.slots - len(self.engine.running)
+        if self._phase == "failed":
+            self._refuse(request, self._detail)
+        elif len(self.engine.waiting) >= self._max_waiting + free:
             self._refuse(request, "the queue is full")
-            return
-        try:
-            self.engine.submit(request)
-        except ValueError as error:
-            self._refuse(request, str(error))
+        else:
+            try:
+                self.engine.submit(request)
+            except Exception as error:  # of whatever kind: it is this request that cannot run
+                log.warning("request %s cannot run", request.request_id, exc_info=error)
+                self._refuse(request, str(error) if isinstance(error, ValueError) else _named(error))
 
     def _refuse(self, request: GenerationRequest, message: str) -> None:
         self._emit(
@@ -181,7 +200,10 @@ class EngineHost:
                 actions = list(self._inbox)
                 self._inbox.clear()
             for action in actions:
-                action()
+                try:
+                    action()
+                except Exception:  # one caller's trouble must not end the thread that serves all of them
+                    log.exception("a call to the engine failed")
             try:
                 chunks = self.engine.step()
             except Exception as error:  # whatever broke, callers must hear of it instead of waiting forever
@@ -189,17 +211,25 @@ class EngineHost:
                 self._fail(error)
                 continue
             if chunks:
+                self._failures = 0
                 self._emit(chunks)
 
     def _fail(self, error: Exception) -> None:
-        self._phase, self._detail = "failed", f"{type(error).__name__}: {error}"
-        lost: list[RequestState] = [*self.engine.running, *self.engine.waiting]
-        self.engine.running.clear()
-        self.engine.waiting.clear()
+        """Ends the requests of a cycle that raised; what waits gets its turn unless failures follow each other."""
+        self._failures += 1
+        lost: list[RequestState] = list(self.engine.running)
+        if self._failures >= _MOST_FAILURES:
+            self._phase, self._detail = "failed", _named(error)
+            lost += self.engine.waiting
+        for state in lost:
+            try:
+                self.engine.cancel(state.request.request_id)  # gives the slot back
+            except Exception:
+                log.exception("request %s could not be dropped", state.request.request_id)
         self._emit(
             [
                 TokenChunk(
-                    request_id=s.request.request_id, tokens=(), text="", finish_reason="error", error=self._detail
+                    request_id=s.request.request_id, tokens=(), text="", finish_reason="error", error=_named(error)
                 )
                 for s in lost
             ]
@@ -245,3 +275,7 @@ class EngineHost:
         self.engine.drafter_version = version
         self._swaps += 1
         return valid
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

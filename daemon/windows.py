@@ -46,6 +46,7 @@ class WindowStore:
         self._clock = clock
         self._lock = threading.Lock()
         self._windows: OrderedDict[str, Window] = OrderedDict()  # oldest first
+        self._bytes_by_domain: dict[str, int] = {}
         self.num_bytes = 0
         self.dropped = 0
 
@@ -55,7 +56,9 @@ class WindowStore:
         return int.from_bytes(digest, "big") < self.limits.heldout_fraction * 2**64
 
     def __len__(self) -> int:
-        return len(self._windows)
+        with self._lock:
+            self._expire()
+            return len(self._windows)
 
     def add(self, window: Window) -> None:
         """Keeps a window and drops what no longer fits: expired first, then the oldest of domains over quota."""
@@ -65,10 +68,8 @@ class WindowStore:
                 return
             self._remove(window.conversation_id)
             self._windows[window.conversation_id] = window
-            self.num_bytes += window.num_bytes
-            horizon = self._clock() - self.limits.ttl_s
-            for key in [k for k, w in self._windows.items() if w.time_s < horizon]:
-                self._drop(key)
+            self._count(window.domain, window.num_bytes)
+            self._expire()
             while self.num_bytes > self.limits.budget_bytes:
                 self._drop(self._victim())
 
@@ -77,6 +78,7 @@ class WindowStore:
     ) -> list[Window]:
         """Windows, oldest first, optionally only one side of the split, newer than a time, or served by a version."""
         with self._lock:
+            self._expire()
             return [
                 w
                 for w in self._windows.values()
@@ -88,6 +90,7 @@ class WindowStore:
     def summary(self) -> tuple[DomainCount, ...]:
         """Counts per domain, by name."""
         with self._lock:
+            self._expire()
             windows = list(self._windows.values())
         counts = []
         for domain in sorted({w.domain for w in windows}):
@@ -111,15 +114,17 @@ class WindowStore:
                 self._remove(key)
             return len(gone)
 
+    def _expire(self) -> None:
+        """Drops what is too old, also when no traffic comes any more. Windows are added in the order they finished."""
+        horizon = self._clock() - self.limits.ttl_s
+        while self._windows and next(iter(self._windows.values())).time_s < horizon:
+            self._drop(next(iter(self._windows)))
+
     def _victim(self) -> str:
-        by_domain: dict[str, int] = {}
-        for w in self._windows.values():
-            by_domain[w.domain] = by_domain.get(w.domain, 0) + w.num_bytes
         quota = self.limits.per_domain_quota * self.limits.budget_bytes
-        if len(by_domain) > 1:
-            for key, w in self._windows.items():
-                if by_domain[w.domain] > quota:
-                    return key
+        over = {domain for domain, size in self._bytes_by_domain.items() if size > quota}
+        if over and len(self._bytes_by_domain) > 1:
+            return next(key for key, window in self._windows.items() if window.domain in over)
         return next(iter(self._windows))
 
     def _drop(self, key: str) -> None:
@@ -129,4 +134,13 @@ class WindowStore:
     def _remove(self, key: str) -> None:
         window = self._windows.pop(key, None)
         if window is not None:
-            self.num_bytes -= window.num_bytes
+            self._count(window.domain, -window.num_bytes)
+
+    def _count(self, domain: str, num_bytes: int) -> None:
+        """Sums are kept, not recomputed: the decode thread adds windows, and it must not wait for thousands of them."""
+        self.num_bytes += num_bytes
+        left = self._bytes_by_domain.get(domain, 0) + num_bytes
+        if left:
+            self._bytes_by_domain[domain] = left
+        else:
+            self._bytes_by_domain.pop(domain, None)

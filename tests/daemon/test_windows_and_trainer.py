@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 from specblock.bandit.config import Arm
+from specblock.cuda_ext.sampling import SamplingParams
+from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.engine_host import EngineHost
 from specblock.daemon.feedback import band, sampling_class
+from specblock.daemon.messages import GenerationRequest
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.trainer import Trainer
 from specblock.daemon.windows import WindowLimits, WindowStore
 from specblock.drafter.checkpoint import save_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.window import Window
+from tests.daemon.test_engine import drafter_of, random_requests, run, target_of
 from tests.drafter.helpers import random_window, tiny_model
 
 
@@ -59,6 +67,32 @@ def test_expired_windows_go() -> None:
     now[0] = 11.0
     kept.add(named(2, "python", 11.0))
     assert [w.conversation_id for w in kept.pull()] == ["python-2"]
+
+
+def test_expired_windows_go_without_new_ones() -> None:
+    now = [0.0]
+    kept = store(10**9, now, ttl_s=10.0)
+    kept.add(named(1, "python", 0.0))
+    kept.add(named(2, "python", 5.0))
+    now[0] = 11.0
+    assert [w.conversation_id for w in kept.pull()] == ["python-2"]
+    now[0] = 16.0
+    assert kept.summary() == () and len(kept) == 0 and kept.num_bytes == 0
+
+
+def test_bytes_are_counted_by_domain_whatever_happens() -> None:
+    """The sums that choose whom to drop are kept up to date, so they must survive every way in and out."""
+    rng = Random(0)
+    now = [0.0]
+    kept = store(12 * random_window(0).num_bytes, now, ttl_s=40.0)
+    for step in range(300):
+        now[0] += 1.0
+        kept.add(named(rng.randrange(30), rng.choice(["a", "b", "b", "c"]), now[0]))
+        if step % 50 == 49:
+            kept.forget(lambda w: w.domain != "c")
+        windows = kept.pull()
+        sizes = {d: sum(w.num_bytes for w in windows if w.domain == d) for d in {w.domain for w in windows}}
+        assert kept._bytes_by_domain == sizes and kept.num_bytes == sum(sizes.values()) <= kept.limits.budget_bytes
 
 
 def test_split_is_a_function_of_the_conversation_and_near_its_share() -> None:
@@ -159,11 +193,6 @@ def test_unknown_resume_and_empty_windows_are_refused(trainer: Trainer) -> None:
 
 
 def test_host_swaps_while_decoding_and_the_text_stays_the_same() -> None:
-    from specblock.cuda_ext.sampling import SamplingParams
-    from specblock.daemon.engine import Engine, EngineSettings
-    from specblock.daemon.messages import GenerationRequest
-    from tests.daemon.test_engine import drafter_of, target_of
-
     target = target_of("llama", torch.float64)
 
     def texts(swap: bool) -> tuple[dict[str, list[int]], EngineHost]:
@@ -203,14 +232,149 @@ def test_host_swaps_while_decoding_and_the_text_stays_the_same() -> None:
 
 
 def test_host_answers_requests_that_do_not_fit() -> None:
-    from specblock.cuda_ext.sampling import SamplingParams
-    from specblock.daemon.engine import Engine, EngineSettings
-    from specblock.daemon.messages import GenerationRequest
-    from tests.daemon.test_engine import target_of
-
     engine = Engine(target_of("llama", torch.float32), None, EngineSettings(slots=1, capacity_tokens=8), lambda: 0.0)
     host = EngineHost(engine, store(10**9, [0.0]), 0.0, 4)
     host.submit(GenerationRequest(request_id="x", prompt_tokens=(2,) * 9, sampling=SamplingParams(), max_tokens=1))
     [chunk] = host.next_chunks(10.0)
     assert chunk.finish_reason == "error" and chunk.error is not None and "context length" in chunk.error
     host.close()
+
+
+def test_window_holds_features_and_laws_of_its_own_tokens() -> None:
+    """Against one forward over the whole text: an offset by one trains the drafter on its neighbour's labels."""
+    target = target_of("llama", torch.float64)
+    _, keep = run(target, drafter_of(target), random_requests(16, seed=8), slots=5)
+    assert any(max(w.accepted, default=0) > 1 for w in keep.windows.values()), "paths must be deep enough to matter"
+    for window in keep.windows.values():
+        tokens, cache = window.tokens.to(torch.int64), target.new_cache(1, 160)
+        whole = target.forward(cache, [0], tokens[None])
+        law = whole.logits[0, window.prompt_tokens - 1 : -1].log_softmax(-1).topk(8)
+        assert torch.allclose(window.features, whole.features[0, :-1], atol=1e-4)
+        assert torch.equal(window.top_ids.long(), law.indices)
+        assert torch.allclose(window.top_log_probs.double(), law.values, atol=1e-2)
+
+
+# --- the engine's thread ---
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., EngineHost]]:
+    """Starts hosts and closes them."""
+    hosts: list[EngineHost] = []
+
+    def begin(slots: int = 1, max_waiting: int = 4, drafter: bool = False) -> EngineHost:
+        target = target_of("llama", torch.float32)
+        settings = EngineSettings(slots=slots, capacity_tokens=64)
+        engine = Engine(target, drafter_of(target) if drafter else None, settings, time.perf_counter)
+        engine.drafter_version = "old"
+        hosts.append(EngineHost(engine, store(10**9, [0.0]), 0.0, max_waiting))
+        return hosts[-1]
+
+    yield begin
+    for host in hosts:
+        host.close()
+
+
+def short(name: str, prompt: tuple[int, ...] = (2, 3), **sampling: float) -> GenerationRequest:
+    params = SamplingParams(temperature=0, **sampling)  # type: ignore[arg-type]
+    return GenerationRequest(request_id=name, prompt_tokens=prompt, sampling=params, max_tokens=5, ignore_eos=True)
+
+
+def ends(host: EngineHost, count: int) -> dict[str, str]:
+    """Finish reasons of the next ``count`` requests that end."""
+    found: dict[str, str] = {}
+    begin = time.monotonic()
+    while len(found) < count:
+        assert time.monotonic() < begin + 20, f"only {found} ended"
+        found |= {c.request_id: c.finish_reason for c in host.next_chunks(0.5) if c.finish_reason is not None}
+    return found
+
+
+def hold(host: EngineHost) -> threading.Event:
+    """Stops the decode thread until the event is set."""
+    event = threading.Event()
+    host._post(lambda: event.wait(20) and None)
+    return event
+
+
+def test_a_request_that_cannot_be_set_up_ends_alone(start: Callable[..., EngineHost]) -> None:
+    host = start()
+    host.submit(short("bad", prompt=(2, 999), repetition_penalty=1.2))  # no such token
+    host.submit(short("good"))
+    assert ends(host, 2) == {"bad": "error", "good": "length"}
+    assert host.status().phase == "ready"
+
+
+def test_a_failed_cycle_costs_its_requests_and_nothing_else(start: Callable[..., EngineHost]) -> None:
+    host = start()
+    cycle = host.engine._cycle
+
+    def failing(_states: object) -> list[object]:
+        host.engine._cycle = cycle  # type: ignore[method-assign]
+        raise RuntimeError("once")
+
+    host.engine._cycle = failing  # type: ignore[assignment, method-assign]
+    event = hold(host)
+    for name in "abc":
+        host.submit(short(name))
+    event.set()
+    assert ends(host, 3) == {"a": "error", "b": "length", "c": "length"}, "the slot must come back"
+    assert host.status().phase == "ready"
+
+
+def test_an_engine_that_only_fails_says_so_and_refuses(start: Callable[..., EngineHost]) -> None:
+    host = start()
+
+    def failing(_states: object) -> list[object]:
+        raise RuntimeError("always")
+
+    host.engine._cycle = failing  # type: ignore[assignment, method-assign]
+    event = hold(host)
+    for name in "abcde":
+        host.submit(short(name))
+    event.set()
+    assert set(ends(host, 5).values()) == {"error"}
+    host.submit(short("late"))
+    assert ends(host, 1) == {"late": "error"}
+    assert (host.status().phase, host.status().detail) == ("failed", "RuntimeError: always")
+
+
+@pytest.mark.parametrize(("slots", "max_waiting"), [(3, 0), (2, 2)])
+def test_free_slots_count_while_a_burst_waits_for_the_next_cycle(
+    start: Callable[..., EngineHost], slots: int, max_waiting: int
+) -> None:
+    host = start(slots, max_waiting)
+    event = hold(host)
+    for i in range(slots + max_waiting + 1):
+        host.submit(short(str(i)))
+    event.set()
+    reasons = list(ends(host, slots + max_waiting + 1).values())
+    assert (reasons.count("length"), reasons.count("error")) == (slots + max_waiting, 1)
+
+
+def test_a_swap_given_up_never_happens_and_two_at_once_both_do(start: Callable[..., EngineHost]) -> None:
+    host = start(drafter=True)
+    assert host.engine.drafter is not None
+    weights = {name: value.clone() for name, value in host.engine.drafter.model.state_dict().items()}
+    event = hold(host)
+    with pytest.raises(TimeoutError):
+        host.swap("late", weights, timeout_s=0.05)
+    served: list[str] = []
+    threads = [threading.Thread(target=lambda v=v: served.append(host.swap(v, weights, 20).version)) for v in "xy"]
+    for thread in threads:
+        thread.start()
+    event.set()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(served) == ["x", "y"] and host.engine.drafter_version in served
+    assert host.status().swaps == 2
+
+
+def test_a_swap_that_breaks_is_its_callers_error(start: Callable[..., EngineHost]) -> None:
+    host = start(drafter=True)
+    assert host.engine.drafter is not None
+    host.submit(short("a"))
+    with pytest.raises(AttributeError):
+        host.swap("none", dict.fromkeys(host.engine.drafter.model.state_dict()), 20)  # type: ignore[arg-type]
+    assert ends(host, 1) == {"a": "length"}
+    assert host.status().drafter_version == "old"
