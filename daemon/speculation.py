@@ -91,8 +91,12 @@ class ProbeBudget:
         # The cap forgets unused time; what a probe took beyond its expectation stays owed.
         self._credit_s = min(self._credit_s, self._cap_s) if self._cap_s else self._credit_s
         if probing:
-            self.probe_s += seconds
-            self._credit_s -= seconds
+            self.share(seconds)
+
+    def share(self, seconds: float) -> None:
+        """Counts a probe's part of a cycle that ``spend`` has counted already."""
+        self.probe_s += seconds
+        self._credit_s -= seconds
 
     @property
     def probe_share(self) -> float:
@@ -134,15 +138,14 @@ class SpeculationGate:
             probe_cycle_s: expected seconds of a cycle in which one request is probed.
         """
         on = [self._state(p.domain).on for p in participants]
-        if any(on):
-            # The cycle drafts and verifies trees anyway: a probe on top would measure something else.
-            self._probe = None
-            return tuple(on)
-        probed = self._probed(participants, probe_cycle_s)
-        return tuple(index == probed for index in range(len(participants)))
+        off = [index for index, yes in enumerate(on) if not yes]
+        # Beside requests that draft anyway the probed one joins in, or its domain could stay off for ever.
+        chosen = self._probed([participants[i] for i in off], probe_cycle_s)
+        probed = None if chosen is None else off[chosen]
+        return tuple(yes or index == probed for index, yes in enumerate(on))
 
     def is_probe(self, participants: Sequence[Participant], speculate: Sequence[bool]) -> bool:
-        """Whether the one request that speculates does so as a probe."""
+        """Whether the one request that speculates does so as a probe; one that joins others is not meant."""
         chosen = [p for p, yes in zip(participants, speculate, strict=True) if yes]
         return self._probe is not None and [p.request_id for p in chosen] == [self._probe.request_id]
 
@@ -178,10 +181,13 @@ class SpeculationGate:
         # Extra seconds hold up everyone in the batch, and those who speculate are charged for all of it.
         charge = (usual_s - plain_s) / plain_s * len(participants) / num_drafted
         for participant, yes, tokens in zip(participants, speculate, committed, strict=True):
-            if yes:
-                state = self._state(participant.domain)
+            state = self._state(participant.domain)
+            if yes and (state.on or self._probe is None):
                 state.speed.add(tokens, max(1.0 + charge, 0.05))
                 state.cycles_since_change += 1
+            elif yes:
+                self.budget.share(seconds / num_drafted)
+                self._record_probe(tokens, max(1.0 + charge, 0.05))
         for domain in {p.domain for p, yes in zip(participants, speculate, strict=True) if yes}:
             self._maybe_off(self._state(domain))
 

@@ -281,6 +281,34 @@ def test_an_ended_request_hands_its_probe_on() -> None:
     assert gate.is_on("d")
 
 
+@pytest.mark.parametrize(("tokens", "comes_back"), [(1, False), (3, True)])
+def test_a_domain_that_is_off_is_probed_beside_one_that_is_on(tokens: int, comes_back: bool) -> None:
+    """Busy servers always decode something that speculates: an off domain must not have to wait for a quiet moment."""
+    gate = SpeculationGate()
+    feed(gate, "off", 0.0, 100)
+    assert not gate.is_on("off")
+    for cycle in range(8000):
+        crowd = [Participant("a", "on"), Participant(f"b{cycle // 7}", "off")]
+        speculate = gate.decide(crowd, 0.02)
+        assert speculate[0] and not (speculate[1] and gate.is_probe(crowd, speculate)), "the others are not probed"
+        gate.record(crowd, speculate, [3, tokens if speculate[1] else 1], 0.02, 0.02, 0.0125)
+        if gate.is_on("off"):
+            break
+    assert gate.is_on("off") == comes_back and gate.is_on("on")
+    assert gate.probes > 0 and gate.budget.probe_share <= 0.0105
+
+
+def test_after_a_swap_an_off_domain_is_probed_at_once_beside_others() -> None:
+    gate = SpeculationGate(GateSettings(probe_cycles=4))
+    feed(gate, "off", 0.0, 100)
+    gate.drafter_changed()
+    crowd = [Participant("a", "on"), Participant("b", "off")]
+    for _ in range(4):
+        assert gate.decide(crowd, 0.02) == (True, True)
+        gate.record(crowd, (True, True), [3, 3], 0.02, 0.02, 0.0125)
+    assert gate.is_on("off")
+
+
 def test_speculating_requests_are_charged_for_holding_up_the_others() -> None:
     """Two tokens a cycle of 15 ms instead of 10 ms: worth it alone, not with three who wait."""
     gate = SpeculationGate()
