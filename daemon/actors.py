@@ -167,11 +167,11 @@ class TrainerActor:
     def __init__(self, config: DaemonConfig) -> None:
         os.nice(_TRAINER_NICENESS)
         torch.set_num_threads(config.trainer.threads)
-        # On the CPU: only the embedding is kept, Trainer loads drafters there, and Ray hides the engine's GPU.
+        # The target is loaded on the CPU, because only its embedding is kept.
         target = load_target(config.target.source, dtype_of(config), "cpu", config.target.revision)
         self._registry = DrafterRegistry(Path(config.state_dir))
         self._trainer = Trainer(
-            target.embedding.clone(),
+            target.embedding.to(config.trainer.device, copy=True),
             self._registry,
             draft_settings(config),
             dtype_of(config),

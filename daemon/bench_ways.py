@@ -66,7 +66,7 @@ def transformers_way(target: TargetModel, **generate: object) -> Way:
     """transformers' ``generate`` on the same weights; ``generate`` are further arguments, such as prompt lookup."""
 
     def answer(prompt: Prompt, how: Question, seed: int) -> Run:
-        tokens = torch.tensor([target.tokenizer.encode(prompt.text, add_special_tokens=False)], device=target.device)
+        tokens = torch.tensor([target.tokenizer.encode(prompt.text)], device=target.device)
         sampled = {"do_sample": True, "temperature": how.temperature, "top_p": how.top_p, "top_k": 0}
         torch.manual_seed(seed)
         begin = time.perf_counter()

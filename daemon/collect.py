@@ -92,7 +92,7 @@ def collect(
         on_engine: called once with the engine, for measurements.
     """
     rng = Random(settings.seed)
-    encoded = [tuple(target.tokenizer.encode(p.text, add_special_tokens=False)) for p in prompts]
+    encoded = [tuple(target.tokenizer.encode(p.text)) for p in prompts]
     longest = max((len(tokens) for tokens in encoded), default=1)
     keeper = _Keeper(clock, settings)
     sizes = EngineSettings(slots=settings.slots, capacity_tokens=longest + settings.max_tokens, top_k=settings.top_k)

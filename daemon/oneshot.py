@@ -50,7 +50,7 @@ def complete(
     Raises:
         ValueError: the prompt is empty or too long for the target's context.
     """
-    tokens = tuple(target.tokenizer.encode(prompt, add_special_tokens=False))
+    tokens = tuple(target.tokenizer.encode(prompt))
     limit = target.max_context_tokens
     if len(tokens) + max_tokens > limit:
         raise ValueError(f"prompt ({len(tokens)} tokens) plus --max-tokens {max_tokens} is over the context of {limit}")

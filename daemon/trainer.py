@@ -41,7 +41,7 @@ class Trainer:
     """Trains candidates from recorded windows and scores versions by exact replay.
 
     Args:
-        embedding: the target's input embedding [V, H].
+        embedding: the target's input embedding [V, H]; drafters train and are replayed where it is.
         registry: versions on disk; this process is its only writer.
         settings: tree settings of the serving engines, so that replay proposes the same trees.
         serving_dtype: type the engines run drafters in.
@@ -158,14 +158,16 @@ class Trainer:
 
     def weights(self, version: str) -> Weights:
         """State of a version in the serving type, ready to travel."""
-        return {name: value.contiguous() for name, value in self._serving(version).state_dict().items()}
+        return {name: value.cpu().contiguous() for name, value in self._serving(version).state_dict().items()}
 
     def discard(self, name: str) -> None:
         """Forgets a candidate; unknown names are fine."""
         self._candidates.pop(name, None)
 
     def _start(self, arm: Arm, base_version: str, windows: Sequence[Window]) -> _Candidate:
-        model = load_drafter(self.registry.path(base_version), self._embedding.float(), dtype=torch.float32)
+        model = load_drafter(
+            self.registry.path(base_version), self._embedding.float(), dtype=torch.float32, device=self._embedding.device
+        )
         settings = TrainSettings(
             steps=arm.steps,
             batch_windows=self._batch_windows,
@@ -189,11 +191,12 @@ class Trainer:
     def _serving(self, version: str) -> DraftNetwork:
         candidate = self._candidates.get(version)
         if candidate is None:
-            return load_drafter(self.registry.path(version), self._embedding, dtype=self._dtype)
+            path = self.registry.path(version)
+            return load_drafter(path, self._embedding, dtype=self._dtype, device=self._embedding.device)
         trained = candidate.run.model
         model = new_network(trained.config, self._embedding)
         load_weights(model, trained.state_dict(), version)
-        return model.to(self._dtype)
+        return model.to(self._embedding.device, self._dtype)
 
 
 def usual_limits(windows: Sequence[Window]) -> Limits | None:
