@@ -105,8 +105,8 @@ class EventProducer:
         while (event := self._take()) is not None:
             try:
                 self._stream.append(encode(event))
-            except ValueError:
-                # Not a number, or text that is not Unicode: never writable, so never repeated.
+            except (ValueError, TypeError):
+                # Not a number, a foreign type, or text that is not Unicode: never writable, so never repeated.
                 self._done(lost=1)
             except StreamError as error:
                 self._failed(event, error)

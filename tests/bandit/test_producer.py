@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from specblock.bandit.errors import StreamError
@@ -124,3 +126,14 @@ def until(condition: Callable[[], bool]) -> None:
 def test_a_capacity_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="capacity"):
         EventProducer(GatedStream(), "x", capacity=0)
+
+
+def test_an_event_that_cannot_be_encoded_is_counted_and_the_next_ones_are_sent() -> None:
+    stream = GatedStream()
+    producer = make(stream)
+    stream.gate.set()
+    producer.offer(replace(EVENT, cycles=np.int64(10)))  # type: ignore[arg-type]
+    producer.offer(replace(EVENT, draft_s=float("nan")))
+    producer.offer(EVENT)
+    stats = producer.close(5.0)
+    assert (stats.sent, stats.lost, stats.in_flight) == (1, 2, 0)
