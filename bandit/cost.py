@@ -215,7 +215,7 @@ def charge_s(config: CostConfig, *, device_s: float = 0.0, train_s: float = 0.0,
 
 def update_belief(belief: Belief, observed: float, observed_sd: float) -> Belief:
     """Conjugate normal update of a belief about a mean by one observation of known deviation."""
-    prior, data = belief.sd**-2, max(observed_sd, 1e-9) ** -2
+    prior, data = max(belief.sd, 1e-9) ** -2, max(observed_sd, 1e-9) ** -2
     return replace(
         belief, mean=(prior * belief.mean + data * observed) / (prior + data), sd=math.sqrt(1 / (prior + data))
     )

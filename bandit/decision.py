@@ -15,6 +15,9 @@ NONE, DRIFT, FAULT, LOAD = "none", "drift", "fault", "load_or_sampling"
 SKIP, CHECK, PROBE, CONTINUE, ABANDON = "skip", "check_parity", "probe", "continue", "abandon"
 """Actions a decision may name."""
 
+HOUR_S = 3600.0
+"""The budget's period."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainContext:

@@ -14,6 +14,9 @@ from specblock.bandit.cost import Belief
 DISCOUNT = 0.98
 """Weight of older evidence at each new observation: about the last fifty count."""
 
+GAIN_NOISE_SD = 0.01
+"""Variation of an arm's gain from one update to the next, beyond the measurement's own error."""
+
 MIN_SD = 1e-6
 """A prior of standard deviation 0 means "known"; this keeps its precision finite."""
 

@@ -16,7 +16,7 @@ from specblock.bandit.cost import (
     update_belief,
 )
 from specblock.bandit.decision import ArmEvidence, DecisionContext, PolicyState, Probed, Target
-from specblock.bandit.estimate import LinearPrior
+from specblock.bandit.estimate import GAIN_NOISE_SD, LinearPrior
 from specblock.bandit.intervals import one_sided_z
 
 COMPARISONS = 4
@@ -55,7 +55,9 @@ def probed_gain(arm: Arm, target: Target, state: PolicyState, probed: Probed) ->
     if measured is None:
         return before
     seen = arm.probe_gain_share
-    after = update_belief(Belief(mean=before.mean, sd=before.sd), measured.saving / seen, measured.se / seen)
+    # Few conversations may agree by chance (cycles are whole numbers), and a trial is not yet the complete update.
+    measured_sd = math.hypot(measured.se / seen, GAIN_NOISE_SD)
+    after = update_belief(Belief(mean=before.mean, sd=before.sd), measured.saving / seen, measured_sd)
     return DomainGain(domain=target.domain, share=target.share, mean=after.mean, sd=after.sd)
 
 

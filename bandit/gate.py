@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from specblock.bandit.actions import CompareReport, PairedReplay
 from specblock.bandit.config import GateConfig
-from specblock.bandit.intervals import one_sided_z, ratio_of
+from specblock.bandit.intervals import RatioSums, one_sided_z, ratio_of
 
 GateVerdict = Literal["pass", "fail", "undecided"]
 Floats = NDArray[np.float64]
@@ -108,7 +108,7 @@ def pooled_saving(rows: Sequence[GateRow]) -> Saving:
     by_domain = {domain: [row for row in rows if row.domain == domain] for domain in sorted({r.domain for r in rows})}
     return Saving(
         conversations=len(rows),
-        relative=1 - costs.ratio if rows else 0.0,
+        relative=_relative(costs),
         se=costs.se,
         s_per_token=(costs.x - costs.y) / tokens if tokens else 0.0,
         domains=tuple(_domain_saving(domain, group) for domain, group in by_domain.items()),
@@ -117,7 +117,12 @@ def pooled_saving(rows: Sequence[GateRow]) -> Saving:
 
 def _domain_saving(domain: str, rows: Sequence[GateRow]) -> DomainSaving:
     costs = ratio_of((row.cost_old_s, row.cost_new_s) for row in rows)
-    return DomainSaving(domain=domain, conversations=len(rows), saving=1 - costs.ratio, se=costs.se)
+    return DomainSaving(domain=domain, conversations=len(rows), saving=_relative(costs), se=costs.se)
+
+
+def _relative(costs: RatioSums) -> float:
+    """Saving of pairs (cost_old, cost_new); costs of nothing (no row, no cycle timed yet) save nothing."""
+    return 1 - costs.ratio if costs.x > 0 else 0.0
 
 
 def judge(rows: Sequence[GateRow], scale_s: float, config: GateConfig) -> GateEvidence:

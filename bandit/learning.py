@@ -8,11 +8,9 @@ from dataclasses import replace
 from specblock.bandit.actions import TrainReport
 from specblock.bandit.config import Arm
 from specblock.bandit.decision import ArmEvidence, Charge, ParityRecord, PolicyState, Target
+from specblock.bandit.estimate import GAIN_NOISE_SD
 from specblock.bandit.gate import Saving
 from specblock.bandit.parity import ParityEvidence
-
-GAIN_NOISE_SD = 0.01
-"""Variation of an arm's gain from one update to the next, beyond the measurement's own error."""
 
 
 def charge(state: PolicyState, now_s: float, device_s: float) -> PolicyState:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from specblock.bandit.codec import digest, dumps
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.decision import (
     ABANDON,
@@ -16,6 +17,7 @@ from specblock.bandit.decision import (
     CONTINUE,
     DRIFT,
     FAULT,
+    HOUR_S,
     LOAD,
     NONE,
     PROBE,
@@ -29,8 +31,6 @@ from specblock.bandit.decision import (
 )
 from specblock.bandit.forecast import complete_value, mean_drop, remaining_value, targets
 from specblock.bandit.parity import ParityEvidence
-
-HOUR_S = 3600.0
 
 MIN_PROBED = 2
 """Held-out conversations without which a micro-profile has measured nothing."""
@@ -52,6 +52,11 @@ def decide(context: DecisionContext, state: PolicyState, config: PolicyConfig) -
     if context.probed is not None:
         return _after_probe(context, context.probed, state, config), state
     return _at_rest(context, state, config), replace(state, decisions=state.decisions + 1)
+
+
+def inputs_digest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> str:
+    """SHA-256 of everything a decision depends on."""
+    return digest([dumps(context), dumps(state), dumps(config)])
 
 
 def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> Decision:
@@ -132,8 +137,8 @@ def _option(
     arm: Arm, reached: tuple[Target, ...], context: DecisionContext, state: PolicyState, config: PolicyConfig
 ) -> Option:
     value = complete_value(arm, context, state, config)
-    needed_s = config.cost.price * (value.train_s + value.probe_s + value.score_s)
-    return Option(value=value, blocked=_blocked(needed_s, reached, context, state, config))
+    # In the currency of the charges: interference and stall are booked against the budget, so they are needed too.
+    return Option(value=value, blocked=_blocked(value.cost, reached, context, state, config))
 
 
 def _blocked(
