@@ -8,7 +8,7 @@ from specblock.bandit.state import Accrual, BanditState
 
 
 def accrued_s(state: BanditState, accrual: Accrual) -> float:
-    """Device-seconds that a settled version has saved since it was settled."""
+    """Device-seconds a settled version has saved since, if it goes on saving per token what was measured then."""
     return accrual.saving_s_per_token * (state.totals(accrual.version).tokens - accrual.tokens_mark)
 
 
@@ -26,7 +26,7 @@ def close_accrual(state: BanditState, ledger: Ledger, serving_version: str, now_
                 time_s=now_s,
                 action=PROBE,
                 candidate_version=accrual.version,
-                reason=f"it saved {saved_s:.1f} device-seconds after it was settled",
+                reason=f"after it was settled it saved {saved_s:.1f} device-seconds at the rate measured then",
                 numbers={"realised_s": saved_s},
             )
         )

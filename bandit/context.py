@@ -33,7 +33,7 @@ def build_context(
             for name in sorted(state.domains)
         ),
         busy_devices=min(total, config.cost.serving_devices),
-        num_changes=sum(domain.changes for domain in state.domains.values()),
+        num_changes=state.changes,
         observed_s=max(now_s - state.first_event_s, 0.0) if state.first_event_s else 0.0,
     )
 

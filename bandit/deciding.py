@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from specblock.bandit.accrual import close_accrual
 from specblock.bandit.actions import Actions
-from specblock.bandit.codec import digest, dumps
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.context import base_s_per_token, build_context
 from specblock.bandit.cost import charge_s
-from specblock.bandit.decision import CHECK, PROBE, SKIP, Decision, DecisionContext
+from specblock.bandit.decision import CHECK, PROBE, SKIP, Decision, DecisionContext, PolicyState
 from specblock.bandit.forecast import score_s
 from specblock.bandit.ledger import DECIDED, Ledger, LedgerRecord
 from specblock.bandit.lifecycle import Lifecycle
 from specblock.bandit.outside import attempt
-from specblock.bandit.policy import decide
+from specblock.bandit.policy import decide, inputs_digest
 from specblock.bandit.state import BanditState, PendingUpdate
 
 
@@ -45,6 +45,7 @@ class Decider:
         self.state, self._ledger, self._lifecycle, self._actions = state, ledger, lifecycle, actions
         self._policy, self._save, self._sync_every_s = policy, save, sync_every_s
         self._last_skip = ""
+        self._last_known: PolicyState | None = None
         self._synced_s = float("-inf")
 
     def decide(self, now_s: float) -> str:
@@ -62,10 +63,10 @@ class Decider:
         # A parity check is a decision of its own; the second decision has its result to go by.
         for _ in range(2):
             context = build_context(self.state, windows, serving, now_s, self._policy)
-            inputs = digest([dumps(context), dumps(self.state.policy), dumps(self._policy)])
-            decision_id = f"d{self.state.policy.decisions:06d}"
-            decision, self.state.policy = decide(context, self.state.policy, self._policy)
-            self._record(decision_id, decision, context, inputs)
+            known = self.state.policy
+            decision_id = f"d{known.decisions:06d}"
+            decision, self.state.policy = decide(context, known, self._policy)
+            self._record(decision_id, decision, context, known)
             if decision.action != CHECK:
                 break
             self._save(now_s)
@@ -77,7 +78,9 @@ class Decider:
         self._save(now_s)
         return error
 
-    def _record(self, decision_id: str, decision: Decision, context: DecisionContext, inputs: str) -> None:
+    def _record(self, decision_id: str, decision: Decision, context: DecisionContext, known: PolicyState) -> None:
+        # The number of the decision changes every time and decides nothing.
+        uncounted = replace(known, decisions=0)
         checking = decision.action == CHECK
         expected_s = score_s(self.state.policy, self._policy).mean if checking else 0.0
         skip = decision.verdict if decision.action == SKIP else ""
@@ -95,12 +98,13 @@ class Decider:
                 base_version=context.serving_version,
                 expected_s=charge_s(self._policy.cost, device_s=expected_s),
                 options=decision.options,
-                inputs_sha256=inputs,
+                inputs_sha256=inputs_digest(context, known, self._policy),
                 context=context,
+                policy_state=known if uncounted != self._last_known else None,
             ),
             durable=durable,
         )
-        self._last_skip = skip
+        self._last_skip, self._last_known = skip, uncounted
         self._synced_s = context.now_s if durable else self._synced_s
 
 

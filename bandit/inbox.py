@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from specblock.bandit.clock import is_due
 from specblock.bandit.config import PolicyConfig
-from specblock.bandit.errors import StreamError
 from specblock.bandit.events import EventError, decode
 from specblock.bandit.state import BanditState
 from specblock.bandit.status import LoopCounters
@@ -11,6 +13,9 @@ from specblock.bandit.stream_types import Stream, StreamEntry
 
 CLAIM_EVERY_S = 5.0
 """How often entries that were delivered and lost (a broken connection, another consumer) are looked for."""
+
+MAX_UNACKED = 100_000
+"""Entries that may wait for a disk that refuses snapshots; beyond, the (bounded) stream keeps them."""
 
 
 class Inbox:
@@ -31,7 +36,7 @@ class Inbox:
     ) -> None:
         self._stream, self._state, self._policy, self._counters = stream, state, policy, counters
         self._read_count = read_count
-        self._unacked: list[str] = []
+        self._unacked: dict[str, None] = {}
         self.unsaved = False
         self._claim_s = float("-inf")
 
@@ -42,27 +47,25 @@ class Inbox:
 
     def take(self, now_s: float) -> None:
         """Learn whatever is there; never waits."""
-        if now_s - self._claim_s >= CLAIM_EVERY_S:
+        if len(self._unacked) >= MAX_UNACKED:
+            return
+        if is_due(now_s, self._claim_s, CLAIM_EVERY_S):
             while batch := self._stream.claim(self._read_count):
-                self._learn(batch)
+                self._learn(batch, now_s)
             self._claim_s = now_s
-        self._learn(self._stream.read(self._read_count, 0.0))
+        self._learn(self._stream.read(self._read_count, 0.0), now_s)
 
     def ack(self) -> None:
         """Acknowledge what was learned; only after the state that holds it is on disk."""
-        acked, self._unacked = self._unacked, []
-        try:
-            self._stream.ack(acked)
-        except StreamError:
-            self._unacked = acked + self._unacked
-            raise
-        self._counters.acked += len(acked)
+        self._stream.ack(list(self._unacked))
+        self._counters.acked += len(self._unacked)
+        self._unacked = {}
 
-    def _learn(self, entries: list[StreamEntry]) -> None:
+    def _learn(self, entries: list[StreamEntry], now_s: float) -> None:
         for entry in entries:
             self._counters.read += 1
             if not entry.fields:
-                self._unacked.append(entry.entry_id)
+                self._unacked[entry.entry_id] = None
                 continue
             try:
                 event = decode(entry.fields)
@@ -70,8 +73,10 @@ class Inbox:
                 self._stream.park(entry, str(error))
                 self._counters.parked += 1
                 continue
+            # A producer's clock that is ahead would make everything after it look old, for ever.
+            event = replace(event, time_s=min(event.time_s, now_s))
             fresh = self._state.learn(event, self._policy)
             self.unsaved = self.unsaved or fresh
             self._counters.learned += fresh
             self._counters.duplicates += not fresh
-            self._unacked.append(entry.entry_id)
+            self._unacked[entry.entry_id] = None

@@ -10,13 +10,14 @@ from __future__ import annotations
 import errno
 import os
 import re
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 
 from specblock.bandit.codec import dumps, loads
-from specblock.bandit.decision import CHECK, PROBE, DecisionContext, Option
+from specblock.bandit.decision import CHECK, HOUR_S, PROBE, Charge, DecisionContext, Option, PolicyState
 from specblock.bandit.errors import LedgerError
 
 DECIDED = "decided"
@@ -44,6 +45,7 @@ class LedgerRecord:
         numbers: measurements, names with units.
         inputs_sha256: of (context, policy state, configuration); the same inputs give the same decision.
         context: everything the decision read.
+        policy_state: what the rule knew before it decided; at rest only if it changed since the decision before.
     """
 
     decision_id: str
@@ -61,6 +63,7 @@ class LedgerRecord:
     numbers: dict[str, float] = field(default_factory=dict)
     inputs_sha256: str = ""
     context: DecisionContext | None = None
+    policy_state: PolicyState | None = None
 
     def option(self) -> Option | None:
         """The prediction for this record's arm."""
@@ -112,6 +115,8 @@ class Balance:
 class Ledger:
     """The ledger file, and an index of it.
 
+    ``balance`` sums it up, ``charges`` are those of the hour before its newest record.
+
     Args:
         path: created if missing.
 
@@ -125,6 +130,7 @@ class Ledger:
         self.repaired_bytes = 0
         self.next_number = 0
         self.last_record: LedgerRecord | None = None
+        self.charges: tuple[Charge, ...] = ()
         self._stages: dict[str, set[str]] = {}
         self._open: dict[str, LedgerRecord] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +179,7 @@ class Ledger:
 
     def tail(self, count: int) -> tuple[LedgerRecord, ...]:
         """The newest ``count`` records, oldest first."""
-        return tuple(self.records())[-count:] if count > 0 else ()
+        return tuple(deque(self.records(), maxlen=count)) if count > 0 else ()
 
     def close(self) -> None:
         """Synchronise and close the file."""
@@ -194,8 +200,11 @@ class Ledger:
     def _index(self, record: LedgerRecord) -> None:
         self.next_number = max(self.next_number, _number(record.decision_id) + 1)
         self.balance = self.balance.add(record)
-        # The context is only needed in the file.
-        self.last_record = replace(record, context=None)
+        if record.charged_s > 0:
+            self.charges = (*self.charges, Charge(record.time_s, record.charged_s))
+        self.charges = tuple(charge for charge in self.charges if charge.time_s > record.time_s - HOUR_S)
+        # A decision's inputs are only needed in the file.
+        self.last_record = replace(record, context=None, policy_state=None)
         if record.stage == DECIDED and record.action not in (CHECK, PROBE):
             return
         self._stages.setdefault(record.decision_id, set()).add(record.stage)

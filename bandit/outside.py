@@ -15,6 +15,17 @@ from specblock.bandit.state import BanditState
 
 T = TypeVar("T")
 
+BLANK: Mapping[str, object] = {
+    "expected_s": 0.0,
+    "charged_s": 0.0,
+    "options": (),
+    "numbers": {},
+    "inputs_sha256": "",
+    "context": None,
+    "policy_state": None,
+}
+"""What belongs to one stage only."""
+
 
 class ActionError(BanditError):
     """The outside world raised."""
@@ -53,7 +64,7 @@ class Journal:
         """
         before = self.ledger.open_record(decision_id)
         assert before is not None, f"{decision_id} is not open"
-        fresh: Mapping[str, object] = {"expected_s": 0.0, "charged_s": 0.0, "options": (), "numbers": {}, **changes}
+        fresh: Mapping[str, object] = {**BLANK, **changes}
         record: LedgerRecord = replace(before, stage=stage, time_s=now_s, reason=reason, **fresh)  # type: ignore[arg-type]
         self.ledger.append(record)
         self.state.policy = charge(self.state.policy, now_s, record.charged_s)

@@ -6,6 +6,8 @@ the two; the action may or may not have happened, so it is charged in full and n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from specblock.bandit.config import Arm
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import PROBE
@@ -22,6 +24,10 @@ BEGUN = frozenset({"probing", "scoring", "training", "gating", "promoting", "ver
 
 UNDOING = frozenset({"promoting", "rolling_back"})
 """Ledger stages at which nobody knows what serves."""
+
+
+UNKNOWN_DROP = 1.0
+"""Drop assumed of an update whose targets died with the process: none is larger, so none ends its back-off early."""
 
 
 class Recovery:
@@ -43,18 +49,29 @@ class Recovery:
         elif record.stage in UNDOING and attempt(self._journal.actions.serving_version) != record.base_version:
             self.roll_back(record, now_s, why)
         else:
+            # A roll-back that was begun and after which the base serves has happened, whatever it answered.
+            stage = "rolled_back" if record.stage == "rolling_back" else "abandoned"
             problem = self._journal.discard(record.candidate_version)
-            self.finish(record, "abandoned", now_s, why + problem)
+            self.finish(record, stage, now_s, why + problem)
 
-    def roll_back(self, record: LedgerRecord, now_s: float, why: str) -> None:
-        """Make the base version serve again.
+    def roll_back(
+        self, record: LedgerRecord, now_s: float, why: str, numbers: Mapping[str, float] | None = None
+    ) -> None:
+        """Make the base version serve again; ``numbers`` are what the update brought (or cost) while it served.
 
         Raises:
             ActionError: the outside world raised; the update stays open, so the next step tries again.
         """
         journal = self._journal
         if not journal.ledger.knows(record.decision_id, "rolling_back"):
-            record = journal.write(record.decision_id, "rolling_back", now_s, why, charged_s=record.expected_s)
+            record = journal.write(
+                record.decision_id,
+                "rolling_back",
+                now_s,
+                why,
+                charged_s=record.expected_s,
+                numbers=dict(numbers or {}),
+            )
         swap = attempt(lambda: journal.actions.rollback(record.decision_id, record.base_version))
         stage, detail = ("rolled_back", "") if swap.ok else ("abandoned", f"; the roll-back was refused: {swap.detail}")
         journal.state.policy = learn_stall(journal.state.policy, swap.stall_s)
@@ -80,7 +97,7 @@ class Recovery:
         pending = state.pending
         mine = pending is not None and pending.decision_id == record.decision_id
         if record.action == PROBE:
-            drop = mean_drop(pending.targets) if mine and pending is not None else 0.0
+            drop = mean_drop(pending.targets) if mine and pending is not None else UNKNOWN_DROP
             arm = next((arm for arm in config.arms if arm.name == record.arm), Arm(name=record.arm))
             state.policy = end_update(state.policy, arm, now_s, drop, gained=gained)
         if mine:

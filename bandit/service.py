@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from specblock.bandit.actions import Actions
+from specblock.bandit.clock import is_due
 from specblock.bandit.codec import dumps, loads
 from specblock.bandit.config import PolicyConfig, ServiceConfig
 from specblock.bandit.deciding import Decider
@@ -26,7 +27,7 @@ from specblock.bandit.stream_types import Stream
 logger = logging.getLogger(__name__)
 
 RETRY_S = 10.0
-"""Pause after the outside world failed to end an update."""
+"""Pause after the outside world failed to move an update on or to end it."""
 
 
 class BanditService:
@@ -65,7 +66,7 @@ class BanditService:
             config.ledger_sync_every_s,
         )
         self._dirty = False
-        self._snapshot_s = self._retry_s = float("-inf")
+        self._snapshot_s = self._failed_s = float("-inf")
         self._paused = threading.Event()
         if self.state.paused:
             self._paused.set()
@@ -107,6 +108,11 @@ class BanditService:
                 self.counters.step_errors += 1
                 logger.error("bandit: a step failed, the next one starts from what is recorded: %s", error)
                 idle = True
+            except Exception:
+                # A bug: a loop that ended here would leave a service that answers and does nothing.
+                self.counters.step_errors += 1
+                logger.exception("bandit: a step failed, the next one starts from what is recorded")
+                idle = True
             if idle:
                 stop.wait(self._config.block_s)
         self.close(clock())
@@ -146,14 +152,15 @@ class BanditService:
                 state = loads(BanditState, loaded.text)
             except (ValueError, TypeError) as error:
                 raise SnapshotError(f"{loaded.path.name} does not fit this version: {error}") from error
-        # The ledger may be ahead of the snapshot; a number is never used twice.
+        # The ledger may be ahead of the snapshot: a number is never used twice, and what was spent stays spent.
         numbered = max(state.policy.decisions, self._ledger.next_number)
-        state.policy = replace(state.policy, decisions=numbered)
+        charges = self._ledger.charges if self._ledger.last_record else state.policy.charges
+        state.policy = replace(state.policy, decisions=numbered, charges=charges)
         return state
 
     def _due_for_snapshot(self, now_s: float) -> bool:
-        waiting = self._inbox.waiting or self.state.paused != self._paused.is_set()
-        return waiting and now_s - self._snapshot_s >= self._config.snapshot_every_s
+        waiting = self._dirty or self._inbox.waiting or self.state.paused != self._paused.is_set()
+        return waiting and is_due(now_s, self._snapshot_s, self._config.snapshot_every_s)
 
     def _persist(self, now_s: float) -> bool:
         """Snapshot, then acknowledge; False when the disk refused (then nothing is acknowledged or decided)."""
@@ -173,15 +180,17 @@ class BanditService:
 
     def _adapt(self, now_s: float) -> str:
         """Recover, move the update on, or decide; returns what failed."""
-        if now_s < self._retry_s:
+        if not is_due(now_s, self._failed_s, RETRY_S):
             return ""
         if orphans := self._lifecycle.recovery.orphans():
             return self._recover(orphans, now_s)
         if self.state.pending is not None:
             changed, error = self._lifecycle.advance(now_s)
+            if error and self.state.pending is not None:
+                self._failed_s = now_s
             self._save(now_s, changed)
             return error
-        waited = now_s - self.state.last_decision_s >= self._config.decide_every_s
+        waited = is_due(now_s, self.state.last_decision_s, self._config.decide_every_s)
         enough = self.state.learned - self.state.learned_at_decision >= self._config.decide_every_events
         if not (self._now.is_set() or (waited and enough)):
             return ""
@@ -201,7 +210,7 @@ class BanditService:
             why = f"interrupted after {record.stage!r}; the action is charged and not repeated"
             problems.append(retry_or_end(self._lifecycle.recovery, record, now_s, why))
         if any(problems):
-            self._retry_s = now_s + RETRY_S
+            self._failed_s = now_s
         self._save(now_s, True)
         return "; ".join(problem for problem in problems if problem)
 

@@ -69,9 +69,8 @@ class StageTools:
         """The parity of a version, and what the check is charged with; cost and outcome are learned."""
         report = attempt(lambda: self.actions.parity(version))
         evidence = judge_parity(report.rows, self.config.parity)
-        changes = sum(domain.changes for domain in self.state.domains.values())
         policy = learn_score(self.state.policy, report.device_s)
-        self.state.policy = learn_parity(policy, version, now_s, evidence, changes)
+        self.state.policy = learn_parity(policy, version, now_s, evidence, self.state.changes)
         return evidence, charge_s(self.config.cost, device_s=report.device_s)
 
     def learn(self, pending: PendingUpdate, saving: Saving, seen: float) -> None:

@@ -13,7 +13,7 @@ from specblock.bandit.evidence import gate_numbers, saving_numbers
 from specblock.bandit.gate import gate_rows, judge, pooled_saving
 from specblock.bandit.learning import learn_training
 from specblock.bandit.outside import attempt
-from specblock.bandit.policy import decide
+from specblock.bandit.policy import decide, inputs_digest
 from specblock.bandit.stage_tools import StageTools
 from specblock.bandit.state import PendingUpdate
 
@@ -35,9 +35,10 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     )
     report, cost_s = tools.compare(pending.base_version, candidate, None)
     saving = pooled_saving(gate_rows(report))
-    context = build_context(tools.state, WindowSummary(), pending.base_version, now_s, config)
     probed = Probed(arm=arm.name, targets=pending.targets, saving=saving)
-    decision, tools.state.policy = decide(replace(context, probed=probed), tools.state.policy, config)
+    context = build_context(tools.state, WindowSummary(), pending.base_version, now_s, config)
+    context, known = replace(context, probed=probed), tools.state.policy
+    decision, tools.state.policy = decide(context, known, config)
     record = tools.journal.write(
         key,
         "probed",
@@ -46,6 +47,9 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         charged_s=cost_s,
         options=decision.options,
         numbers=saving_numbers(saving),
+        inputs_sha256=inputs_digest(context, known, config),
+        context=context,
+        policy_state=known,
     )
     if decision.action != CONTINUE:
         tools.learn(pending, saving, arm.probe_gain_share)

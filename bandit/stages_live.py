@@ -11,7 +11,6 @@ from specblock.bandit.evidence import parity_numbers, parity_words, saving_numbe
 from specblock.bandit.gate import Saving, gate_rows, pooled_saving
 from specblock.bandit.intervals import one_sided_z
 from specblock.bandit.learning import learn_stall
-from specblock.bandit.ledger import LedgerRecord
 from specblock.bandit.outside import attempt
 from specblock.bandit.parity import judge as judge_parity
 from specblock.bandit.stage_tools import StageTools
@@ -85,23 +84,16 @@ def settle(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s, gained=True)
         return True
     tools.learn(pending, saving, 1.0)
-    if loss := _live_loss(tools, live, saving):
-        tools.recovery.roll_back(replace(record, expected_s=cost_s), now_s, loss)
-    else:
-        _settled(tools, pending, record, saving, cost_s, now_s)
-    return True
-
-
-def _settled(
-    tools: StageTools, pending: PendingUpdate, record: LedgerRecord, saving: Saving, cost_s: float, now_s: float
-) -> None:
     tokens = tools.state.totals(pending.new_version).tokens
     realised_s = saving.s_per_token * (tokens - pending.tokens_mark)
+    numbers = {**saving_numbers(saving), "realised_s": realised_s, "predicted_gain": pending.option.value.gain}
+    if loss := _live_loss(tools, live, saving):
+        tools.recovery.roll_back(replace(record, expected_s=cost_s), now_s, loss, numbers)
+        return True
     reason = (
         f"it saved {saving.relative:+.1%} (standard error {saving.se:.1%}) on {saving.conversations} conversations "
         f"served live, {realised_s:+.1f} device-seconds so far; predicted were {pending.option.value.gain:+.1%}"
     )
-    numbers = {**saving_numbers(saving), "realised_s": realised_s, "predicted_gain": pending.option.value.gain}
     gained = saving.relative > 0
     tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s, gained=gained, numbers=numbers)
     tools.state.accrual = Accrual(
@@ -110,6 +102,7 @@ def _settled(
         saving_s_per_token=saving.s_per_token,
         tokens_mark=tokens,
     )
+    return True
 
 
 def _live_loss(tools: StageTools, live: list[PairedReplay], saving: Saving) -> str:

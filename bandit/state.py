@@ -13,6 +13,9 @@ from specblock.bandit.watermark import Watermarks
 
 MAX_VERSION_TOTALS = 64
 
+DOMAIN_SILENT_S = 24 * 3600.0
+"""A domain without traffic for this long gives way to a new one; sooner, a burst of names could push out the others."""
+
 
 @dataclass(slots=True)
 class VersionTotals:
@@ -93,6 +96,7 @@ class BanditState:
         learned: events learned (flagged ones included).
         flagged: of these, events of mixed versions.
         first_event_s: oldest event time; 0 before any.
+        retired_changes: changes reported in domains that were forgotten.
     """
 
     domains: dict[str, DomainStatistics] = field(default_factory=dict)
@@ -107,6 +111,12 @@ class BanditState:
     last_decision_s: float = 0.0
     learned_at_decision: int = 0
     paused: bool = False
+    retired_changes: int = 0
+
+    @property
+    def changes(self) -> int:
+        """Changes of acceptance that the detectors reported so far."""
+        return self.retired_changes + sum(domain.changes for domain in self.domains.values())
 
     @property
     def requests(self) -> int:
@@ -125,10 +135,21 @@ class BanditState:
         self.learned += 1
         self.flagged += event.flagged
         self.first_event_s = min(self.first_event_s or event.time_s, event.time_s)
-        known = event.domain in self.domains or len(self.domains) < config.statistics.max_domains - 1
+        known = event.domain in self.domains or self._room(event.time_s, config.statistics.max_domains)
         domain = self.domains.setdefault(event.domain if known else OTHER, DomainStatistics())
         domain.learn(event, config.statistics, config.detector)
         self._total(event)
+        return True
+
+    def _room(self, now_s: float, max_domains: int) -> bool:
+        """Whether a new domain may have a place of its own; one that is silent for long gives way."""
+        named = {name: domain.tokens.last_s for name, domain in self.domains.items() if name != OTHER}
+        if len(named) < max_domains - 1:
+            return True
+        oldest = min(named, key=lambda name: (named[name], name), default="")
+        if not named or now_s - named[oldest] < DOMAIN_SILENT_S:
+            return False
+        self.retired_changes += self.domains.pop(oldest).changes
         return True
 
     def _total(self, event: AcceptanceEvent) -> None:

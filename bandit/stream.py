@@ -51,6 +51,7 @@ class RedisStream:
         self._writable = False
         self._own_after: str | None = "0-0"
         self._idle_after = "0-0"
+        self._round_ended = False
         self._reconnects = 0
         self._groups_recreated = 0
         self._vanished = 0
@@ -124,6 +125,9 @@ class RedisStream:
         return entries
 
     def _claim_idle(self, count: int) -> list[StreamEntry]:
+        if self._round_ended:
+            self._round_ended = False
+            return []
         while True:
             reply = self._client.xautoclaim(
                 self._config.name,
@@ -137,6 +141,8 @@ class RedisStream:
             self._idle_after, found = str(reply[0]), reply[1]
             self._vanished += len(reply[2]) if len(reply) > 2 else 0
             if found or self._idle_after == "0-0":
+                # Entries that are idle again at once must not make the round endless.
+                self._round_ended = bool(found) and self._idle_after == "0-0"
                 return [self._entry(entry_id, fields) for entry_id, fields in found]
 
     def _entry(self, entry_id: str, fields: Mapping[str, str] | None) -> StreamEntry:
