@@ -233,7 +233,7 @@ class Engine:
             return (True,) * len(states)
         return self.planner.begin(
             [Participant(s.request.request_id, s.request.domain) for s in states],
-            [sum(p.shape[0] for p in s.pending) for s in states],
+            [self._num_pending(s) for s in states],
         )
 
     def _shared_noise(self, states: list[RequestState]) -> NoiseWindow | None:
@@ -255,13 +255,17 @@ class Engine:
         What a single cycle can leave is drafted from at once. More would make every request of the batch as wide.
         """
         assert self.drafter is not None
-        pending = sum(p.shape[0] for p in state.pending)
+        pending = self._num_pending(state)
         if pending <= self.drafter.max_depth + 1:
             return
         while pending > 1:
             taken = min(_CATCH_UP_POSITIONS, pending - 1)
             self.drafter.refresh(self._draft_cache, [state.slot], self._new_positions([state], keep=pending - taken))
             pending -= taken
+
+    def _num_pending(self, state: RequestState) -> int:
+        """Positions that the drafter is behind; while speculation is off ``pending`` has an entry per cycle."""
+        return len(state.tokens) - 1 - int(self._draft_cache.positions[state.slot])
 
     def _new_positions(self, states: list[RequestState], keep: int) -> NewPositions:
         """Takes pending features with the token after each; ``keep`` of the newest stay pending."""
@@ -305,7 +309,8 @@ class Engine:
             tokens = tuple(path[:kept])
             state.tokens.extend(tokens)
             state.choice.append(tokens)
-            state.keep_features(result.features[row, :kept], self.drafter is not None)
+            # A copy: a view would keep the whole batch's features for as long as the longest request runs.
+            state.keep_features(result.features[row, :kept].clone(), self.drafter is not None)
             state.keep_laws(result.top, row, kept)
             if kept == len(path):
                 state.accepted.append(kept - 1)

@@ -353,3 +353,26 @@ def test_a_refused_swap_changes_nothing() -> None:
     while not engine.idle:
         engine.step()
     assert keep.windows["r"].drafter_version == "v0"
+
+
+def test_what_a_request_keeps_is_its_own_and_no_part_of_the_batch() -> None:
+    target = target_of("llama", torch.float32)
+    drafter = drafter_of(target)
+    settings = EngineSettings(slots=4, capacity_tokens=80)
+    engine = Engine(target, drafter, settings, lambda: 0.0, planner=Pauses(1000))  # type: ignore[arg-type]
+    for i in range(4):
+        engine.submit(
+            GenerationRequest(
+                request_id="always" if i == 0 else str(i),
+                prompt_tokens=(2, 3, 4),
+                sampling=SamplingParams(seed=i),
+                max_tokens=70,
+                ignore_eos=True,
+            )
+        )
+    for _ in range(10):
+        engine.step()
+    for state in engine.running:
+        assert sum(p.shape[0] for p in state.pending) == engine._num_pending(state) > 0
+        for kept in (*state.pending[1:], *state._features[1:]):  # the first is the prompt's, a batch of one
+            assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
