@@ -31,7 +31,8 @@ class Row:
     """One line of the table; intervals are 95 %, bootstrapped over prompts.
 
     Attributes:
-        acceptance_length: committed tokens over cycles, pooled, bonus included; None where cycles are not seen.
+        acceptance_length: committed tokens over cycles, pooled, bonus included, without each answer's last cycle,
+            which the token limit may have cut; None where cycles are not seen.
         acceptance_length_before_repeat: the same over the cycles before a text's first repeated 8-gram.
         repeated_4grams: share of 4-grams that occurred before in the same text; above 0.2 a row supports no claim.
         weight_bytes_per_cycle: drafter weights read, see ``drafter.weight_bytes``.
@@ -83,24 +84,25 @@ def make_row(
         weight_bytes: bytes that one block and every further one read.
     """
     cycles, tokens = sum(len(r.kept) for r in runs), sum(len(r.tokens) for r in runs)
-    forwards = sum(r.forwards for r in runs) / cycles
+    forwards, drafted = sum(r.forwards for r in runs), sum(r.drafting_cycles for r in runs)
     seen = not name.drafter.startswith("transformers")
     first, later = weight_bytes
     to_plain, to_rival = speed_ratio(plain, runs), speed_ratio(transformers, runs)
     to_eagle = speed_ratio(eagle, runs) if eagle else None
     accept_to_eagle = acceptance_ratio(eagle, runs) if eagle and seen else None
-    early = [r.kept[: cycles_before_repeat(r)] for r in runs]
+    whole = [r.kept[:-1] for r in runs]
+    early = [kept[: cycles_before_repeat(r)] for kept, r in zip(whole, runs, strict=True)]
     return Row(
         drafter=name.drafter,
         shared_noise=name.shared_noise,
         tree=name.tree,
         domain=domain,
         temperature=temperature,
-        acceptance_length=tokens / cycles if seen else None,
-        acceptance_length_before_repeat=sum(map(sum, early)) / max(1, sum(map(len, early))) if seen else None,
+        acceptance_length=_pooled(whole) if seen else None,
+        acceptance_length_before_repeat=_pooled(early) if seen else None,
         repeated_4grams=float(np.mean([repeated_grams(r.tokens, 4) for r in runs])),
-        forwards_per_cycle=forwards,
-        weight_bytes_per_cycle=first * min(1.0, forwards) + later * max(0.0, forwards - 1),
+        forwards_per_cycle=forwards / cycles,
+        weight_bytes_per_cycle=(first * drafted + later * (forwards - drafted)) / cycles,
         drafting_ms_per_cycle=1e3 * sum(r.draft_s for r in runs) / cycles,
         verify_ms_per_cycle=1e3 * sum(r.verify_s for r in runs) / cycles,
         tokens_per_s=tokens / sum(r.seconds for r in runs),
@@ -122,7 +124,12 @@ def speed_ratio(base: Sequence[Run], runs: Sequence[Run]) -> tuple[float, Interv
 
 def acceptance_ratio(base: Sequence[Run], runs: Sequence[Run]) -> tuple[float, Interval]:
     """Acceptance length over that of ``base``, paired over prompts (cycles per token, inverted)."""
-    return _paired([len(r.kept) / len(r.tokens) for r in base], [len(r.kept) / len(r.tokens) for r in runs])
+    sides = [[len(r.kept[:-1]) / max(1, sum(r.kept[:-1])) for r in side] for side in (base, runs)]
+    return _paired(*sides)
+
+
+def _pooled(kept: Sequence[Sequence[int]]) -> float:
+    return sum(map(sum, kept)) / max(1, sum(map(len, kept)))
 
 
 def _paired(base: Sequence[float], own: Sequence[float]) -> tuple[float, Interval]:

@@ -1,6 +1,7 @@
 """``specblockd bench speed``: transformers, plain decoding and every drafter side by side, interleaved.
 
-One request at a time; every way answers every prompt, in rotating order, so that a drift of the machine hits all.
+One request at a time; every way answers every prompt, in an order drawn anew each time, so that a drift of the
+machine hits all.
 Ratios are paired over prompts with bootstrap intervals. Ratio rows use fixed trees; cost-chosen trees are rows of
 their own, for SpecBlock and EAGLE-3 alike (design section 10).
 """
@@ -11,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -61,14 +63,15 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
     target = load_target(settings.target, DTYPES[dtype], "cpu")
     found = rivals.networks(target)
     rivals.warm(target)
-    ways = dict(rivals.ways(target, found))
     rows: list[Row] = []
     for temperature in settings.temperatures:
         how = Question(temperature=temperature, top_p=settings.top_p, new_tokens=settings.new_tokens)
+        ways = dict(rivals.ways(target, found))  # anew: what a planner learned at one temperature is no use at another
         by_domain = {}
         for domain in DOMAINS:
-            prompts = read_prompts(settings.prompts / f"{domain}.jsonl")[-settings.per_domain :]
-            by_domain[domain] = interleaved(ways, prompts, how)
+            prompts = read_prompts(settings.prompts / f"{domain}.jsonl")
+            count = min(settings.per_domain, len(prompts) - 1)
+            by_domain[domain] = interleaved(ways, prompts[-count:], how, warm_up=prompts[0])
             say(f"temperature {temperature}: {domain} done")
         pooled = {name: [r for runs in by_domain.values() for r in runs[name]] for name in ways}
         for domain, runs in {**by_domain, ALL: pooled}.items():
@@ -87,15 +90,17 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
     return 0
 
 
-def interleaved(ways: dict[WayName, Way], prompts: Sequence[Prompt], how: Question) -> dict[WayName, list[Run]]:
-    """Every way's run of every prompt, the order rotated from prompt to prompt."""
+def interleaved(
+    ways: dict[WayName, Way], prompts: Sequence[Prompt], how: Question, warm_up: Prompt
+) -> dict[WayName, list[Run]]:
+    """Every way's run of every prompt, in an order drawn anew for every prompt, after one uncounted ``warm_up``."""
     results: dict[WayName, list[Run]] = {name: [] for name in ways}
-    order = list(ways)
-    for way in ways.values():  # warm-up, not counted
-        way(prompts[0], how, 1)
+    order, rng = list(ways), Random(_SEED)
+    for way in ways.values():
+        way(warm_up, how, 1)
     for index, prompt in enumerate(prompts):
-        turn = index % len(order)
-        for name in order[turn:] + order[:turn]:
+        rng.shuffle(order)
+        for name in order:
             results[name].append(ways[name](prompt, how, _SEED + index))
     return results
 

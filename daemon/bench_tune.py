@@ -28,7 +28,7 @@ from specblock.verifier.model import TargetModel
 
 _START = {
     "specblock": DraftSettings(blocks=1, leaf_cap=8, node_budget=7),
-    "eagle3": DraftSettings(blocks=3, leaf_cap=2, node_budget=7, beam=6),
+    "eagle3": DraftSettings(blocks=3, leaf_cap=2, node_budget=7, beam=4, fan_out=(1,), rank_head=False),
     "parallel": DraftSettings(blocks=1, leaf_cap=8, node_budget=7),
 }
 _GRID: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
@@ -36,7 +36,8 @@ _GRID: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
         ("blocks", (1, 2)), ("node_budget", (4, 7, 12, 20)), ("leaf_cap", (2, 4, 8)), ("noise_scale", (0.7, 1.0, 1.4)),
     ],
     "eagle3": [
-        ("blocks", (1, 2, 3, 4, 6)), ("leaf_cap", (1, 2, 4, 10)), ("node_budget", (3, 5, 7, 12, 20)),
+        ("blocks", (1, 2, 3, 4, 6)), ("leaf_cap", (1, 2, 4, 10)), ("beam", (2, 4, 10)),
+        ("node_budget", (3, 5, 7, 12, 20)),
         ("noise_scale", (0.7, 1.0, 1.4)),
     ],
     "parallel": [("node_budget", (2, 4, 7, 12, 20)), ("noise_scale", (0.7, 1.0, 1.4))],
@@ -62,17 +63,16 @@ def run(settings: TuneSettings, say: Callable[[str], None]) -> int:
     target = load_target(settings.target, DTYPES[dtype], "cpu")
     rivals.warm(target)
     how = Question(temperature=1.0, top_p=0.95, new_tokens=settings.new_tokens)
-    prompts = [
-        prompt
-        for domain in settings.domains
-        for prompt in read_prompts(settings.prompts / f"{domain}.train.jsonl")[-settings.per_domain :]
-    ]
+    files = [read_prompts(settings.prompts / f"{domain}.train.jsonl") for domain in settings.domains]
+    prompts = [prompt for every in files for prompt in every[-settings.per_domain :]]
     best: dict[str, Any] = {}
     log: list[dict[str, Any]] = []
     for kind, network in rivals.networks(target).items():
         chosen = _START[kind]
         for name, values in _GRID[kind]:
-            steps = _measured(target, network, [replace(chosen, **{name: v}) for v in values], prompts, how)
+            steps = _measured(
+                target, network, [replace(chosen, **{name: v}) for v in values], prompts, how, files[0][0]
+            )
             for candidate, speed in steps:
                 log.append({"kind": kind, "settings": asdict(candidate), "tokens_per_s": speed})
             chosen, speed = max(steps, key=lambda step: step[1])
@@ -92,11 +92,12 @@ def _measured(
     candidates: Sequence[DraftSettings],
     prompts: Sequence[Prompt],
     how: Question,
+    warm_up: Prompt,
 ) -> list[tuple[DraftSettings, float]]:
     ways = {
         WayName(str(i)): engine_way(target, BlockDrafter(network, candidate)) for i, candidate in enumerate(candidates)
     }
-    runs = interleaved(ways, prompts, how)
+    runs = interleaved(ways, prompts, how, warm_up)
     return [
         (candidate, sum(len(r.tokens) for r in own) / sum(r.seconds for r in own))
         for candidate, own in zip(candidates, runs.values(), strict=True)

@@ -27,12 +27,16 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One prompt answered one way. ``tokens`` are the generated ones, ``kept`` how many each cycle gave."""
+    """One prompt answered one way. ``tokens`` are the generated ones, ``kept`` how many each cycle gave.
+
+    Runs of this runtime include the work of keeping training windows; transformers' do nothing of the kind.
+    """
 
     tokens: tuple[int, ...]
     kept: tuple[int, ...]
     seconds: float
     forwards: int = 0
+    drafting_cycles: int = 0
     draft_s: float = 0.0
     verify_s: float = 0.0
 
@@ -47,7 +51,15 @@ def engine_way(target: TargetModel, drafter: AnyDrafter | None, planner: TreePla
     def answer(prompt: Prompt, how: Question, seed: int) -> Run:
         sampling = SamplingParams(temperature=how.temperature, top_p=how.top_p, seed=seed)
         done = complete(
-            target, drafter, prompt.text, sampling, how.new_tokens, ignore_eos=True, collect=True, planner=planner
+            target,
+            drafter,
+            prompt.text,
+            sampling,
+            how.new_tokens,
+            ignore_eos=True,
+            collect=True,
+            planner=planner,
+            domain=prompt.domain,
         )
         stats = done.stats
         return Run(
@@ -55,6 +67,7 @@ def engine_way(target: TargetModel, drafter: AnyDrafter | None, planner: TreePla
             kept=done.kept,
             seconds=done.seconds,
             forwards=stats.drafter_forwards,
+            drafting_cycles=stats.drafting_cycles,
             draft_s=stats.draft_s,
             verify_s=stats.verify_s,
         )

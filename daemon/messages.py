@@ -43,6 +43,7 @@ class RequestStats:
     decode_s: float
     drafter_version: str
     drafter_forwards: int = 0
+    drafting_cycles: int = 0
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0

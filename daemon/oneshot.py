@@ -41,6 +41,7 @@ def complete(
     ignore_eos: bool = False,
     collect: bool = False,
     planner: TreePlanner | None = None,
+    domain: str = "default",
 ) -> Answer:
     """Completes one prompt; ``on_text`` receives text as it becomes certain.
 
@@ -65,6 +66,7 @@ def complete(
             max_tokens=max_tokens,
             ignore_eos=ignore_eos,
             collect=collect,
+            domain=domain,
         )
     )
     produced: list[int] = []

@@ -23,6 +23,7 @@ class CycleCounts:
     committed: int = 0
     draft_nodes: int = 0
     drafter_forwards: int = 0
+    drafting_cycles: int = 0
     draft_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0
@@ -36,6 +37,7 @@ class CycleCounts:
         self.committed += kept
         self.draft_nodes += nodes
         self.drafter_forwards += forwards
+        self.drafting_cycles += forwards > 0
 
     def spend(self, draft_s: float, verify_s: float, other_s: float) -> None:
         """Adds this request's share of a cycle's seconds."""
@@ -143,6 +145,7 @@ class RequestState:
             decode_s=max(0.0, now_s - self.decoding_since_s) if self.decoding_since_s else 0.0,
             drafter_version=self.versions[-1] if self.versions else "",
             drafter_forwards=self.total.drafter_forwards,
+            drafting_cycles=self.total.drafting_cycles,
             draft_s=self.total.draft_s,
             verify_s=self.total.verify_s,
             other_s=self.total.other_s,

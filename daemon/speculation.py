@@ -37,6 +37,7 @@ class GateSettings:
         prior_speed: speed over plain decoding assumed without evidence.
         prior_tokens: how many tokens that assumption is worth.
         max_domains: domains told apart.
+        forget_cycles: cycles after which a domain that was not seen gives its place to a new one.
     """
 
     off_below: float = 1.0
@@ -48,6 +49,7 @@ class GateSettings:
     prior_speed: float = 1.1
     prior_tokens: float = 8.0
     max_domains: int = 64
+    forget_cycles: int = 100_000
 
     def __post_init__(self) -> None:
         if not 0 < self.off_below <= self.on_above:
@@ -110,6 +112,7 @@ class _DomainState:
     on: bool = True
     cycles_since_change: int = 0
     last_probe: int = -1
+    last_cycle: int = 0
 
 
 @dataclass(slots=True)
@@ -127,6 +130,7 @@ class SpeculationGate:
         self.settings = settings or GateSettings()
         self.budget = ProbeBudget(self.settings.probe_share)
         self.probes = 0
+        self._cycles = 0
         self._domains: dict[str, _DomainState] = {}
         self._probe: _Probe | None = None
 
@@ -169,6 +173,7 @@ class SpeculationGate:
                 of a cycle in which all requests speculate.
             plain_s: predicted seconds of a plain cycle of the same requests.
         """
+        self._cycles += 1
         probing = self.is_probe(participants, speculate)
         self.budget.spend(seconds, probing=probing)
         num_drafted = sum(speculate)
@@ -212,8 +217,14 @@ class SpeculationGate:
 
     def _state(self, domain: str) -> _DomainState:
         if domain not in self._domains and len(self._domains) >= self.settings.max_domains:
-            domain = _OVERFLOW
-        return self._domains.setdefault(domain, _DomainState(ForgettingRatio(self.settings.half_life_cycles)))
+            oldest = min(self._domains, key=lambda name: self._domains[name].last_cycle)
+            if self._cycles - self._domains[oldest].last_cycle > self.settings.forget_cycles:
+                del self._domains[oldest]
+            else:
+                domain = _OVERFLOW
+        state = self._domains.setdefault(domain, _DomainState(ForgettingRatio(self.settings.half_life_cycles)))
+        state.last_cycle = self._cycles
+        return state
 
     def _maybe_off(self, state: _DomainState) -> None:
         if state.cycles_since_change >= self.settings.min_cycles and self._speed(state) < self.settings.off_below:

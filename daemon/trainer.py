@@ -73,6 +73,7 @@ class Trainer:
         begin = time.perf_counter()
         name = f"candidate-{decision_id}"
         if not resume:
+            self._candidates.clear()  # one update at a time: what is left belongs to one that was forgotten in a crash
             self._candidates[name] = self._start(arm, base_version, windows)
         elif name not in self._candidates:
             raise ValueError(f"{name} is not in memory (the trainer was restarted): the update is abandoned")
@@ -166,7 +167,10 @@ class Trainer:
 
     def _start(self, arm: Arm, base_version: str, windows: Sequence[Window]) -> _Candidate:
         model = load_drafter(
-            self.registry.path(base_version), self._embedding.float(), dtype=torch.float32, device=self._embedding.device
+            self.registry.path(base_version),
+            self._embedding.float(),
+            dtype=torch.float32,
+            device=self._embedding.device,
         )
         settings = TrainSettings(
             steps=arm.steps,

@@ -324,3 +324,14 @@ def test_the_number_of_domains_is_bounded() -> None:
     for index in range(50):
         gate.record([Participant("r", f"d{index}")], (True,), [1], 0.02, 0.02, 0.01)
     assert len(gate.speeds()) <= 4
+
+
+def test_a_domain_not_seen_for_long_gives_its_place_to_a_new_one() -> None:
+    gate = SpeculationGate(GateSettings(max_domains=3, forget_cycles=10))
+    for name in ("a", "b", "c", "d"):
+        gate.is_on(name)
+    assert set(gate.speeds()) == {"a", "b", "c", ""}
+    for _ in range(12):
+        gate.record([Participant("r", "b")], [True], [2], 1.0, 1.0, 1.0)
+    gate.is_on("d")
+    assert {"b", "d"} <= set(gate.speeds()) and len(gate.speeds()) == 4
