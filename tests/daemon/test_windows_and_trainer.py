@@ -5,11 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from specblock.bandit.config import Arm
 from specblock.cuda_ext.sampling import SamplingParams
@@ -22,9 +24,13 @@ from specblock.daemon.trainer import Trainer
 from specblock.daemon.windows import WindowLimits, WindowStore
 from specblock.drafter.checkpoint import save_drafter
 from specblock.drafter.config import DraftSettings
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.kinds import new_network
 from specblock.drafter.window import Window
-from tests.daemon.test_engine import drafter_of, random_requests, run, target_of
+from specblock.verifier.model import TargetModel
+from tests.daemon.test_engine import SHAPE, Keep, drafter_of, random_requests, run, target_of
 from tests.drafter.helpers import random_window, tiny_model
+from tests.verifier.test_text import END, TOKENIZER
 
 
 def store(budget_bytes: int, now: list[float], **limits: float) -> WindowStore:
@@ -32,8 +38,6 @@ def store(budget_bytes: int, now: list[float], **limits: float) -> WindowStore:
 
 
 def named(seed: int, domain: str, time_s: float) -> Window:
-    from dataclasses import replace
-
     return replace(random_window(seed), conversation_id=f"{domain}-{seed}", domain=domain, time_s=time_s)
 
 
@@ -149,8 +153,6 @@ def test_micro_profile_then_rest_then_store_and_reload(trainer: Trainer) -> None
 
 
 def test_parity_of_a_version_with_itself_has_no_difference(trainer: Trainer) -> None:
-    from dataclasses import replace
-
     from specblock.drafter.replay import replay
 
     base = trainer.registry.serving()
@@ -163,8 +165,6 @@ def test_parity_of_a_version_with_itself_has_no_difference(trainer: Trainer) -> 
 
 
 def test_windows_that_the_new_version_served_are_compared_at_their_live_sizes(trainer: Trainer) -> None:
-    from dataclasses import replace
-
     from specblock.drafter.replay import replay
 
     base = trainer.registry.serving()
@@ -180,8 +180,6 @@ def test_windows_that_the_new_version_served_are_compared_at_their_live_sizes(tr
 
 
 def trainer_drafter(trainer: Trainer, version: str):  # type: ignore[no-untyped-def]
-    from specblock.drafter.draft import BlockDrafter
-
     return BlockDrafter(trainer._serving(version).eval(), DraftSettings())
 
 
@@ -252,6 +250,61 @@ def test_window_holds_features_and_laws_of_its_own_tokens() -> None:
         assert torch.allclose(window.features, whole.features[0, :-1], atol=1e-4)
         assert torch.equal(window.top_ids.long(), law.indices)
         assert torch.allclose(window.top_log_probs.double(), law.values, atol=1e-2)
+
+
+def test_stop_strings_cut_text_usage_and_window_alike_with_and_without_drafts() -> None:
+    torch.manual_seed(5)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | {"vocab_size": 270, "eos_token_id": END}))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    target = TargetModel.from_model(model.double().eval(), TOKENIZER)
+    config = replace(drafter_of(target_of("llama", torch.float64)).model.config, vocab_size=270, draft_vocab_size=270)
+    drafter = BlockDrafter(new_network(config, target.embedding).double().eval(), DraftSettings(noise_scale=4.0))
+    rng = Random(1)
+    requests = [
+        GenerationRequest(
+            request_id=str(i),
+            prompt_tokens=tuple(rng.randrange(256) for _ in range(rng.choice([1, 2, 9]))),
+            sampling=SamplingParams(temperature=rng.choice([0.0, 0.8, 1.2]), seed=i),
+            max_tokens=40,
+            stop=tuple(rng.sample(["a", "b", "!", "x", "ab"], 3)),
+            include_stop_str_in_output=rng.random() < 0.5,
+            ignore_eos=True,
+        )
+        for i in range(40)
+    ]
+
+    def ended(drafter: BlockDrafter | None, slots: int) -> tuple[dict[str, tuple[list[int], str, str, int]], Keep]:
+        keep = Keep()
+        settings = EngineSettings(slots=slots, capacity_tokens=60, prefill_chunk_tokens=7, top_k=8)
+        engine = Engine(target, drafter, settings, lambda: 0.0, keep)
+        for request in requests:
+            engine.submit(request)
+        tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
+        texts = dict.fromkeys(tokens, "")
+        found = {}
+        while not engine.idle:
+            for chunk in engine.step():
+                name = chunk.request_id
+                tokens[name].extend(chunk.tokens)
+                texts[name] += chunk.text
+                if chunk.finish_reason is not None:
+                    assert chunk.stats is not None
+                    found[name] = (tokens[name], texts[name], chunk.finish_reason, chunk.stats.completion_tokens)
+        return found, keep
+
+    plain, _ = ended(None, 1)
+    drafted, keep = ended(drafter, 5)
+    assert drafted == plain
+    cut = 0
+    for request in requests:
+        tokens, text, reason, usage = drafted[request.request_id]
+        state, window = keep.states[request.request_id], keep.windows[request.request_id]
+        assert usage == len(tokens) == window.num_generated == window.top_ids.shape[0]
+        assert window.features.shape[0] == window.tokens.shape[0] - 1
+        assert any(s in text for s in request.stop) == (reason == "stop" and request.include_stop_str_in_output)
+        cut += reason == "stop" and sum(state.accepted) + len(state.accepted) < len(tokens)
+    assert cut > 1, "stop strings must have ended inside accepted paths"
 
 
 # --- the engine's thread ---

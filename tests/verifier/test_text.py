@@ -122,6 +122,11 @@ def test_the_earliest_of_several_stop_strings_wins():
     assert (delta.text, delta.stopped, delta.kept_tokens) == ("", True, 3)
 
 
+def test_of_two_stop_strings_that_start_together_the_shorter_is_complete_first():
+    for stop in (("ab", "a"), ("a", "ab")):
+        assert TextStream(TOKENIZER, stop, include_stop=True).push(ids("ab")).text == "a"
+
+
 def test_special_tokens_are_left_out_unless_asked_for():
     tokens = [*ids("a"), END, *ids("b")]
     assert TextStream(TOKENIZER).push(tokens).text == "ab"
