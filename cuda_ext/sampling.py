@@ -25,7 +25,8 @@ class SamplingParams:
         top_p: nucleus mass, in (0, 1].
         top_k: number of most probable tokens kept; 0 keeps all.
         min_p: tokens below ``min_p`` times the largest probability are dropped, in [0, 1].
-        repetition_penalty: > 0; divides positive and multiplies negative logits of every seen token (prompt included).
+        repetition_penalty: in [0.01, 100]; divides positive and multiplies negative logits of every seen token,
+            prompt included.
         presence_penalty: subtracted once from the logit of every *generated* token, in [-2, 2].
         frequency_penalty: subtracted once per occurrence among *generated* tokens, in [-2, 2].
         logit_bias: (token id, bias) pairs added to the logits; kept as pairs so that the object stays hashable.
@@ -54,8 +55,7 @@ class SamplingParams:
             # Both travel as int64: a larger one would fail inside a batch, and the batch with it.
             "top_k: must be an integer from 0 (keeps every token) to 2**63 - 1": 0 <= self.top_k < 2**63,
             "min_p: must be in [0, 1]": 0 <= self.min_p <= 1,
-            "repetition_penalty: must be a finite number > 0": math.isfinite(self.repetition_penalty)
-            and self.repetition_penalty > 0,
+            "repetition_penalty: must be in [0.01, 100]": 0.01 <= self.repetition_penalty <= 100,
             "presence_penalty: must be in [-2, 2]": -2 <= self.presence_penalty <= 2,
             "frequency_penalty: must be in [-2, 2]": -2 <= self.frequency_penalty <= 2,
             "logit_bias: token ids must be >= 0 and biases finite": all(

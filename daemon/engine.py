@@ -119,10 +119,15 @@ class Engine:
         """Queues a request; prompt and completion must fit a slot.
 
         Raises:
-            ValueError: the prompt is empty or the request is longer than a slot.
+            ValueError: the prompt is empty or holds ids outside the vocabulary, there is nothing to produce, or the
+                request is longer than a slot.
         """
         if not request.prompt_tokens:
             raise ValueError("prompt: must not be empty")
+        if min(request.prompt_tokens) < 0 or max(request.prompt_tokens) >= self.target.vocab_size:
+            raise ValueError(f"prompt: token ids must be between 0 and {self.target.vocab_size - 1}")
+        if request.max_tokens < 1:
+            raise ValueError("max_tokens: must be at least 1")
         if len(request.prompt_tokens) + request.max_tokens > self.settings.capacity_tokens:
             raise ValueError(
                 f"prompt ({len(request.prompt_tokens)} tokens) plus max_tokens ({request.max_tokens}) is over the "
@@ -136,7 +141,8 @@ class Engine:
                 stop=request.stop,
                 include_stop=request.include_stop_str_in_output,
             )
-        self.waiting.append(RequestState(request, text, self.target.vocab_size, self._clock()))
+        state = RequestState(request, text, self.target.vocab_size, self._clock(), self.target.device)
+        self.waiting.append(state)
 
     def cancel(self, request_id: str) -> TokenChunk | None:
         """Drops a request wherever it is; returns its last chunk, or None if it is not here."""
@@ -272,8 +278,8 @@ class Engine:
         features = [torch.cat(s.pending) if s.pending else None for s in states]
         counts = [max(0, (0 if f is None else f.shape[0]) - keep) for f in features]
         width = max(1, *counts)
-        padded = torch.zeros(len(states), width, self.target.feature_size, dtype=self.target.dtype)
-        padded = padded.to(self.target.device)
+        size, dtype, device = self.target.feature_size, self.target.dtype, self.target.device
+        padded = torch.zeros(len(states), width, size, dtype=dtype, device=device)
         following = torch.zeros(len(states), width, dtype=torch.int64)
         for row, (state, taken, count) in enumerate(zip(states, features, counts, strict=True)):
             at = self._draft_cache.positions[state.slot]
@@ -315,7 +321,7 @@ class Engine:
             if kept == len(path):
                 state.accepted.append(kept - 1)
             plan = drafted.plan if drafted.speculate[row] else NO_SPECULATION
-            if self.planner is not None:
+            if self.drafter is not None:
                 state.plans.append(tuple(plan.to_list()))
             # Events are about drafts: a cycle without any says nothing of acceptance.
             for counts in (state.total, state.segment) if plan.node_budget else (state.total,):
@@ -373,9 +379,9 @@ class Engine:
 
     def _retire(self, state: RequestState, tokens: Sequence[int], text: str, reason: str) -> TokenChunk:
         self.running.remove(state)
+        self._cache.release(state.slot)  # first: whatever a listener does, the slot is free
         self._end_segment(state, last=True)
         self._listener.finished(state, reason)
-        self._cache.release(state.slot)
         return self._last_chunk(state, tuple(tokens), text, reason)
 
     def _last_chunk(self, state: RequestState, tokens: tuple[int, ...], text: str, reason: str) -> TokenChunk:

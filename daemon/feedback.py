@@ -80,7 +80,9 @@ class Feedback(Listener):
         if reason in ("abort", "error"):
             return
         now = self._clock()
-        heldout = self._windows.is_heldout(state.request.request_id)
+        # The gateway numbers the answers of one HTTP request: they share prompts, so they share a side of the split.
+        together = state.request.request_id.rpartition("-")[0] or state.request.request_id
+        heldout = self._windows.is_heldout(together)
         window = state.window(now, heldout, self._windows.limits.max_window_tokens)
         if window is not None:
             self._windows.add(window)

@@ -50,11 +50,16 @@ class RequestState:
     """Mutable state of a running request; owned by the engine's loop alone."""
 
     def __init__(
-        self, request: GenerationRequest, text: TextStream | None, vocab_size: int, submitted_s: float
+        self,
+        request: GenerationRequest,
+        text: TextStream | None,
+        vocab_size: int,
+        submitted_s: float,
+        device: torch.device,
     ) -> None:
         self.request = request
         self.text = text
-        self.choice = ChoiceState(request.sampling, request.prompt_tokens, vocab_size)
+        self.choice = ChoiceState(request.sampling, request.prompt_tokens, vocab_size, device)
         self.submitted_s = submitted_s
         self.started_s = 0.0
         self.decoding_since_s = 0.0
@@ -66,7 +71,7 @@ class RequestState:
         self.segment = CycleCounts()
         self.segments_sent = 0
         self.accepted: list[int] = []
-        self.plans: list[tuple[int, ...]] = []  # one per cycle, if tree sizes are chosen per cycle
+        self.plans: list[tuple[int, ...]] = []  # one per cycle; the node budget is 0 without drafts
         self.versions: list[str] = []
         self.segment_versions: list[str] = []
         self.speculative = True
@@ -140,7 +145,7 @@ class RequestState:
             draft_tokens=self.total.draft_nodes,
             accepted_tokens=sum(a * n for a, n in enumerate(self.total.histogram)),
             acceptance_histogram=tuple(self.total.histogram),
-            queue_s=self.started_s - self.submitted_s,
+            queue_s=max(0.0, (self.started_s if self.slot >= 0 else now_s) - self.submitted_s),
             prefill_s=max(0.0, self.decoding_since_s - self.started_s),
             decode_s=max(0.0, now_s - self.decoding_since_s) if self.decoding_since_s else 0.0,
             drafter_version=self.versions[-1] if self.versions else "",

@@ -31,7 +31,7 @@ class Window:
         top_log_probs: float16 [G, k], their log-probabilities at temperature 1, before any processor.
         sampling: how the tokens were chosen.
         accepted: draft tokens accepted by each live cycle; a cycle cut by the end of the conversation is left out.
-        plans: sizes of each live cycle's tree, ``DraftPlan.to_list``, the cut cycle included; empty: fixed sizes.
+        plans: sizes of each live cycle's tree, ``DraftPlan.to_list``, the cut cycle included; empty: unknown.
         truncated: the conversation was longer; only its first tokens are kept.
     """
 

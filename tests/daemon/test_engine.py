@@ -88,10 +88,15 @@ def run(
     requests: list[GenerationRequest],
     slots: int,
     planner: TreePlanner | None = None,
+    segment_cycles: int = 32,
+    speculation: bool = True,
 ) -> tuple[dict[str, list[int]], Keep]:
     keep = Keep()
-    settings = EngineSettings(slots=slots, capacity_tokens=160, prefill_chunk_tokens=7, top_k=8)
+    settings = EngineSettings(
+        slots=slots, capacity_tokens=160, prefill_chunk_tokens=7, top_k=8, segment_cycles=segment_cycles
+    )
     engine = Engine(target, drafter, settings, lambda c=itertools.count(): float(next(c)), keep, "v0", planner)
+    engine.speculation = speculation and drafter is not None
     for request in requests:
         engine.submit(request)
     tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}
@@ -140,10 +145,11 @@ def test_text_is_the_same_with_and_without_drafter_alone_and_batched(family: str
     target = target_of(family, torch.float64)
     requests = random_requests(40, seed=3)
     plain, _ = run(target, None, requests, slots=1)
-    for slots in (1, 7):
-        for settings in ({}, {"shared_noise": False}, {"blocks": 3, "leaf_cap": 3}, {"blocks": 1}):
-            drafted, keep = run(target, drafter_of(target, **settings), requests, slots)
-            assert drafted == plain
+    for slots, settings in (
+        (1, {}), (7, {}), (7, {"shared_noise": False}), (7, {"blocks": 3, "leaf_cap": 3}), (7, {"blocks": 1}),
+    ):  # fmt: skip
+        drafted, keep = run(target, drafter_of(target, **settings), requests, slots)  # type: ignore[arg-type]
+        assert drafted == plain
     accepted = sum(sum(s.accepted) for s in keep.states.values())
     assert accepted > 0, "the test must exercise accepted drafts"
 
@@ -279,10 +285,39 @@ def test_replay_notices_a_desynchronised_live_cache() -> None:
 
 def test_segments_cover_every_cycle_once() -> None:
     target = target_of("llama", torch.float64)
-    _, keep = run(target, drafter_of(target), random_requests(6, seed=1), slots=3)
+    _, keep = run(target, drafter_of(target), random_requests(6, seed=1), slots=3, segment_cycles=3)
+    assert len(keep.segments) > len(keep.states)
     for name, state in keep.states.items():
-        assert sum(state.total.histogram) == state.total.cycles
-        assert [last for n, _, last in keep.segments if n == name].count(True) == 1
+        own = [(cycles, last) for n, cycles, last in keep.segments if n == name]
+        assert sum(cycles for cycles, _ in own) == state.total.cycles == sum(state.total.histogram)
+        assert [last for _, last in own].count(True) == 1 and own[-1][1]
+
+
+def test_replay_equals_live_while_speculation_is_switched_off() -> None:
+    target = target_of("llama", torch.float64)
+    drafter = drafter_of(target)
+    _, keep = run(target, drafter, random_requests(6, seed=2), slots=3, speculation=False)
+    windows = list(keep.windows.values())
+    assert sum(len(w.accepted) for w in windows) > 20
+    for window, replayed in zip(windows, replay(drafter, windows, recorded=True), strict=True):
+        assert replayed.accepted == window.accepted and set(replayed.accepted) <= {0}
+
+
+def test_a_listener_that_raises_leaves_the_slot_free() -> None:
+    class Broken(Listener):
+        def finished(self, state: RequestState, reason: str) -> None:
+            raise RuntimeError("full")
+
+    target = target_of("llama", torch.float32)
+    engine = Engine(target, None, EngineSettings(slots=1, capacity_tokens=16), lambda: 0.0, Broken())
+    for name in ("a", "b"):
+        engine.submit(GenerationRequest(request_id=name, prompt_tokens=(2, 3), sampling=SamplingParams(), max_tokens=1))
+    with pytest.raises(RuntimeError, match="full"):
+        for _ in range(3):
+            engine.step()
+    with pytest.raises(RuntimeError, match="full"):
+        engine.step()
+    assert not engine.running and not engine.waiting
 
 
 def test_requests_that_do_not_fit_are_refused() -> None:
@@ -294,6 +329,11 @@ def test_requests_that_do_not_fit_are_refused() -> None:
         )
     with pytest.raises(ValueError, match="must not be empty"):
         engine.submit(GenerationRequest(request_id="a", prompt_tokens=(), sampling=SamplingParams(), max_tokens=9))
+    for prompt, most, message in (((2, VOCAB), 3, "token ids"), ((-1,), 3, "token ids"), ((2,), 0, "max_tokens")):
+        with pytest.raises(ValueError, match=message):
+            engine.submit(
+                GenerationRequest(request_id="a", prompt_tokens=prompt, sampling=SamplingParams(), max_tokens=most)
+            )
 
 
 def test_cancel_frees_the_slot_and_reports_abort() -> None:
