@@ -43,7 +43,7 @@ types: setup  ## mypy --strict
 
 ci: lint types test  ## exactly what CI runs
 
-bench: setup  ## transformers generate, plain decoding and SpecBlock side by side
+bench: setup  ## transformers, plain decoding and every drafter side by side
 	$(BIN)/specblockd bench speed --small
 
 gpu-check:  ## tests and measurements on a CUDA device; needs torch, transformers, numpy, safetensors, pytest only
