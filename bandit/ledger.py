@@ -8,6 +8,7 @@ cut off when the file is opened.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 from collections import deque
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 
-from specblock.bandit.codec import dumps, loads
+from specblock.bandit.codec import dumps, from_plain
 from specblock.bandit.decision import CHECK, HOUR_S, PROBE, Charge, DecisionContext, Option, PolicyState
 from specblock.bandit.errors import LedgerError
 
@@ -187,15 +188,18 @@ class Ledger:
         self._file.close()
 
     def _load(self) -> None:
-        data = self.path.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        self.repaired_bytes = len(data) - whole
-        if self.repaired_bytes:
-            with self.path.open("r+b") as file:
+        whole = 0
+        # A ledger of months neither fits into memory nor needs its inputs there.
+        with self.path.open("r+b") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                self._index(_parse(self.path, number, line, inputs=False))
+                whole += len(line)
+            self.repaired_bytes = os.fstat(file.fileno()).st_size - whole
+            if self.repaired_bytes:
                 file.truncate(whole)
                 os.fsync(file.fileno())
-        for record in read_ledger(self.path):
-            self._index(record)
 
     def _index(self, record: LedgerRecord) -> None:
         self.next_number = max(self.next_number, _number(record.decision_id) + 1)
@@ -231,10 +235,19 @@ def read_ledger(path: Path) -> Iterator[LedgerRecord]:
         for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 return
-            try:
-                yield loads(LedgerRecord, line.decode(), ignore_unknown=True)
-            except ValueError as error:
-                raise LedgerError(f"{path.name}:{number}: unreadable record: {error}") from error
+            yield _parse(path, number, line, inputs=True)
+
+
+def _parse(path: Path, number: int, line: bytes, *, inputs: bool) -> LedgerRecord:
+    """The record of one whole line; without ``inputs``, what the decision read is left out."""
+    try:
+        plain = json.loads(line)
+        if not inputs and isinstance(plain, dict):
+            plain.update(context=None, policy_state=None)
+        record: LedgerRecord = from_plain(LedgerRecord, plain, ignore_unknown=True)
+    except ValueError as error:
+        raise LedgerError(f"{path.name}:{number}: unreadable record: {error}") from error
+    return record
 
 
 def _sync_directory(directory: Path) -> None:

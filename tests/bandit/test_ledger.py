@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from specblock.bandit.errors import LedgerError
 from specblock.bandit.ledger import Ledger, LedgerRecord, read_ledger
 from specblock.bandit.policy import decide
 from tests.bandit.test_policy import CONTEXT, checked
+from tests.bandit.test_service import drive, make
 
 DECISION, _ = decide(CONTEXT, checked(), PolicyConfig())
 
@@ -142,3 +144,21 @@ def test_a_disk_that_refuses_leaves_the_file_as_it_was(path: Path, monkeypatch: 
     ledger.append(record(1))
     ledger.close()
     assert [r.decision_id for r in read_ledger(path)] == ["d000000", "d000001"]
+
+
+def test_opening_a_ledger_of_months_does_not_hold_it_in_memory(tmp_path: Path) -> None:
+    _, service = make(tmp_path / "small")
+    drive(_, service, 1000, 20)
+    service.close(1020.0)
+    path = tmp_path / "small" / "ledger.jsonl"
+    skips = [line for line in path.read_bytes().splitlines(keepends=True) if b'"action":"skip"' in line]
+    path.write_bytes(skips[-1] * 4000 + b'{"torn')
+    size = path.stat().st_size
+    tracemalloc.start()
+    ledger = Ledger(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert ledger.balance.decisions == 4000 and ledger.repaired_bytes == 6 and path.stat().st_size == size - 6
+    assert peak < size / 4
+    assert ledger.tail(1)[0].context is not None, "the inputs stay in the file"
+    ledger.close()
