@@ -14,6 +14,9 @@ from specblock.bandit.state import BanditState
 SHARE_PRIOR_S_PER_S = 1e-6
 """Prior flow of every known domain: keeps shares defined when nothing flows."""
 
+WINDOW_SILENT_S = 3600.0
+"""A window whose newest segment is older than this says nothing about the traffic of now."""
+
 
 def build_context(
     state: BanditState, windows: WindowSummary, serving_version: str, now_s: float, config: PolicyConfig
@@ -29,7 +32,7 @@ def build_context(
         now_s=now_s,
         serving_version=serving_version,
         domains=tuple(
-            domain_context(name, state, serving_version, flow[name] / total, available.get(name), config)
+            domain_context(name, state, serving_version, flow[name] / total, available.get(name), now_s, config)
             for name in sorted(state.domains)
         ),
         busy_devices=min(total, config.cost.serving_devices),
@@ -44,6 +47,7 @@ def domain_context(
     version: str,
     share: float,
     windows: DomainWindows | None,
+    now_s: float,
     config: PolicyConfig,
 ) -> DomainContext:
     """One domain under ``version``."""
@@ -63,7 +67,7 @@ def domain_context(
         raw_drop=1 - acceptance / own if own and cycles else 0.0,
         cycles=cycles,
         device_s_per_token=math.fsum(s.device_s for s in recent) / tokens if tokens else 0.0,
-        measurable=cycles >= config.statistics.min_window_cycles,
+        measurable=cycles >= config.statistics.min_window_cycles and now_s - statistics.last_time_s <= WINDOW_SILENT_S,
         num_train=windows.num_train if windows else 0,
         num_heldout=windows.num_heldout if windows else 0,
     )

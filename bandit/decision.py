@@ -32,7 +32,7 @@ class DomainContext:
         raw_drop: the same against the version's own first cycles, whatever their sampling and load.
         cycles: of the recent window.
         device_s_per_token: of the recent window.
-        measurable: the window is long enough.
+        measurable: the window is long and new enough.
         num_train: training conversations.
         num_heldout: held-out conversations.
     """

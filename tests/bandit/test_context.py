@@ -9,6 +9,8 @@ import pytest
 from specblock.bandit.actions import DomainWindows, WindowSummary
 from specblock.bandit.config import CostConfig, PolicyConfig, StatisticsConfig
 from specblock.bandit.context import base_s_per_token, build_context, reference_level
+from specblock.bandit.decision import DRIFT, NONE, PolicyState
+from specblock.bandit.policy import attribute
 from specblock.bandit.state import BanditState
 from tests.bandit.test_acceptance import EVENT
 
@@ -95,3 +97,15 @@ def test_windows_are_joined_by_domain() -> None:
     row = DomainWindows(domain="a", num_train=7, num_heldout=3, train_positions=99)
     (domain,) = build_context(state, WindowSummary(domains=(row,)), "v1", 1010.0, CONFIG).domains
     assert (domain.num_train, domain.num_heldout, domain.measurable) == (7, 3, True)
+
+
+def test_a_domain_that_fell_silent_is_not_called_drifted_for_ever() -> None:
+    state = BanditState()
+    feed(state, 20, 30)
+    feed(state, 10, 15)
+    soon = build_context(state, WindowSummary(), "v1", 1040.0, CONFIG)
+    assert attribute(soon, PolicyState(), CONFIG)[0] == DRIFT
+    feed(state, 30, 30, domain="other", time_s=20_000.0)
+    later = build_context(state, WindowSummary(), "v1", 20_000.0, CONFIG)
+    assert {d.domain: d.measurable for d in later.domains} == {"default": False, "other": True}
+    assert attribute(later, PolicyState(), CONFIG)[0] == NONE
