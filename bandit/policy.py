@@ -165,7 +165,8 @@ def cooldown_left_s(now_s: float, state: PolicyState, config: PolicyConfig, drop
     """Seconds until the next update may start; a drop that has grown ends the back-off, not the plain cool-down."""
     if state.ended_s == 0.0:
         return 0.0
-    grown = drop > config.evidence_growth * state.abandoned_drop
+    # After an update that no drop had asked for, any noise would be a growth.
+    grown = drop > max(config.evidence_growth * state.abandoned_drop, config.min_drop)
     # Beyond 64 doublings the cap has long been reached, and a float power would overflow.
     rounds = 0 if grown else min(state.abandoned_in_row, 64)
     longest_s = max(config.backoff_max_s, state.cooldown_s)

@@ -267,3 +267,12 @@ def test_learned_training_seconds_replace_the_prior() -> None:
         complete_value(HEAD, CONTEXT, state, CONFIG).train_s
         > 50 * complete_value(HEAD, CONTEXT, checked(), CONFIG).train_s
     )
+
+
+def test_noise_after_an_update_that_no_drop_had_asked_for_does_not_end_its_back_off() -> None:
+    state = PolicyState()
+    for _ in range(4):
+        state = end_update(state, HEAD, 1000.0, 0.0, gained=False)
+    assert cooldown_left_s(1000.0, state, CONFIG, 0.0) == 960.0
+    assert cooldown_left_s(1000.0, state, CONFIG, 0.001) == 960.0, "a tenth of a per cent is no new evidence"
+    assert cooldown_left_s(1000.0, state, CONFIG, 0.2) == 60.0
