@@ -87,13 +87,12 @@ def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
 
 
 def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
-    """Take the next look once enough conversations came in; pass, reject or wait on."""
+    """Take the next look once enough requests finished, the last at the deadline; pass, reject or wait on."""
     rules, requests = tools.config.gate, tools.state.requests - pending.requests_mark
-    if requests < pending.next_look and now_s < pending.deadline_s:
+    # Requests that were served without drafts are not counted, but their conversations are there to be looked at.
+    late = now_s >= pending.deadline_s
+    if requests < pending.next_look and not late:
         return False
-    if requests < pending.next_look:
-        tools.reject(pending, now_s, f"undecided at the deadline with {len(pending.rows)} conversations")
-        return True
     look = pending.looks + 1
     tools.begin(pending, f"gating-{look}", now_s)
     report, cost_s = tools.compare(pending.base_version, pending.candidate_version, pending.cutoff_s)
@@ -109,4 +108,6 @@ def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         tools.move(stage="promoting")
     elif evidence.verdict == "fail":
         tools.reject(pending, now_s, evidence.reason)
+    elif late:
+        tools.reject(pending, now_s, f"undecided at the deadline: {evidence.reason}")
     return True
