@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from specblock.bandit.config import Arm, StreamConfig
 from specblock.bandit.producer import EventProducer
 from specblock.bandit.stream import RedisStream
 from specblock.daemon.config import DaemonConfig
-from specblock.daemon.cost_profile import measure
+from specblock.daemon.cost_profile import profiled_planner
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.engine_host import EngineHost, SwapResult
 from specblock.daemon.feedback import Feedback
@@ -26,7 +25,6 @@ from specblock.daemon.messages import EngineStatus, GenerationRequest, TokenChun
 from specblock.daemon.models import draft_settings, dtype_of, load_network, load_target
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.trainer import Trainer, Weights
-from specblock.daemon.tree_planner import TreePlanner
 from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.window import Window
@@ -38,12 +36,6 @@ _TRAINER_NICENESS = 10  # on shared cores serving goes before learning
 def waiter() -> Callable[[float], object]:
     """A pause that needs no sleep loop: an event that is never set."""
     return threading.Event().wait
-
-
-def plan_for(config: DaemonConfig, target: TargetModel, drafter: BlockDrafter) -> TreePlanner:
-    """A planner with the costs of this engine's device, measured now in two to three seconds."""
-    curve = measure(target, drafter, config.engine.slots, time.perf_counter)
-    return TreePlanner(curve, drafter.settings, time.perf_counter, Random(os.getpid()))
 
 
 def newest_within(windows: Sequence[Window], most_positions: int) -> list[Window]:
@@ -91,7 +83,8 @@ class EngineActor:
             top_k=limits.top_k,
             segment_cycles=config.engine.segment_cycles,
         )
-        planner = plan_for(config, target, drafter) if config.drafter.tree == "cost_chosen" else None
+        chosen = config.drafter.tree == "cost_chosen"
+        planner = profiled_planner(target, drafter, config.engine.slots, os.getpid()) if chosen else None
         engine = Engine(target, drafter, settings, time.perf_counter, feedback, version, planner)
         engine.speculation = config.engine.speculation
         # Requests pass through the waiting line on their way to a free slot; the gateway's 429 is the real limit.

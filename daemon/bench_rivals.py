@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import torch
 
 from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, WayName
 from specblock.daemon.bench_ways import Way, engine_way, transformers_way
-from specblock.daemon.cost_profile import measure
+from specblock.daemon.cost_profile import profiled_planner
 from specblock.daemon.models import load_network
-from specblock.daemon.tree_planner import TreePlanner
 from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
-from specblock.drafter.interface import AnyDrafter
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.weight_bytes import weight_bytes_per_cycle
@@ -62,11 +58,6 @@ def settings_json(settings: DraftSettings) -> dict[str, Any]:
     return asdict(settings)
 
 
-def planned(target: TargetModel, drafter: AnyDrafter) -> TreePlanner:
-    """A planner with the costs of this machine."""
-    return TreePlanner(measure(target, drafter, 1, time.perf_counter), drafter.settings, time.perf_counter, Random(0))
-
-
 def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[WayName, Way]]:
     """Every way of answering, named; the order is that of the table."""
     yield PLAIN, engine_way(target, None)
@@ -75,7 +66,10 @@ def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[
     yield WayName("transformers_prompt_lookup"), transformers_way(target, **lookup)
     drafter = LookupDrafter(_LOOKUP, target.device, target.dtype)
     yield WayName("prompt_lookup", None, "fixed"), engine_way(target, drafter)
-    yield WayName("prompt_lookup", None, "cost_chosen"), engine_way(target, drafter, planned(target, drafter))
+    yield (
+        WayName("prompt_lookup", None, "cost_chosen"),
+        engine_way(target, drafter, profiled_planner(target, drafter, 1, 0)),
+    )
     tuned = tuned_settings()
     for kind, network in found.items():
         best = tuned.get(kind, published_settings(kind))
@@ -89,7 +83,8 @@ def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[
                 chosen = replace(published_settings(kind), shared_noise=shared, noise_scale=best.noise_scale)
                 yield WayName(published, shared, "fixed"), engine_way(target, BlockDrafter(network, chosen))
         largest = BlockDrafter(network, replace(LARGEST[kind], noise_scale=best.noise_scale))
-        yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planned(target, largest))
+        planner = profiled_planner(target, largest, slots=1, seed=0)
+        yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planner)
 
 
 def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:

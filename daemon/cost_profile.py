@@ -6,7 +6,9 @@ does not fit the time is left to interpolation.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from random import Random
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.cost_curve import CostCurve, RowCurve, Timing
+from specblock.daemon.tree_planner import TreePlanner
 from specblock.drafter.interface import AnyDrafter, NewPositions
 from specblock.drafter.plan import DraftPlan, PlannedLimits
 from specblock.verifier.history import ChoiceState
@@ -31,6 +34,19 @@ _PREFIX_TOKENS = 128
 _REPEATS = 4
 _VERIFY_SHARE = 0.6  # of the time
 _OVERHEAD_S = 5e-4  # until cycles have been seen
+
+
+def profiled_planner(target: TargetModel, drafter: AnyDrafter, slots: int, seed: int) -> TreePlanner:
+    """A planner with the costs of the device that both are on, measured now in two to three seconds.
+
+    Args:
+        target: with its weights loaded.
+        drafter: with its weights loaded.
+        slots: requests decoded together at most.
+        seed: of the planner's exploration.
+    """
+    curve = measure(target, drafter, slots, time.perf_counter)
+    return TreePlanner(curve, drafter.settings, time.perf_counter, Random(seed))
 
 
 @torch.inference_mode()
