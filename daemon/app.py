@@ -216,6 +216,22 @@ def bench_tune(
     return tune.run(tune.TuneSettings(prompts=prompts, per_domain=per_domain, dtype=dtype), _progress(False))
 
 
+@bench_app.command("ablation")
+@command
+def bench_ablation(
+    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts per kind of text.")] = 6,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory for ablation.json.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Compare SpecBlock with itself, one thing changed at a time."""
+    from specblock.daemon import bench_ablation as ablation
+
+    settings = ablation.AblationSettings(per_domain=prompts, temperature=temperature, dtype=dtype, out=out)
+    return ablation.run(settings, as_json, _progress(as_json))
+
+
 @app.command()
 @command
 def demo(

@@ -26,7 +26,7 @@ from specblock.daemon.models import DTYPES, load_target, serving_dtype
 
 DOMAINS = ("python", "cpp", "javascript", "manual")
 ALL = "all"
-_SEED = 1000
+SEED = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +77,7 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
         for domain, runs in {**by_domain, ALL: pooled}.items():
             rows.extend(_rows(domain, temperature, runs, found))
     known: dict[str, Any] = facts(
-        dtype=dtype, new_tokens=settings.new_tokens, top_p=settings.top_p, prompts=settings.per_domain, seed=_SEED
+        dtype=dtype, new_tokens=settings.new_tokens, top_p=settings.top_p, prompts=settings.per_domain, seed=SEED
     )
     result = {"facts": known, "drafters": rivals.describe(found), "rows": [asdict(row) for row in rows]}
     if settings.out is not None:
@@ -95,13 +95,13 @@ def interleaved(
 ) -> dict[WayName, list[Run]]:
     """Every way's run of every prompt, in an order drawn anew for every prompt, after one uncounted ``warm_up``."""
     results: dict[WayName, list[Run]] = {name: [] for name in ways}
-    order, rng = list(ways), Random(_SEED)
+    order, rng = list(ways), Random(SEED)
     for way in ways.values():
         way(warm_up, how, 1)
     for index, prompt in enumerate(prompts):
         rng.shuffle(order)
         for name in order:
-            results[name].append(ways[name](prompt, how, _SEED + index))
+            results[name].append(ways[name](prompt, how, SEED + index))
     return results
 
 

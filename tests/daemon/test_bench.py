@@ -9,6 +9,7 @@ from random import Random
 
 import pytest
 
+from specblock.daemon import bench_ablation
 from specblock.daemon.bench_report import write_speed_report
 from specblock.daemon.bench_rivals import settings_json, tuned_settings
 from specblock.daemon.bench_rows import (
@@ -120,3 +121,22 @@ def test_tuned_settings_survive_the_file(tmp_path: Path) -> None:
     (tmp_path / "tuned.json").write_text(text)
     assert tuned_settings(tmp_path) == best
     assert tuned_settings(tmp_path / "nothing") == {}
+
+
+def test_ablation_changes_one_thing_at_a_time() -> None:
+    base = DraftSettings()
+    named = bench_ablation.variants(base)
+    assert named.pop(bench_ablation.BASE) == base
+    assert len(set(map(str, named.values()))) == len(named)
+    for tree in named.values():
+        changed = {name for name in asdict(base) if getattr(tree, name) != getattr(base, name)}
+        assert len(changed) == 1 or changed in ({"rank_head", "beam", "fan_out"}, {"first_caps", "other_caps"})
+
+
+def test_ablation_rows_are_ratios_to_the_unchanged_drafter() -> None:
+    base = [a_run([2] * 6, 1.0), a_run([2] * 6, 3.0)]
+    better = [a_run([4] * 3, 0.5), a_run([4] * 3, 1.5)]
+    row = bench_ablation.make_row("4 leaves", better, base)
+    assert row.acceptance_length == pytest.approx(4) and row.acceptance_ratio == pytest.approx(2)
+    assert row.speed_ratio == pytest.approx(2) and row.tokens_per_s == pytest.approx(12)
+    assert "4 leaves" in bench_ablation.table([row])
