@@ -150,6 +150,20 @@ def ledger(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, as_
     return emit(balance) if as_json else _lines(f"{name:<14}{value:>12g}" for name, value in balance.items())
 
 
+@app.command()
+@command
+def replay(
+    recorded: Annotated[Path, typer.Argument(metavar="LEDGER", help="A daemon's STATE_DIR/bandit/ledger.jsonl.")],
+    config: ConfigFile = DEFAULT_CONFIG,
+    policy: Annotated[Path | None, typer.Option(help="Decide the same with this policy's numbers instead.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Take every recorded decision again: bit for bit with its own policy, or what if with another one."""
+    from specblock.daemon import cli_replay
+
+    return cli_replay.run(recorded, config, policy, as_json, typer.echo)
+
+
 @drafter_app.command("list")
 @command
 def drafter_list(config: ConfigFile = DEFAULT_CONFIG, overrides: Overrides = None, as_json: AsJson = False) -> int:
