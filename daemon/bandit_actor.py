@@ -40,7 +40,9 @@ class BanditActor:
 
     def __init__(self, config: DaemonConfig, directory: str, stream: StreamConfig) -> None:
         # By name: a restarted actor's constructor arguments must not depend on the object store.
-        engine, trainer = ray.get_actor("engine-0"), ray.get_actor("trainer")
+        engine = ray.get_actor("engine-0")
+        # Without weights there is no trainer, and adaptation is off: nothing below ever asks for one.
+        trainer = ray.get_actor("trainer") if config.drafter.has_weights else None
         adaptation = config.adaptation
         # Conversations per step times a typical length: only the first guess of a cost that is measured from then on.
         policy = adaptation.policy_config(positions_per_step=64 * config.trainer.batch_windows)
@@ -53,7 +55,10 @@ class BanditActor:
         self._service = BanditService(
             RedisStream(stream, waiter()), RayActions(engine, trainer, config.trainer.max_positions), policy, service
         )
-        if not adaptation.enabled:
+        # The snapshot remembers a pause, which may be that of an earlier policy over the same state directory.
+        if adaptation.enabled:
+            self._service.resume()
+        else:
             self._service.pause()
         self._stop = threading.Event()
         self._thread = threading.Thread(
