@@ -22,11 +22,11 @@ from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.engine_host import EngineHost, SwapResult
 from specblock.daemon.feedback import Feedback
 from specblock.daemon.messages import EngineStatus, GenerationRequest, TokenChunk
-from specblock.daemon.models import draft_settings, dtype_of, load_network, load_target
+from specblock.daemon.models import draft_settings, dtype_of, load_target, serving_drafter
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.trainer import Trainer, Weights
 from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore
-from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.interface import AnyDrafter
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
 
@@ -48,17 +48,30 @@ def newest_within(windows: Sequence[Window], most_positions: int) -> list[Window
     return list(windows)
 
 
+def serving_version(config: DaemonConfig) -> tuple[str, Path | None]:
+    """Name and verified weights of the drafter to serve; one without weights has no versions and goes by its kind.
+
+    Raises:
+        CorruptVersionError: the weights are missing or damaged.
+    """
+    if not config.drafter.has_weights:
+        return config.drafter.kind, None
+    registry = DrafterRegistry(Path(config.state_dir))
+    version = registry.serving()
+    assert version is not None, "the daemon imports a base drafter before it starts engines"
+    return version, registry.path(version)
+
+
 class EngineActor:
     """Verifier and inference drafter on one device, with the event producer beside them."""
 
     def __init__(self, config: DaemonConfig, name: str, stream: StreamConfig | None) -> None:
         torch.set_num_threads(config.engine.threads)
         self._name = name
-        registry = DrafterRegistry(Path(config.state_dir))
-        version = registry.serving()
-        assert version is not None, "the daemon imports a base drafter before it starts engines"
+        version, weights = serving_version(config)
         target = load_target(config.target.source, dtype_of(config), config.target.device, config.target.revision)
-        drafter = self.load_drafter(config, target, registry, version)
+        drafter = self.load_drafter(config, target, weights)
+        self._keeps_windows = config.drafter.has_weights
         limits = config.windows
         self._windows = WindowStore(
             WindowLimits(
@@ -91,11 +104,9 @@ class EngineActor:
         places = config.engine.slots + config.engine.max_waiting
         self._host = EngineHost(engine, self._windows, config.engine.stream_interval_s, places)
 
-    def load_drafter(
-        self, config: DaemonConfig, target: TargetModel, registry: DrafterRegistry, version: str
-    ) -> BlockDrafter:
-        """The inference drafter of ``version``."""
-        return BlockDrafter(load_network(target, registry.path(version)), draft_settings(config))
+    def load_drafter(self, config: DaemonConfig, target: TargetModel, weights: Path | None) -> AnyDrafter:
+        """The inference drafter, with its weights if it has any."""
+        return serving_drafter(config, target, weights)
 
     def __repr__(self) -> str:
         # Ray asks for the name of an actor whose constructor failed, too; a second error would hide the first.
@@ -105,7 +116,8 @@ class EngineActor:
 
     def submit(self, request: GenerationRequest) -> None:
         """See EngineHost.submit."""
-        self._host.submit(request)
+        # Nobody trains on windows of a drafter without weights: they would only fill memory.
+        self._host.submit(request if self._keeps_windows else replace(request, collect=False))
 
     def cancel(self, request_id: str) -> None:
         """See EngineHost.cancel."""

@@ -174,6 +174,8 @@ def _check_target(config: DaemonConfig, folder: Path | None) -> str:
 
 def _check_drafter(config: DaemonConfig, target_folder: Path | None) -> str:
     folder = config.drafter.path
+    if folder is None:
+        return f"{config.drafter.kind}: no weights to load or to train"
     if not folder.is_dir():
         raise IncompatibleError(f"drafter.path: {folder}: no such directory; `specblockd train` makes one")
     try:
@@ -211,14 +213,15 @@ def _mismatches(drafter: DrafterConfig, target: dict[str, Any]) -> Iterator[str]
 
 
 def _check_memory(config: DaemonConfig, target_folder: Path | None) -> str:
-    if target_folder is None or not target_folder.is_dir() or not (config.drafter.path / "model.safetensors").is_file():
+    weights = None if config.drafter.path is None else config.drafter.path / "model.safetensors"
+    if target_folder is None or not target_folder.is_dir() or not (weights is None or weights.is_file()):
         return "not checked: target and drafter must be there to estimate it"
     if config.target.dtype == "auto":
         from specblock.daemon.models import settle_dtype  # torch; not needed where the file names the format
 
         config = settle_dtype(config)
     target = read_target(target_folder)
-    drafter = _read_weights(config.drafter.path / "model.safetensors")
+    drafter = {} if weights is None else _read_weights(weights)
     lines = []
     for device, need in needs_bytes(config, target.config, target.tensors, drafter).items():
         free = free_bytes(device)

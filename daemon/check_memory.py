@@ -31,7 +31,7 @@ def needs_bytes(
         config: the whole policy.
         target: the target's ``config.json``.
         target_tensors: shapes of its weights.
-        drafter_tensors: shapes of the drafter's weights.
+        drafter_tensors: shapes of the drafter's weights; empty if it has none.
 
     Returns:
         Device ("cpu", "cuda:0") to bytes.
@@ -40,7 +40,9 @@ def needs_bytes(
     drafter_elements = _elements(drafter_tensors)
     engine = _elements(target_tensors) * width + kv_bytes(config, target)
     engine += drafter_elements * width * _RESIDENT_DRAFTERS
-    host = config.windows.budget_bytes + config.ray.object_store_memory_bytes
+    host = config.ray.object_store_memory_bytes
+    if config.drafter.has_weights:  # else no windows are kept
+        host += config.windows.budget_bytes
     if config.redis.url is None:
         host += config.redis.maxmemory_bytes
     needs = {"cpu": host}

@@ -13,7 +13,7 @@ import httpx
 from specblock.bandit.errors import LedgerError
 from specblock.bandit.explain import explain
 from specblock.bandit.ledger import Balance, LedgerRecord, read_ledger
-from specblock.daemon.config import DaemonConfig
+from specblock.daemon.config import NOTHING_TO_ADAPT, DaemonConfig
 from specblock.daemon.errors import DependencyError, IncompatibleError, VerificationError
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.runfile import read_run_file
@@ -58,6 +58,8 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
     yield f"acceptance  {length} tokens per cycle, bonus included, over {cycles} cycles"
     yield f"tokens      {engine['prompt_tokens']} read, {engine['generation_tokens']} produced"
     yield f"windows     {engine['windows']} in {engine['window_bytes']} bytes"
+    if not status["adaptation"]["enabled"]:
+        yield f"adaptation  off: {status['adaptation']['reason']}"
     for name, value in sorted(status["bandit"].items()):
         if isinstance(value, str | int | float):
             yield f"adaptation  {name}: {value}"
@@ -74,12 +76,14 @@ def _records(config: DaemonConfig) -> Iterator[LedgerRecord]:
 
 
 def explanations(config: DaemonConfig, count: int) -> list[str]:
-    """The latest ``count`` records of the ledger in words, oldest first.
+    """The latest ``count`` records of the ledger in words, oldest first; why there are none where there cannot be any.
 
     Raises:
         DependencyError: there is no ledger.
         VerificationError: it is damaged.
     """
+    if not config.drafter.has_weights:  # a ledger in this directory is that of an earlier policy
+        return [NOTHING_TO_ADAPT]
     return [explain(record) for record in list(_records(config))[-count:]] or ["nothing has been decided yet"]
 
 
@@ -115,7 +119,7 @@ def drafter_versions(config: DaemonConfig) -> list[dict[str, Any]]:
 def drafter_lines(versions: list[dict[str, Any]]) -> Iterator[str]:
     """The versions as a table."""
     if not versions:
-        yield "no versions are stored; the base drafter is imported at the first start"
+        yield "no versions are stored; a base drafter with weights is imported at the first start"
     for entry in versions:
         mark = "*" if entry["serving"] else "-" if entry["previous"] else " "
         yield f"{mark} {entry['version']:<32}{entry['size_bytes'] / 2**20:>9.1f} MiB  from {entry['parent'] or 'file'}"

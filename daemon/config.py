@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
 
 from specblock.bandit.config import PolicyConfig, ServiceConfig, StreamConfig
 from specblock.daemon.config_adaptation import AdaptationConfig
@@ -17,6 +18,8 @@ from specblock.daemon.config_types import ByteSize, ConfigPath, Count, Fraction,
 
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:[0-9]+)?)$")]
 MIB = 2**20
+NOTHING_TO_ADAPT = "the drafter has no weights; nothing to adapt"
+"""Why adaptation is off with a drafter that is not a network; log, status and explain say it in these words."""
 
 
 class TargetConfig(Section):
@@ -50,10 +53,10 @@ class TargetConfig(Section):
 class DrafterConfig(Section):
     """The drafter and the shape of its draft tree."""
 
-    path: ConfigPath
+    kind: Literal["specblock", "eagle3", "parallel", "prompt_lookup"] = "specblock"
+    """Drafter family; must be what the directory holds. prompt_lookup has no weights and takes no directory."""
+    path: ConfigPath | None = Field(default=None, validate_default=True)
     """Directory of the base drafter; imported into the registry as version 0 on first start."""
-    kind: Literal["specblock", "eagle3", "parallel"] = "specblock"
-    """Drafter family; must be what the directory holds."""
     tree: Literal["cost_chosen", "fixed"] = "cost_chosen"
     """cost_chosen: sizes per cycle from measured cost, up to those below, or none at all; fixed: always those below."""
     compat: Literal["corrected", "published"] = "corrected"
@@ -70,6 +73,21 @@ class DrafterConfig(Section):
     """At temperature > 0, rank proposals with the noise the target will choose by. Lossless either way."""
     noise_scale: float = Field(default=1.0, gt=0, le=4)
     """Spread of the target's choice around the perturbed draft score, in nats; smaller trusts the drafter more."""
+
+    @field_validator("path")
+    @classmethod
+    def _where_there_are_weights(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        kind = info.data.get("kind")  # absent if it is wrong itself, which is reported
+        if kind == "prompt_lookup" and path is not None:
+            raise ValueError("prompt_lookup has no weights to load; remove this key")
+        if kind not in (None, "prompt_lookup") and path is None:
+            raise PydanticKnownError("missing")
+        return path
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is anything to load, to keep versions of, or to train."""
+        return self.path is not None
 
 
 class EngineConfig(Section):
@@ -230,13 +248,35 @@ class DaemonConfig(Section):
     drafter: DrafterConfig
     engine: Annotated[EngineConfig, _EMPTY] = EngineConfig()
     windows: Annotated[WindowsConfig, _EMPTY] = WindowsConfig()
-    adaptation: Annotated[AdaptationConfig, _EMPTY] = AdaptationConfig()
+    adaptation: Annotated[AdaptationConfig, _EMPTY] = Field(default=AdaptationConfig(), validate_default=True)
     trainer: Annotated[TrainerConfig, _EMPTY] = TrainerConfig()
     redis: Annotated[RedisConfig, _EMPTY] = RedisConfig()
     ray: Annotated[RayConfig, _EMPTY] = RayConfig()
     http: Annotated[HttpConfig, _EMPTY] = HttpConfig()
     logging: Annotated[LoggingConfig, _EMPTY] = LoggingConfig()
     metrics: Annotated[MetricsConfig, _EMPTY] = MetricsConfig()
+
+    @field_validator("adaptation")
+    @classmethod
+    def _nothing_without_weights(cls, adaptation: AdaptationConfig, info: ValidationInfo) -> AdaptationConfig:
+        """Off with a drafter that cannot be trained.
+
+        Who asks for adaptation in so many words hears that it cannot be, like every other contradiction; who only left
+        the default in place gets what is possible. It is written into the policy, so that every reader sees it off.
+        """
+        drafter = info.data.get("drafter")
+        if drafter is None or drafter.has_weights or not adaptation.enabled:
+            return adaptation
+        if "enabled" in adaptation.model_fields_set:
+            raise ValueError(f"adaptation.enabled: must be false with drafter.kind {drafter.kind}: {NOTHING_TO_ADAPT}")
+        return adaptation.model_copy(update={"enabled": False})
+
+    @property
+    def adaptation_off(self) -> str:
+        """Why nothing is adapted, in words; empty while adaptation is on."""
+        if not self.drafter.has_weights:
+            return NOTHING_TO_ADAPT
+        return "" if self.adaptation.enabled else "adaptation.enabled is false"
 
     @model_validator(mode="after")
     def _fits_together(self) -> DaemonConfig:

@@ -18,11 +18,12 @@ from specblock.bandit.decision import FAULT
 from specblock.bandit.explain import explain
 from specblock.bandit.ledger import DECIDED, LedgerRecord, read_ledger
 from specblock.daemon.collect import read_prompts
+from specblock.daemon.config import NOTHING_TO_ADAPT
 from specblock.daemon.config_loader import load_config
 from specblock.daemon.demo_report import write_report
 from specblock.daemon.demo_summary import DOMAINS, Run, in_words, summary
 from specblock.daemon.demo_traffic import Answer, DemoDaemon, Question, phase, send
-from specblock.daemon.errors import DependencyError
+from specblock.daemon.errors import ConfigError, DependencyError
 from specblock.daemon.models import serving_dtype
 from specblock.daemon.runfile import read_run_file
 
@@ -55,8 +56,14 @@ class DemoSettings:
 
 
 def run(settings: DemoSettings, say: Callable[[str], None]) -> int:
-    """Runs the demo; returns the exit code (1: the planted fault was not found)."""
+    """Runs the demo; returns the exit code (1: the planted fault was not found).
+
+    Raises:
+        ConfigError: there is nothing to adapt.
+    """
     config = load_config(settings.config)
+    if not config.drafter.has_weights:
+        raise ConfigError(f"drafter.kind: {config.drafter.kind} cannot be demonstrated: {NOTHING_TO_ADAPT}")
     target = config.target
     # Settled here, so that both daemons run in one format.
     dtype = serving_dtype(target.dtype, target.device)

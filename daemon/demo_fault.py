@@ -5,12 +5,13 @@ Started by ``python -m specblock.daemon.demo_fault_main serve -c FILE``; ``specb
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from torch import Tensor
 
 from specblock.daemon.actors import EngineActor
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.models import draft_settings, load_network
-from specblock.daemon.registry import DrafterRegistry
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.interface import NewPositions
@@ -42,8 +43,7 @@ class DesynchronisedDrafter(BlockDrafter):
 class DesynchronisedEngineActor(EngineActor):
     """The engine actor around that drafter."""
 
-    def load_drafter(
-        self, config: DaemonConfig, target: TargetModel, registry: DrafterRegistry, version: str
-    ) -> BlockDrafter:
+    def load_drafter(self, config: DaemonConfig, target: TargetModel, weights: Path | None) -> BlockDrafter:
         """See EngineActor.load_drafter."""
-        return DesynchronisedDrafter(load_network(target, registry.path(version)), draft_settings(config))
+        assert weights is not None, "the demo refuses drafters without weights"
+        return DesynchronisedDrafter(load_network(target, weights), draft_settings(config))

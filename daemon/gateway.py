@@ -175,13 +175,14 @@ def _add_information_routes(app: FastAPI, gateway: Gateway) -> None:
     @app.get("/specblock/status", response_model=None)
     async def status() -> Response:
         """Engine snapshot and bandit status, for ``specblockd status``."""
-        engine = asdict(await gateway.status())
+        engine, off = asdict(await gateway.status()), gateway.config.adaptation_off
         return JSONResponse(
             {
                 "model": gateway.model,
                 "version": gateway.version,
                 "dtype": gateway.config.target.dtype,
                 "engine": engine,
+                "adaptation": {"enabled": not off, "reason": off},
                 "bandit": {**gateway.bandit_status()},
             }
         )

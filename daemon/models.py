@@ -5,6 +5,7 @@ Imports no configuration at run time, so that measurements on a machine without 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from specblock.daemon.errors import IncompatibleError
 from specblock.drafter.checkpoint import load_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.interface import AnyDrafter
+from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.precision import fast_bfloat16
 from specblock.verifier.model import TargetModel
@@ -97,6 +100,19 @@ def load_network(target: TargetModel, directory: Path) -> DraftNetwork:
     except ValueError as error:
         raise IncompatibleError(str(error)) from None
     return model.eval()
+
+
+def serving_drafter(config: DaemonConfig, target: TargetModel, directory: Path | None) -> AnyDrafter:
+    """The drafter that the policy names, with the weights in ``directory``; without a directory, the one without any.
+
+    Raises:
+        IncompatibleError: the weights do not fit the target.
+    """
+    settings = draft_settings(config)
+    if directory is None:
+        # It has no later blocks: the planner must not measure or explore any.
+        return LookupDrafter(replace(settings, blocks=1), target.device, target.dtype)
+    return BlockDrafter(load_network(target, directory), settings)
 
 
 def load_pair(

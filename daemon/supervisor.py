@@ -57,15 +57,12 @@ def serve(config: DaemonConfig, engine_type: type[EngineActor] = EngineActor) ->
     stop_asked = threading.Event()
     with own_state_dir(state_dir), _signals(stop_asked):
         refuse_if_broken(config)
-        try:
-            serving = DrafterRegistry(state_dir).import_base(Path(config.drafter.path))
-        except OSError as error:  # a full disk, for example
-            raise ConfigError(
-                f"state_dir: {error.filename2 or error.filename or state_dir}: {error.strerror or error}"
-            ) from None
+        serving = _import_drafter(config, state_dir)
         log.info(
             "drafter version %s, %s on %s (target.dtype: %s)", serving, config.target.dtype, config.target.device, asked
         )
+        if config.adaptation_off:
+            log.info("adaptation is off: %s", config.adaptation_off)
         tokenizer = _tokenizer(config)
         redis = RedisServer(config.redis, state_dir)
         redis.start()
@@ -83,6 +80,18 @@ def serve(config: DaemonConfig, engine_type: type[EngineActor] = EngineActor) ->
             redis.stop()
             remove_run_file(state_dir)
             log.info("stopped")
+
+
+def _import_drafter(config: DaemonConfig, state_dir: Path) -> str:
+    """What will serve: the registry's version, or the kind of a drafter without weights, which has no versions."""
+    if config.drafter.path is None:
+        return config.drafter.kind
+    try:
+        return DrafterRegistry(state_dir).import_base(config.drafter.path)
+    except OSError as error:  # a full disk, for example
+        raise ConfigError(
+            f"state_dir: {error.filename2 or error.filename or state_dir}: {error.strerror or error}"
+        ) from None
 
 
 @contextmanager
@@ -184,7 +193,7 @@ class _Daemon:
             loop.add_signal_handler(number, self._take_signal)
         server = self._http_server()
         serving = asyncio.create_task(server.serve())
-        actors: list[Any] = []
+        actors: dict[str, Any] = {}
         code = 0
         # A thread of its own: the gateway does not wait for Redis, and the child dies with the thread that forked it.
         watcher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="redis-watch")
@@ -243,30 +252,28 @@ class _Daemon:
         server.capture_signals = _no_signals  # type: ignore[method-assign]
         return server
 
-    async def _start_actors(self, actors: list[Any]) -> None:
+    async def _start_actors(self, actors: dict[str, Any]) -> None:
         config = self._config
         begin = time.monotonic()
         self._client.report("loading", "loading target and drafter")
-        engine = (
+        engine = actors["engine"] = (
             ray.remote(self._engine_type)
             .options(**remote_options("engine-0", 1, config.ray.engine_gpus, concurrency=16, restarts=3))
             .remote(config, "engine-0", self._stream)
         )
-        actors.append(engine)
-        trainer = (
-            ray.remote(TrainerActor)
-            .options(**remote_options("trainer", 1, config.ray.trainer_gpus, concurrency=1, restarts=3))
-            .remote(config)
-        )
-        actors.append(trainer)
-        await self._ready(engine, "engine")
-        await self._ready(trainer, "trainer")
-        bandit = (
+        if config.drafter.has_weights:
+            actors["trainer"] = (
+                ray.remote(TrainerActor)
+                .options(**remote_options("trainer", 1, config.ray.trainer_gpus, concurrency=1, restarts=3))
+                .remote(config)
+            )
+        for name, actor in actors.items():
+            await self._ready(actor, name)
+        bandit = actors["bandit"] = (
             ray.remote(BanditActor)
             .options(**remote_options("bandit", 0.5, 0, concurrency=4, restarts=-1))
             .remote(config, str(self._state_dir / "bandit"), self._stream)
         )
-        actors.append(bandit)
         await self._ready(bandit, "bandit")
         self._client.attach(engine)
         self._bandit.attach(bandit)
@@ -284,7 +291,7 @@ class _Daemon:
         except ray.exceptions.RayError as error:
             raise _start_error(name, str(error)) from None
 
-    async def _shut_down(self, server: uvicorn.Server, serving: asyncio.Task[None], actors: list[Any]) -> None:
+    async def _shut_down(self, server: uvicorn.Server, serving: asyncio.Task[None], actors: dict[str, Any]) -> None:
         self._client.report("draining", "no new requests")
         deadline = time.monotonic() + self._config.http.drain_deadline_s
         while self._client.queue_depth and time.monotonic() < deadline and not self._hurry.is_set():
@@ -296,15 +303,15 @@ class _Daemon:
         await asyncio.wait({serving}, timeout=5)
         self._bandit.detach()
         await self._client.close()
-        if len(actors) == 3:
+        if "bandit" in actors:  # the last to start: all are there
             await asyncio.wait(
                 [
-                    asyncio.ensure_future(actors[0].close.remote(2.0)),
-                    asyncio.ensure_future(actors[2].close.remote(5.0)),
+                    asyncio.ensure_future(actors["engine"].close.remote(2.0)),
+                    asyncio.ensure_future(actors["bandit"].close.remote(5.0)),
                 ],
                 timeout=8,
             )
-        for actor in actors:
+        for actor in actors.values():
             ray.kill(actor)
 
 

@@ -25,6 +25,7 @@ from specblock.daemon.registry import BASE_VERSION, DrafterRegistry
 from specblock.daemon.runfile import DaemonInfo, write_run_file
 
 RUNNER = CliRunner()
+ADAPTATION = {"enabled": False, "reason": "the reason"}
 
 
 @pytest.fixture
@@ -95,7 +96,9 @@ class _Daemon(http.server.BaseHTTPRequestHandler):
             **{"generation_tokens": 25, "windows": 4, "window_bytes": 1000},
         }
         about = {"version": "9", "model": "m", "dtype": "float32"}
-        body = json.dumps({**about, "engine": engine, "bandit": {"backlog": 3, "x": {}}}).encode()
+        body = json.dumps(
+            {**about, "engine": engine, "adaptation": ADAPTATION, "bandit": {"backlog": 3, "x": {}}}
+        ).encode()
         self.send_response(200 if allowed and self.path == "/specblock/status" else 401)
         self.send_header("content-length", str(len(body)))
         self.end_headers()
@@ -122,7 +125,7 @@ def test_status_of_a_running_daemon(policy: str, daemon: str) -> None:
     assert code == ExitCode.OK
     assert "2.50 tokens per cycle" in out and "1 running, 2 waiting, 8 slots" in out
     assert "m in float32" in out
-    assert "adaptation  backlog: 3" in out and daemon in out
+    assert "adaptation  backlog: 3" in out and "adaptation  off: the reason" in out and daemon in out
     code, out, _ = run("status", "-c", policy, "--json")
     assert json.loads(out)["engine"]["phase"] == "ready"
     code, _, err = run("status", "-c", policy, "--set", "http.api_key=another-key")
@@ -168,6 +171,19 @@ def test_explain_and_ledger(policy: str, tmp_path: Path) -> None:
     assert (found["decisions"], found["skips"], found["charged_s"], found["net_s"]) == (3, 3, 1.5, -1.5)
     path.write_bytes(b"garbage\n" + path.read_bytes())
     assert run("ledger", "-c", policy)[0] == ExitCode.VERIFICATION
+
+
+def test_explain_says_that_a_drafter_without_weights_cannot_adapt(policy: str) -> None:
+    lookup = ("--set", "drafter.kind=prompt_lookup", "--set", "drafter.path=null")
+    expected = "the drafter has no weights; nothing to adapt"
+    assert run("explain", "-c", policy, *lookup)[:2] == (ExitCode.OK, f"{expected}\n")
+    assert json.loads(run("explain", "-c", policy, *lookup, "--json")[1]) == [expected]
+
+
+def test_the_demo_refuses_a_drafter_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("target: {model: m}\ndrafter: {kind: prompt_lookup}\n")
+    code, _, err = run("demo", "-c", str(tmp_path / "p.yaml"))
+    assert code == ExitCode.CONFIG and err.startswith("drafter.kind: prompt_lookup cannot be demonstrated: ")
 
 
 def test_drafter_commands(policy: str, tmp_path: Path) -> None:

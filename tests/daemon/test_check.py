@@ -95,6 +95,17 @@ def test_everything_is_fine(folder: Path) -> None:
     assert not (folder / "state").exists(), "a check changes nothing"
 
 
+LOOKUP = ("drafter.kind=prompt_lookup", "drafter.path=null")
+
+
+def test_prompt_lookup_needs_no_drafter_on_disk(folder: Path) -> None:
+    shutil.rmtree(folder / "drafter")
+    report = run_checks(config(folder, *LOOKUP))
+    assert [each.level for each in report.findings] == ["ok"] * 7, report
+    assert finding(report, "drafter").message == "prompt_lookup: no weights to load or to train"
+    assert finding(run_checks(config(folder, *LOOKUP, "target.model=org/name")), "memory").level == "warning"
+
+
 def change(path: Path, **values: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
@@ -222,6 +233,9 @@ def test_memory_is_counted_where_it_is_used(folder: Path) -> None:
     on_gpu = ("target.device=cuda", "ray.engine_gpus=1", "adaptation.enabled=false", "target.dtype=bfloat16")
     gpu = config(folder, "engine.slots=2", *on_gpu)
     assert needs_bytes(gpu, TARGET, tensors, tensors) == {"cpu": host, "cuda:0": engine}
+    lookup = config(folder, "engine.slots=2", "target.dtype=bfloat16", *LOOKUP)
+    weightless = 10 * 2 + kv_bytes(lookup, TARGET) + lookup.ray.object_store_memory_bytes + lookup.redis.maxmemory_bytes
+    assert needs_bytes(lookup, TARGET, tensors, {}) == {"cpu": weightless}, "no windows, no trainer"
     assert free_bytes("cpu") > 0 and check_memory.DTYPE_BYTES["bfloat16"] == 2
 
 

@@ -136,6 +136,55 @@ def test_each_mistake_names_its_place(text: str, line: str) -> None:
     assert any(problem.startswith(line) for problem in found), found
 
 
+def test_prompt_lookup_needs_no_path_and_adapts_nothing() -> None:
+    for text in ("drafter: {kind: prompt_lookup}", "drafter: {path: null, kind: prompt_lookup}\nadaptation:"):
+        config = parse_config(f"target: {{model: m}}\n{text}", "f")
+        assert (config.drafter.path, config.drafter.has_weights) == (None, False)
+        assert not config.adaptation.enabled, "the default is what is possible"
+        assert config.adaptation_off == "the drafter has no weights; nothing to adapt"
+        assert parse_config(write_yaml(config), "dump").resolved() == config.resolved()
+    named = parse_config(
+        "target: {model: m}\ndrafter: {kind: prompt_lookup}\nadaptation: {enabled: false, cooldown_s: 7}", "f"
+    )
+    assert (named.adaptation.enabled, named.adaptation.cooldown_s) == (False, 7)
+    with_weights = parse_config(BASE, "f")
+    assert with_weights.adaptation.enabled and with_weights.adaptation_off == ""
+    off = parse_config(BASE + "adaptation: {enabled: false}", "f")
+    assert off.adaptation_off == "adaptation.enabled is false"
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        (
+            "drafter:\n  kind: prompt_lookup\n  path: p",
+            ["f.yaml:4:9: drafter.path: prompt_lookup has no weights to load; remove this key (got 'p')"],
+        ),
+        (
+            "drafter: {kind: prompt_lookup}\nadaptation:\n  enabled: true",
+            [
+                "f.yaml:4:12: adaptation.enabled: must be false with drafter.kind prompt_lookup: the drafter has no "
+                "weights; nothing to adapt"
+            ],
+        ),
+        # What is wrong elsewhere in the section is reported together with it.
+        (
+            "drafter: {kind: prompt_lookup, path: p, beam: 0}\nadaptation: {enabled: true}",
+            ["f.yaml:2:38: drafter.path: prompt_lookup has", "f.yaml:2:47: drafter.beam: Input should be"],
+        ),
+        ("drafter: {kind: eagle3}", ["f.yaml:2:1: drafter.path: required, but not given"]),
+        ("drafter: {path: null, beam: 0}", ["f.yaml:2:1: drafter.path: required, ", "f.yaml:2:29: drafter.beam: "]),
+        ("drafter: {kind: lookup}", ["f.yaml:2:17: drafter.kind: Input should be 'specblock', 'eagle3', 'parallel' "]),
+        ("drafter: {path: 5}", ["f.yaml:2:17: drafter.path: Input should be an instance of Path (got 5)"]),
+    ],
+)
+def test_drafter_paths_go_with_weights(text: str, lines: list[str]) -> None:
+    found = problems(f"target: {{model: m}}\n{text}")
+    assert len(found) == len(lines), found
+    for problem, line in zip(found, lines, strict=True):
+        assert problem.startswith(line), found
+
+
 def test_missing_sections_and_keys() -> None:
     assert problems("target: {}")[0] == "f.yaml:1:1: target.model: required, but not given"
     assert "f.yaml:1:1: drafter: required, but not given" in problems("target: {}")

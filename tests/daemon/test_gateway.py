@@ -552,8 +552,24 @@ def test_metrics_and_status() -> None:
         status = (await client.get("/specblock/status")).json()
         assert (status["model"], status["version"], status["engine"]["phase"]) == ("org/m", "9.9", "ready")
         assert status["bandit"] == {"decisions_by_arm_total": {"skip": 3}}
+        assert status["adaptation"] == {"enabled": True, "reason": ""}
 
     with_client(check, ScriptedEngine())
+
+
+@pytest.mark.parametrize(
+    ("sections", "reason"),
+    [
+        ({"adaptation": {"enabled": False}}, "adaptation.enabled is false"),
+        ({"drafter": {"kind": "prompt_lookup", "path": None}}, "the drafter has no weights; nothing to adapt"),
+    ],
+)
+def test_status_says_why_adaptation_is_off(sections: dict[str, Any], reason: str) -> None:
+    async def check(client: httpx.AsyncClient) -> None:
+        status = (await client.get("/specblock/status")).json()
+        assert status["adaptation"] == {"enabled": False, "reason": reason}
+
+    with_client(check, ScriptedEngine(), **sections)
 
 
 @pytest.mark.parametrize("stream", [True, False])

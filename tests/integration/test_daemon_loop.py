@@ -24,6 +24,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from specblock.cuda_ext.sampling import SamplingParams
+from specblock.daemon.oneshot import complete
 from specblock.drafter.checkpoint import save_drafter
 from specblock.drafter.initialise import config_for_target
 from specblock.drafter.model import SpecBlockModel
@@ -296,4 +298,36 @@ def test_a_killed_engine_continues_its_request_and_one_that_cannot_load_ends_the
     kill_engine()
     assert daemon.process.wait(timeout=60) == 3, daemon.tail()
     assert [line for line in daemon.tail().splitlines() if "model.safetensors" in line], daemon.tail()
+    assert alive(children) == []
+
+
+def test_prompt_lookup_serves_without_weights_trainer_or_adaptation(start: Callable[..., Daemon], models: Path) -> None:
+    daemon = start("drafter={kind: prompt_lookup, tree: fixed}")
+    prompt = "import os, import os, import os, import"
+    question = {"prompt": prompt, "max_tokens": 48, "temperature": 1, "top_p": 0.9, "seed": 11, "ignore_eos": True}
+    answer = daemon.http.post("/v1/completions", json=question).json()
+    sampling = SamplingParams(temperature=1.0, top_p=0.9, seed=11)
+    target = TargetModel.load(str(models / "target"), dtype=torch.float32)
+    assert answer["choices"][0]["text"] == complete(target, None, prompt, sampling, 48, ignore_eos=True).text
+    greedy = daemon.ask(prompt, 48)
+    assert greedy["choices"][0]["text"] == complete(target, None, prompt, SamplingParams(temperature=0), 48).text
+    assert {answer["drafter_version"], greedy["drafter_version"]} == {"prompt_lookup"}
+    assert greedy["metrics"]["speculative_decoding"]["mean_acceptance_length"] > 1.2
+
+    # Acceptance is measured; nothing is kept to train on, and there is nobody to train.
+    def learned() -> bool:
+        status = daemon.status()
+        return bool(0 < status["engine"]["events_sent"] == status["bandit"].get("learned"))
+
+    daemon.until(learned, "every event learned", 30.0)
+    status = daemon.status()
+    assert status["adaptation"] == {"enabled": False, "reason": "the drafter has no weights; nothing to adapt"}
+    assert (status["bandit"]["stage"], status["engine"]["windows"]) == ("paused", 0)
+    assert not [args for args in daemon.descendants().values() if "ray::Trainer" in args]
+    assert not (daemon.folder / "state" / "drafters").exists()
+    assert 'version="prompt_lookup"' in daemon.http.get("/metrics").text
+    log = (daemon.folder / "log").read_text()
+    assert log.count("adaptation is off: the drafter has no weights; nothing to adapt") == 1
+    children = daemon.descendants()
+    assert daemon.stop() == 0, daemon.tail()
     assert alive(children) == []
