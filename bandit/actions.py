@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -110,10 +111,19 @@ class Actions(Protocol):
     def parity(self, version: str) -> ParityReport:
         """Replays ``version`` on conversations that it served live."""
 
-    def train(self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool) -> TrainReport:
+    def train(
+        self,
+        decision_id: str,
+        arm: Arm,
+        base_version: str,
+        fraction: float,
+        resume: bool,
+        weights: Mapping[str, float],
+    ) -> TrainReport:
         """Runs steps of ``arm`` from ``base_version`` until ``fraction`` of them are done.
 
-        ``resume`` continues this decision's micro-profile instead of starting at the base.
+        ``resume`` continues this decision's micro-profile instead of starting at the base; ``weights`` say how much
+        the update is meant for each domain.
         """
 
     def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:

@@ -39,6 +39,14 @@ def mean_drop(reached: tuple[Target, ...]) -> float:
     return math.fsum(target.share * max(target.drop, 0.0) for target in reached)
 
 
+def domain_weights(reached: tuple[Target, ...], min_drop: float) -> dict[str, float]:
+    """How much of an update's training each domain should get: where most of the traffic has most to win back.
+
+    A domain at its reference still counts with ``min_drop``, below which a drop is not told from noise.
+    """
+    return {target.domain: target.share * max(target.drop, min_drop) for target in reached}
+
+
 def domain_gain(arm: Arm, target: Target, state: PolicyState) -> DomainGain:
     """Relative saving that a complete update by ``arm`` is expected to give in one domain."""
     evidence = state.arms.get(arm.name, ArmEvidence())

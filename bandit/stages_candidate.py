@@ -10,6 +10,7 @@ from specblock.bandit.context import build_context
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import CONTINUE, Probed
 from specblock.bandit.evidence import gate_numbers, saving_numbers
+from specblock.bandit.forecast import domain_weights
 from specblock.bandit.gate import gate_rows, judge, pooled_saving
 from specblock.bandit.learning import learn_training
 from specblock.bandit.outside import attempt
@@ -23,7 +24,8 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     config, key, arm = tools.config, pending.decision_id, tools.config.arm(pending.arm)
     share = config.probe_fraction
     tools.begin(pending, "probing", now_s, train=share)
-    trained = attempt(lambda: tools.actions.train(key, arm, pending.base_version, share, resume=False))
+    focus = domain_weights(pending.targets, config.min_drop)
+    trained = attempt(lambda: tools.actions.train(key, arm, pending.base_version, share, False, focus))
     tools.state.policy = learn_training(tools.state.policy, arm, share, trained)
     candidate = trained.candidate_version
     tools.begin(
@@ -64,7 +66,8 @@ def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     config, arm = tools.config, tools.config.arm(pending.arm)
     rest = 1 - config.probe_fraction
     tools.begin(pending, "training", now_s, train=rest)
-    report = attempt(lambda: tools.actions.train(pending.decision_id, arm, pending.base_version, 1.0, resume=True))
+    key, focus = pending.decision_id, domain_weights(pending.targets, config.min_drop)
+    report = attempt(lambda: tools.actions.train(key, arm, pending.base_version, 1.0, True, focus))
     tools.state.policy = learn_training(tools.state.policy, arm, rest, report)
     tools.journal.write(
         pending.decision_id,

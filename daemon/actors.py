@@ -188,10 +188,17 @@ class TrainerActor:
         return f"Trainer(serving {registry.serving()})" if registry else "Trainer(loading)"
 
     def train(
-        self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool, windows: list[Window]
+        self,
+        decision_id: str,
+        arm: Arm,
+        base_version: str,
+        fraction: float,
+        resume: bool,
+        windows: list[Window],
+        weights: dict[str, float],
     ) -> TrainReport:
         """See Trainer.train."""
-        return self._trainer.train(decision_id, arm, base_version, fraction, resume, windows)
+        return self._trainer.train(decision_id, arm, base_version, fraction, resume, windows, weights)
 
     def parity(self, version: str, windows: list[Window]) -> ParityReport:
         """See Trainer.parity."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -51,11 +52,19 @@ class RayActions:
         report: ParityReport = self._get(self._trainer.parity.remote(version, windows))
         return report
 
-    def train(self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool) -> TrainReport:
-        """Trains on the newest windows of the training side of the split."""
+    def train(
+        self,
+        decision_id: str,
+        arm: Arm,
+        base_version: str,
+        fraction: float,
+        resume: bool,
+        weights: Mapping[str, float],
+    ) -> TrainReport:
+        """Trains on the newest windows of the training side of the split, above all on those it is meant for."""
         windows = self._engine.pull_windows.remote(False, None, None, _TRAIN_WINDOWS, self._train_positions)
         report: TrainReport = self._get(
-            self._trainer.train.remote(decision_id, arm, base_version, fraction, resume, windows)
+            self._trainer.train.remote(decision_id, arm, base_version, fraction, resume, windows, dict(weights))
         )
         return report
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from specblock.bandit.actions import CompareReport, PairedReplay, ParityReport, ParityRow, TrainReport
 from specblock.bandit.config import Arm
 from specblock.daemon.registry import DrafterRegistry
+from specblock.daemon.training_mix import mixed
 from specblock.drafter.checkpoint import load_drafter, load_weights, save_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
@@ -61,9 +62,18 @@ class Trainer:
         self._candidates: dict[str, _Candidate] = {}
 
     def train(
-        self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool, windows: Sequence[Window]
+        self,
+        decision_id: str,
+        arm: Arm,
+        base_version: str,
+        fraction: float,
+        resume: bool,
+        windows: Sequence[Window],
+        weights: Mapping[str, float],
     ) -> TrainReport:
         """Runs steps of ``arm`` until ``fraction`` of them are done; ``resume`` continues the micro-profile.
+
+        ``weights`` say how much the update is meant for each domain; see :func:`training_mix.mixed`.
 
         Raises:
             ValueError: no training windows, or nothing to resume.
@@ -80,8 +90,7 @@ class Trainer:
         candidate = self._candidates[name]
         until = max(1, round(arm.steps * fraction))
         before = candidate.run.positions
-        # The micro-profile's windows stay the training set, so that resuming trains on what was profiled.
-        for batch in candidate.run.batches(windows):
+        for batch in candidate.run.batches(mixed(windows, weights)):
             if candidate.run.done >= until:
                 break
             candidate.run.step(batch)

@@ -7,6 +7,7 @@ live cycles are the replay of the version that served, unless something is broke
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -150,7 +151,15 @@ class World:
         )
         return ParityReport(rows=rows, device_s=0.05)
 
-    def train(self, decision_id: str, arm: Arm, base_version: str, fraction: float, resume: bool) -> TrainReport:
+    def train(
+        self,
+        decision_id: str,
+        arm: Arm,
+        base_version: str,
+        fraction: float,
+        resume: bool,
+        weights: Mapping[str, float],
+    ) -> TrainReport:
         self.calls.append(f"train {arm.name} {fraction:g}")
         self.outside.append((decision_id, f"train {fraction:g}"))
         part = fraction if not resume else 1.0

@@ -139,8 +139,8 @@ def test_micro_profile_then_rest_then_store_and_reload(trainer: Trainer) -> None
     windows = [random_window(i) for i in range(4)]
     base = trainer.registry.serving()
     assert base is not None
-    probe = trainer.train("d000001", FULL, base, 0.2, False, windows)
-    rest = trainer.train("d000001", FULL, base, 1.0, True, windows)
+    probe = trainer.train("d000001", FULL, base, 0.2, False, windows, {})
+    rest = trainer.train("d000001", FULL, base, 1.0, True, windows, {})
     assert probe.candidate_version == rest.candidate_version
     assert rest.positions == 4 * probe.positions, "2 of 10 steps, then the other 8"
     assert probe.cutoff_time_s == max(w.time_s for w in windows)
@@ -185,9 +185,9 @@ def trainer_drafter(trainer: Trainer, version: str):  # type: ignore[no-untyped-
 
 def test_unknown_resume_and_empty_windows_are_refused(trainer: Trainer) -> None:
     with pytest.raises(ValueError, match="not in memory"):
-        trainer.train("d000009", FULL, "v000000-base", 1.0, True, [random_window(0)])
+        trainer.train("d000009", FULL, "v000000-base", 1.0, True, [random_window(0)], {})
     with pytest.raises(ValueError, match="no training windows"):
-        trainer.train("d000009", FULL, "v000000-base", 1.0, False, [])
+        trainer.train("d000009", FULL, "v000000-base", 1.0, False, [], {})
 
 
 def test_host_swaps_while_decoding_and_the_text_stays_the_same() -> None:
