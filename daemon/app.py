@@ -222,12 +222,14 @@ def bench_speed(
 def bench_tune(
     prompts: Annotated[Path, typer.Option(help="Directory with DOMAIN.train.jsonl files.")],
     per_domain: Annotated[int, typer.Option(min=1, help="Training prompts per kind of text.")] = 3,
+    kind: Annotated[list[str] | None, typer.Option(help="Drafter kind, repeatable; default: all there are.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
 ) -> int:
     """Search each drafter's best fixed tree on this machine, for bench speed."""
     from specblock.daemon import bench_tune as tune
 
-    return tune.run(tune.TuneSettings(prompts=prompts, per_domain=per_domain, dtype=dtype), _progress(False))
+    settings = tune.TuneSettings(prompts=prompts, per_domain=per_domain, dtype=dtype, kinds=tuple(kind or ()))
+    return tune.run(settings, _progress(False))
 
 
 @bench_app.command("ablation")
@@ -244,6 +246,25 @@ def bench_ablation(
 
     settings = ablation.AblationSettings(per_domain=prompts, temperature=temperature, dtype=dtype, out=out)
     return ablation.run(settings, as_json, _progress(as_json))
+
+
+@bench_app.command("simulate")
+@command
+def bench_simulate(
+    config: ConfigFile = Path("configs/demo.yaml"),
+    scenario: Annotated[list[str] | None, typer.Option(help="Only this one; repeatable.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of every scenario.")] = 1,
+    hours: Annotated[float, typer.Option(min=0.1, max=48.0, help="Simulated hours of a run.")] = 2.0,
+    curves: Annotated[Path | None, typer.Option(help="JSON with fitted numbers; default: the demo models'.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Compare the decision rule with simpler ones and an oracle on modelled drifting traffic."""
+    from specblock.daemon import bench_simulate as simulation
+
+    settings = simulation.SimulateSettings(
+        config=config, scenarios=tuple(scenario or ()), seeds=seeds, hours=hours, curves=curves
+    )
+    return simulation.run(settings, as_json, _progress(as_json))
 
 
 @app.command()

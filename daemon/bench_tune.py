@@ -46,7 +46,7 @@ _GRID: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuneSettings:
-    """Which prompts; the directory holds DOMAIN.train.jsonl files."""
+    """Which prompts (the directory holds DOMAIN.train.jsonl files), and which drafters (none named: every one)."""
 
     target: str = "models/demo-target"
     prompts: Path
@@ -54,6 +54,7 @@ class TuneSettings:
     domains: tuple[str, ...] = ("python", "cpp", "javascript", "manual")
     new_tokens: int = 64
     dtype: str = "auto"
+    kinds: tuple[str, ...] = ()
 
 
 def run(settings: TuneSettings, say: Callable[[str], None]) -> int:
@@ -65,9 +66,14 @@ def run(settings: TuneSettings, say: Callable[[str], None]) -> int:
     how = Question(temperature=1.0, top_p=0.95, new_tokens=settings.new_tokens)
     files = [read_prompts(settings.prompts / f"{domain}.train.jsonl") for domain in settings.domains]
     prompts = [prompt for every in files for prompt in every[-settings.per_domain :]]
-    best: dict[str, Any] = {}
-    log: list[dict[str, Any]] = []
+    path = rivals.RIVALS / rivals.TUNED
+    known = facts(dtype=dtype, prompts=len(prompts), new_tokens=settings.new_tokens, temperature=1.0, top_p=0.95)
+    # Kinds that are not searched again keep what was found for them, with the facts of that search.
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"facts": {}, "settings": {}, "log": []}
     for kind, network in rivals.networks(target).items():
+        if settings.kinds and kind not in settings.kinds:
+            continue
+        log: list[dict[str, Any]] = []
         chosen = _START[kind]
         for name, values in _GRID[kind]:
             steps = _measured(
@@ -78,11 +84,9 @@ def run(settings: TuneSettings, say: Callable[[str], None]) -> int:
             chosen, speed = max(steps, key=lambda step: step[1])
             tried = ", ".join(f"{getattr(c, name)}: {s:.1f}" for c, s in steps)
             say(f"{kind}: {name} -> {getattr(chosen, name)} ({tried} tokens/s)")
-        best[kind] = rivals.settings_json(chosen)
-    known = facts(dtype=dtype, prompts=len(prompts), new_tokens=settings.new_tokens, temperature=1.0, top_p=0.95)
-    (rivals.RIVALS / rivals.TUNED).write_text(
-        json.dumps({"facts": known, "settings": best, "log": log}, indent=1) + "\n"
-    )
+        kept["facts"][kind], kept["settings"][kind] = known, rivals.settings_json(chosen)
+        kept["log"] = [step for step in kept["log"] if step["kind"] != kind] + log
+        path.write_text(json.dumps(kept, indent=1) + "\n")
     return 0
 
 

@@ -12,6 +12,7 @@ import torch
 
 from specblock.daemon.collect import CollectSettings, Prompt, read_prompts
 from specblock.daemon.models import DTYPES, load_target, serving_dtype
+from specblock.daemon.train_curve import CurvePoint, append_point, plot_curve, read_points
 from specblock.daemon.train_data import generate_shards
 from specblock.drafter.checkpoint import save_drafter
 from specblock.drafter.config import KINDS, DraftSettings
@@ -92,10 +93,12 @@ def main(argv: Sequence[str]) -> int:
     run = TrainRun(model.to(options.device), settings)
     if run.resume(options.work / "run"):
         _say(f"resumed at step {run.done}")
-    begin = time.monotonic()
+    begin, curve = time.monotonic(), options.work / "heldout.jsonl"
 
     def evaluate() -> dict[str, float]:
-        return heldout_acceptance(model, heldout, DraftSettings(), dtype) if heldout else {}
+        found = heldout_acceptance(model, heldout, DraftSettings(), dtype) if heldout else {}
+        append_point(curve, CurvePoint(step=run.done, positions=run.positions, acceptance_length=found))
+        return found
 
     deadline = begin + 60 * options.minutes
     train_to_deadline(run, train, options.work / "run", deadline, _say, evaluate=evaluate)
@@ -106,6 +109,8 @@ def main(argv: Sequence[str]) -> int:
         "training_s": round(time.monotonic() - begin, 1),
         "heldout_acceptance_length": {d: round(a, 3) for d, a in evaluate().items()},
     }
+    if heldout:
+        plot_curve(read_points(curve), options.out / "training.svg", f"{options.kind}, {run.done} steps")
     (options.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     _say(json.dumps(facts))
     return 0
