@@ -1,0 +1,86 @@
+"""What training does to a drafter: levels of acceptance per kind of text, gained and forgotten. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specblock.bandit.simulation.curves import Curves
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+REHEARSAL, MOST_REPEATS = 0.25, 4
+"""How the daemon's trainer focuses an update on domains: the same numbers as ``daemon/training_mix.py``."""
+
+
+@dataclass(frozen=True, slots=True)
+class Levels:
+    """Curves as arrays over the kinds of text, in the order of ``Curves.kinds``."""
+
+    base: Floats
+    ceiling: Floats
+    floor: Floats
+
+    @staticmethod
+    def of(curves: Curves, kinds: Sequence[str]) -> Levels:
+        """The levels of ``kinds``."""
+        known = [curves.kinds[name] for name in kinds]
+        return Levels(
+            np.array([kind.base for kind in known]),
+            np.array([kind.ceiling for kind in known]),
+            np.array([curves.floor(name) for name in kinds]),
+        )
+
+
+def training_mix(domain_N: Ints, kind_N: Ints, num_kinds: int, weights: Mapping[int, float]) -> Floats:
+    """Shares of the kinds of text in a training set; uniform if there is nothing to train on.
+
+    Args:
+        domain_N: domains of the conversations that can be trained on.
+        kind_N: their kinds of text.
+        num_kinds: kinds of text in all.
+        weights: how much the update is meant for each domain; empty: conversations are taken as they came.
+    """
+    mix_K = np.zeros(num_kinds)
+    if not len(domain_N):
+        return np.full(num_kinds, 1 / num_kinds)
+    wanted = {domain: max(0.0, weights.get(domain, 0.0)) for domain in np.unique(domain_N).tolist()}
+    total = sum(wanted.values())
+    for domain, weight in wanted.items():
+        own_K = np.bincount(kind_N[domain_N == domain], minlength=num_kinds)
+        count, share = int(own_K.sum()), own_K.sum() / len(domain_N)
+        if total > 0:
+            share = (1 - REHEARSAL) * weight / total + REHEARSAL * share
+        # A conversation repeated too often would only be learned by heart.
+        mix_K += own_K / count * min(share * len(domain_N), MOST_REPEATS * count)
+    mix: Floats = mix_K / mix_K.sum()
+    return mix
+
+
+def after_update(
+    levels_XK: Floats, arm: str, fraction: float, mix_K: Floats, luck: float, curves: Curves, known: Levels
+) -> Floats:
+    """Acceptance lengths after ``fraction`` of the arm's steps.
+
+    Args:
+        levels_XK: acceptance lengths before, [..., K].
+        arm: name in ``curves.arms``.
+        fraction: share of its steps.
+        mix_K: shares of the kinds among the conversations trained on.
+        luck: factor of what is gained, 1 on average.
+        curves: learning curves.
+        known: base, ceiling and floor of the kinds.
+    """
+    curve = curves.arms[arm]
+    reached_K = known.base + curve.reach * (known.ceiling - known.base)
+    progress_K = np.array([curves.progress(fraction * share) for share in mix_K])
+    closed_K = np.minimum(1.0, luck * curve.gap_closed * progress_K)
+    gained = levels_XK + closed_K * np.maximum(reached_K - levels_XK, 0.0)
+    # A kind that makes up part of the training data is forgotten by that much less.
+    kept_K = 1 - curve.forgetting * curves.progress(fraction) * (1 - mix_K)
+    forgotten: Floats = np.maximum(gained * kept_K, known.floor)
+    return forgotten
