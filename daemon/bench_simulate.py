@@ -1,0 +1,108 @@
+"""``specblockd bench simulate``: the decision rule and its alternatives against modelled drifting traffic."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from specblock.bandit.simulation.catalogue import Settings, policies, simulate
+from specblock.bandit.simulation.curves import Curves, demo_curves, read_curves
+from specblock.bandit.simulation.run import Outcome
+from specblock.bandit.simulation.scenario import SCENARIOS, Scenario, scenario_named
+from specblock.bandit.simulation.table import lines, rows
+from specblock.daemon.cli_replay import rule
+from specblock.daemon.config_loader import load_config
+from specblock.daemon.errors import ConfigError, ExitCode
+
+Show = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimulateSettings:
+    """What to simulate.
+
+    Attributes:
+        config: policy file of the decision rule.
+        scenarios: names; empty: all.
+        seeds: runs of each scenario, seeds 0, 1, ...
+        curves: JSON with fitted numbers; None: those of the demo models.
+        hours: simulated length of a run.
+    """
+
+    config: Path
+    scenarios: tuple[str, ...] = ()
+    seeds: int = 1
+    curves: Path | None = None
+    hours: float = 2.0
+
+
+def run(settings: SimulateSettings, as_json: bool, show: Show) -> int:
+    """Simulates every policy in every scenario and shows the table.
+
+    Raises:
+        ConfigError: the policy, the curves or a scenario's name is wrong.
+    """
+    config = load_config(settings.config)
+    try:
+        scenarios = tuple(scenario_named(name) for name in settings.scenarios) or SCENARIOS
+        curves = _curves(settings.curves)
+        chosen = Settings(policy=rule(config), curves=curves, duration_s=settings.hours * 3600.0)
+        names = tuple(policies(chosen))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    outcomes = [one for scenario in scenarios for one in _all(scenario, names, settings.seeds, chosen, show)]
+    table = rows(outcomes)
+    if as_json:
+        plain = {
+            "modelled": True,
+            "config": str(settings.config),
+            "duration_s": chosen.duration_s,
+            "rate_per_s": chosen.rate_per_s,
+            "curves": asdict(curves),
+            "rows": [asdict(row) for row in table],
+            "outcomes": [asdict(outcome) for outcome in outcomes],
+        }
+        show(json.dumps(plain, indent=2))
+        return ExitCode.OK
+    for line in lines(table):
+        show(line)
+    show("")
+    source = settings.curves or "the runs of the demo models that README.md describes (origins: --json)"
+    show(
+        f"All numbers are modelled: {chosen.duration_s:.0f} s of {chosen.rate_per_s:g} requests per second, "
+        f"{settings.seeds} seed{'' if settings.seeds == 1 else 's'}, rule of {settings.config}, curves of {source}."
+    )
+    show(
+        "net counts every cost; regret is what is lost of the oracle's net, which knows the future and pays no trials."
+    )
+    return ExitCode.OK
+
+
+def _all(scenario: Scenario, names: Sequence[str], seeds: int, settings: Settings, show: Show) -> list[Outcome]:
+    """Every policy in one scenario, seed by seed."""
+    show(f"{scenario.name}: {scenario.about}")
+    found = []
+    for seed in range(seeds):
+        for name in names:
+            with tempfile.TemporaryDirectory(prefix="specblock-simulate-") as directory:
+                found.append(simulate(scenario, name, seed, settings, Path(directory)))
+    return found
+
+
+def _curves(path: Path | None) -> Curves:
+    """The demo's curves, or those of a file.
+
+    Raises:
+        ValueError: it cannot be read or used.
+    """
+    if path is None:
+        return demo_curves()
+    try:
+        return read_curves(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from None
