@@ -9,6 +9,7 @@ from pathlib import Path
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.simulation.baselines import Always, DualAverage, EveryN, ModelFree, Never
 from specblock.bandit.simulation.curves import Curves
+from specblock.bandit.simulation.drafters import described_steps
 from specblock.bandit.simulation.oracle import Oracle
 from specblock.bandit.simulation.rule import RealRule
 from specblock.bandit.simulation.run import Driver, Outcome, drive
@@ -52,13 +53,12 @@ def policies(settings: Settings) -> dict[str, Builder]:
     Raises:
         ValueError: an arm of the policy has no learning curve.
     """
-    trained = [arm.name for arm in settings.policy.arms if arm.steps > 0]
-    if unknown := sorted(set(trained) - set(settings.curves.arms)):
-        raise ValueError(
-            f"the policy's arm {unknown[0]!r} has no learning curve; the curves know {', '.join(settings.curves.arms)}"
-        )
-    if not trained:
+    arms = [arm for arm in settings.policy.arms if arm.steps > 0]
+    for arm in arms:
+        described_steps(arm, settings.curves)
+    if not arms:
         raise ValueError("the policy has no arm that trains, so there is nothing to compare")
+    trained = [arm.name for arm in arms]
     # Fixed schedules update the whole drafter, as their models do; the last arm is the most thorough one.
     full = trained[-1]
     schedules = {f"always_{name}": _always(name) for name in trained}

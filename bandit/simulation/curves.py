@@ -22,12 +22,14 @@ class ArmCurve:
     """What one complete update does.
 
     Attributes:
-        train_s: device-seconds of all its steps.
+        steps: of the update that the other numbers describe; a policy's arm may take more or fewer.
+        train_s: device-seconds of all these steps.
         gap_closed: share of the gap to what the arm can reach that an update on nothing but one kind of text closes.
         reach: share of the gap between base and ceiling that the arm can ever close.
         forgetting: relative loss of acceptance on kinds of text that it did not train on.
     """
 
+    steps: int
     train_s: float
     gap_closed: float
     reach: float = 1.0
@@ -94,6 +96,7 @@ class Curves:
             at_least(path, kind.base, ceiling=kind.ceiling)
         for name, arm in self.arms.items():
             path = f"curves.arms.{name}"
+            at_least(path, 1, steps=arm.steps)
             positive(path, train_s=arm.train_s)
             for field_name in ("gap_closed", "reach", "forgetting"):
                 value = getattr(arm, field_name)
@@ -109,7 +112,7 @@ class Curves:
         at_least("curves", self.heldout_windows, kept_windows=self.kept_windows)
 
     def progress(self, fraction: float) -> float:
-        """Share of a complete update's gain that ``fraction`` of its steps give."""
+        """Gain of ``fraction`` of an update's steps, in gains of the whole; above 1 if it takes more steps."""
         return math.expm1(-fraction / self.steps_scale) / math.expm1(-1 / self.steps_scale)
 
     def floor(self, kind: str) -> float:
@@ -155,8 +158,8 @@ def demo_curves() -> Curves:
             "javascript": KindCurve(base=1.73, ceiling=2.2),
         },
         arms={
-            "head": ArmCurve(train_s=15.0, gap_closed=0.44, reach=0.25, forgetting=0.006),
-            "full": ArmCurve(train_s=200.0, gap_closed=0.48, reach=1.0, forgetting=0.024),
+            "head": ArmCurve(steps=20, train_s=15.0, gap_closed=0.44, reach=0.25, forgetting=0.006),
+            "full": ArmCurve(steps=40, train_s=200.0, gap_closed=0.48, reach=1.0, forgetting=0.024),
         },
         usual="python",
         new="cpp",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from specblock.bandit.config import Arm
 from specblock.bandit.simulation.curves import Curves
 
 Floats = NDArray[np.float64]
@@ -61,15 +62,28 @@ def training_mix(domain_N: Ints, kind_N: Ints, num_kinds: int, weights: Mapping[
     return mix
 
 
+def described_steps(arm: Arm, curves: Curves) -> float:
+    """Steps of a policy's arm, in those of the update that its curve describes.
+
+    Raises:
+        ValueError: there is no such curve.
+    """
+    if arm.name not in curves.arms:
+        raise ValueError(
+            f"the policy's arm {arm.name!r} has no learning curve; the curves know {', '.join(curves.arms)}"
+        )
+    return arm.steps / curves.arms[arm.name].steps
+
+
 def after_update(
     levels_XK: Floats, arm: str, fraction: float, mix_K: Floats, luck: float, curves: Curves, known: Levels
 ) -> Floats:
-    """Acceptance lengths after ``fraction`` of the arm's steps.
+    """Acceptance lengths after training.
 
     Args:
         levels_XK: acceptance lengths before, [..., K].
         arm: name in ``curves.arms``.
-        fraction: share of its steps.
+        fraction: share of the steps that its curve describes.
         mix_K: shares of the kinds among the conversations trained on.
         luck: factor of what is gained, 1 on average.
         curves: learning curves.
@@ -81,6 +95,6 @@ def after_update(
     closed_K = np.minimum(1.0, luck * curve.gap_closed * progress_K)
     gained = levels_XK + closed_K * np.maximum(reached_K - levels_XK, 0.0)
     # A kind that makes up part of the training data is forgotten by that much less.
-    kept_K = 1 - curve.forgetting * curves.progress(fraction) * (1 - mix_K)
+    kept_K = 1 - min(1.0, curve.forgetting * curves.progress(fraction)) * (1 - mix_K)
     forgotten: Floats = np.maximum(gained * kept_K, known.floor)
     return forgotten

@@ -15,9 +15,9 @@ import math
 
 import numpy as np
 
-from specblock.bandit.config import PolicyConfig
+from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.cost import charge_s
-from specblock.bandit.simulation.drafters import Floats, after_update, training_mix
+from specblock.bandit.simulation.drafters import Floats, after_update, described_steps, training_mix
 from specblock.bandit.simulation.scenario import START_S
 from specblock.bandit.simulation.world import World
 
@@ -31,8 +31,8 @@ class Oracle:
 
     def __init__(self, world: World, policy: PolicyConfig) -> None:
         self._world = world
-        self._arms = [arm for arm in policy.arms if arm.steps > 0 and arm.name in world.curves.arms]
-        self.value = _solve(world, [arm.name for arm in self._arms])
+        self._arms = [arm for arm in policy.arms if arm.steps > 0]
+        self.value = _solve(world, self._arms)
         self._candidate = ""
         self._decisions = 0
 
@@ -46,7 +46,7 @@ class Oracle:
         levels_K = world.serving.levels
         best, cheapest_s = None, float(self.value.stay_s(epoch, levels_K))
         for arm, focus in itertools.product(self._arms, self.value.focuses):
-            cost_s = float(self.value.train_s(epoch, levels_K, arm.name, focus))
+            cost_s = float(self.value.train_s(epoch, levels_K, arm, focus))
             if cost_s < cheapest_s:
                 best, cheapest_s = (arm, focus), cost_s
         if best is not None:
@@ -102,22 +102,23 @@ class Value:
             return np.zeros(levels_XK.shape[:-1])
         return self.serve_s(epoch, levels_XK, 0.0, EPOCH_S) + self.left_s(epoch + 1, levels_XK)
 
-    def train_s(self, epoch: int, levels_XK: Floats, arm: str, focus: str) -> Floats:
+    def train_s(self, epoch: int, levels_XK: Floats, arm: Arm, focus: str) -> Floats:
         """Cost to go when ``arm`` is trained now, focused on a domain, and goes live when it is done."""
         paid_X, after_XK, last = self.trained(epoch, levels_XK, arm, focus)
         return paid_X + self.left_s(last, after_XK)
 
-    def trained(self, epoch: int, levels_XK: Floats, arm: str, focus: str) -> tuple[Floats, Floats, int]:
+    def trained(self, epoch: int, levels_XK: Floats, arm: Arm, focus: str) -> tuple[Floats, Floats, int]:
         """What is paid until the first epoch that begins after the training, the levels then, and that epoch."""
         world = self._world
-        wall_s = world.curves.arms[arm].train_s
+        described = described_steps(arm, world.curves)
+        wall_s = described * world.curves.arms[arm.name].train_s
         last = epoch + max(1, math.ceil(wall_s / EPOCH_S))
         total = charge_s(world.cost, device_s=wall_s, train_s=wall_s, stall_s=world.curves.stall_s)
         paid_X = np.full(levels_XK.shape[:-1], total)
         if epoch >= self.epochs:
             return paid_X, levels_XK, last
         mix_K = self.mix[focus][epoch]
-        after_XK = after_update(levels_XK, arm, 1.0, mix_K, 1.0, world.curves, world.known)
+        after_XK = after_update(levels_XK, arm.name, described, mix_K, 1.0, world.curves, world.known)
         for number in range(epoch, min(last, self.epochs)):
             before_s = min(max(wall_s - (number - epoch) * EPOCH_S, 0.0), EPOCH_S)
             paid_X = paid_X + self.serve_s(number, levels_XK, 0.0, before_s)
@@ -125,7 +126,7 @@ class Value:
         return paid_X, after_XK, last
 
 
-def _solve(world: World, arms: list[str]) -> Value:
+def _solve(world: World, arms: list[Arm]) -> Value:
     """Backward induction."""
     value = Value(world, math.ceil((world.traffic.end_s - START_S) / EPOCH_S))
     for epoch in reversed(range(value.epochs)):

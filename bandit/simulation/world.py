@@ -21,7 +21,7 @@ from specblock.bandit.actions import (
 from specblock.bandit.config import Arm, CostConfig
 from specblock.bandit.cost import charge_s
 from specblock.bandit.simulation.curves import Curves
-from specblock.bandit.simulation.drafters import Floats, Levels, after_update, training_mix
+from specblock.bandit.simulation.drafters import Floats, Levels, after_update, described_steps, training_mix
 from specblock.bandit.simulation.scenario import START_S, Traffic
 from specblock.bandit.simulation.versions import Version, base_version, child_version, whole_cycles
 
@@ -129,20 +129,20 @@ class World:
         Raises:
             ValueError: the curves say nothing of such an arm.
         """
-        if arm.name not in self.curves.arms:
-            raise ValueError(f"the curves have no arm {arm.name!r}; they have {', '.join(self.curves.arms)}")
+        described = described_steps(arm, self.curves)
         name = f"candidate-{decision_id}"
         if not resume:
             self.trainings += 1
         seed = [self.seed, 1, self.trainings]
         luck = max(0.0, 1 + self.curves.luck_sd * float(np.random.default_rng(seed).standard_normal()))
         base = self.versions[base_version]
-        levels_K = after_update(base.levels, arm.name, fraction, self.mix(weights), luck, self.curves, self.known)
-        progress = self.curves.progress(fraction)
+        done, mix_K = fraction * described, self.mix(weights)
+        levels_K = after_update(base.levels, arm.name, done, mix_K, luck, self.curves, self.known)
+        progress = min(1.0, self.curves.progress(done))
         child = child_version(name, base, levels_K, progress, [self.seed, 2, self.trainings], self.traffic, self.curves)
         share = fraction - (self._done if resume else 0.0)
         self._done, self.versions[name] = fraction, child
-        device_s = share * self.curves.arms[arm.name].train_s
+        device_s = share * described * self.curves.arms[arm.name].train_s
         self._spend(device_s, train_s=device_s)
         return TrainReport(
             candidate_version=name,

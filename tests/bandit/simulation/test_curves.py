@@ -57,7 +57,7 @@ def test_training_follows_weights_with_rehearsal_and_few_repeats() -> None:
 def test_other_numbers_are_read_from_json() -> None:
     assert read_curves(dumps(CURVES)) == CURVES == demo_curves()
     other = json.loads(dumps(CURVES))
-    other["arms"] = {"tiny": {"train_s": 1.0, "gap_closed": 0.1}}
+    other["arms"] = {"tiny": {"steps": 5, "train_s": 1.0, "gap_closed": 0.1}}
     assert read_curves(json.dumps(other)).arms["tiny"].reach == 1.0
 
 
@@ -72,7 +72,7 @@ def test_other_numbers_are_read_from_json() -> None:
         ({"kinds": {"python": {"base": 2.0, "ceiling": 2.5}}}, "curves.new must be one of python, got 'cpp'"),
         ({"usual": "cpp"}, "curves.new must be another kind"),
         (
-            {"arms": {"full": {"train_s": 1.0, "gap_closed": 1.5}}},
+            {"arms": {"full": {"steps": 40, "train_s": 1.0, "gap_closed": 1.5}}},
             "curves.arms.full.gap_closed must be between 0 and 1",
         ),
         ({"cycles": 1}, "unknown field 'cycles'"),

@@ -117,7 +117,7 @@ def test_the_bound_is_what_trying_everything_finds() -> None:
         if epoch >= value.epochs:
             return 0.0
         costs = [float(value.serve_s(epoch, at, 0.0, EPOCH_S)) + least_s(epoch + 1, at)]
-        for arm in ("head", "full"):
+        for arm in POLICY.arms[1:]:
             for focus in value.focuses:
                 paid_s, after, last = value.trained(epoch, at, arm, focus)
                 costs.append(float(paid_s) + least_s(last, after))

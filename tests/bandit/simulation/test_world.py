@@ -70,8 +70,18 @@ def test_actions_are_charged_and_take_time_while_the_old_version_serves() -> Non
     served.serve_until(START_S + 1500.0)
     assert served.live_version[-1] == served.serving_version() == swap.version == "v1"
     assert served.rollback("d000000", BASE).version == served.serving_version() == BASE
-    with pytest.raises(ValueError, match="no arm 'none'"):
+    with pytest.raises(ValueError, match="arm 'none' has no learning curve"):
         served.train("d000001", replace(FULL, name="none"), BASE, 1.0, resume=False)
+
+
+def test_an_arm_of_fewer_steps_costs_and_gives_less() -> None:
+    served = world("abrupt")
+    served.serve_until(START_S + 2000.0)
+    half = served.train("d000000", replace(FULL, steps=20), BASE, 1.0, resume=False)
+    whole = served.train("d000001", FULL, BASE, 1.0, resume=False)
+    assert half.device_s == whole.device_s / 2 == 100.0
+    levels = [served.versions[report.candidate_version].levels[1] for report in (half, whole)]
+    assert CURVES.kinds["cpp"].base < levels[0] < levels[1]
 
 
 def test_the_same_seed_is_the_same_world() -> None:
