@@ -202,8 +202,10 @@ def train(context: typer.Context) -> int:
 @bench_app.command("speed")
 @command
 def bench_speed(
-    small: Annotated[bool, typer.Option("--small", help="Four prompts per kind of text, one temperature.")] = False,
-    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts per kind of text (--small: 4).")] = 40,
+    small: Annotated[
+        bool, typer.Option("--small", help="Three short answers per kind of text, one temperature.")
+    ] = False,
+    prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts per kind of text (--small: 3).")] = 40,
     temperature: Annotated[list[float] | None, typer.Option(help="One table each; default 1.0, 0.8 and 0.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     out: Annotated[Path | None, typer.Option(help="Directory for speed.json and the page speed.html.")] = None,
