@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 SCHEMA_VERSION = 1
-NUM_RANK_BUCKETS = 4
+_RANK_BUCKETS = (1, 4, 10)  # 0-based ranks below: 1, 2-4, 5-10
+NUM_RANK_BUCKETS = len(_RANK_BUCKETS) + 1
 
 
 class EventError(ValueError):
@@ -30,7 +32,9 @@ class AcceptanceEvent:
         sequence: counts from 0 within the incarnation; stamped by ``EventProducer``.
         time_s: end of the segment, seconds since the epoch.
         accepted_histogram: index a counts the cycles that accepted a draft tokens; sums to ``cycles``.
-        rank_histogram: rank of the target's token among the drafter's at the first rejection: 1, 2-4, 5-10, above.
+        rank_histogram: rank of the target's token among the drafter's candidates where acceptance stopped: 1, 2-4,
+            5-10, above or not among them. Cycles that stopped where the drafter had not gone on count nowhere, so the
+            sum is at most ``cycles``.
         draft_s, verify_s, other_s: device-seconds of this request's share of its cycles; over all requests they add
             up to the device's time, so a batch of four books a quarter of each cycle on each request.
         flagged: cycles of mixed drafter versions; kept out of the statistics.
@@ -63,6 +67,11 @@ class AcceptanceEvent:
     def device_s(self) -> float:
         """Device-seconds of the whole segment."""
         return self.draft_s + self.verify_s + self.other_s
+
+
+def rank_bucket(rank: int) -> int:
+    """Index into ``rank_histogram`` of a 0-based rank."""
+    return bisect_right(_RANK_BUCKETS, rank)
 
 
 def encode(event: AcceptanceEvent) -> dict[str, str]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.tree import Candidates, DraftTree
+from specblock.cuda_ext.tree import Candidates, DraftTree, Offers
 
 _HASH_ROOT, _HASH_MULTIPLIER = 0x27D4EB2F165667C5, -7046029254386353131  # odd 64-bit constants (wrap-around product)
+NOT_OFFERED = 1 << 30  # a rank behind every real one
 
 
 def _path_hash(candidates: Candidates, max_depth: int) -> Tensor:
@@ -26,9 +27,14 @@ def _path_hash(candidates: Candidates, max_depth: int) -> Tensor:
     return hashed
 
 
-def build_tree(
+def build_tree(root_token: Tensor, candidates: Candidates, budget: int, max_depth: int) -> DraftTree:
+    """The tree alone; see ``grow_tree``."""
+    return grow_tree(root_token, candidates, budget, max_depth)[0]
+
+
+def grow_tree(
     root_token: Tensor, candidates: Candidates, budget: int, max_depth: int, merge: bool = True
-) -> DraftTree:
+) -> tuple[DraftTree, Offers]:
     """Merges duplicate paths, keeps the best ``budget`` nodes, and lays them out for verification.
 
     Nodes with the same token path from the root are one node: the best score survives and adopts the children of the
@@ -48,7 +54,7 @@ def build_tree(
             wastes budget but cannot change the text.
 
     Returns:
-        A tree with R = min(budget, M) + 1 rows.
+        A tree with R = min(budget, M) + 1 rows, and every candidate with the row that it was proposed behind.
 
     Source: method reference 4.3 (merge all levels, remove losers physically), 4.4.
     """
@@ -84,25 +90,43 @@ def build_tree(
 
     # Row numbers of survivors, to translate parents (through their survivors) into rows.
     rows = torch.arange(1, keep + 1, device=score.device).expand(batch, -1)
-    row_of = torch.zeros_like(members).scatter_(1, chosen, rows)
-    raw_parent = candidates.parent.gather(1, chosen)
-    parent = row_of.gather(1, survivor.gather(1, raw_parent.clamp(min=0)))
-    parent = torch.where(raw_parent < 0, 0, parent)
+    row_of = torch.full_like(members, -1).scatter_(1, chosen, torch.where(real, rows, -1))
+    parent_row = row_of.gather(1, survivor.gather(1, candidates.parent.clamp(min=0)))
+    parent_row = torch.where(candidates.parent < 0, 0, parent_row).masked_fill(~candidates.valid, -1)
 
     def with_root(values: Tensor, root: Tensor | int | float, padding: Tensor | int | float) -> Tensor:
         body = torch.where(real, values, padding)
         head = root[:, None] if isinstance(root, Tensor) else body.new_full((batch, 1), root)
         return torch.cat([head.to(body.dtype), body], dim=1)
 
-    return DraftTree(
+    tree = DraftTree(
         token=with_root(candidates.token.gather(1, chosen), root_token, 0),
-        parent=with_root(parent, 0, rows),
+        parent=with_root(parent_row.gather(1, chosen), 0, rows),
         depth=with_root(depth, 0, 0),
         score=with_root(score.gather(1, chosen), 0.0, -torch.inf),
         block=with_root(candidates.block.gather(1, chosen), -1, -1),
         slot=with_root(candidates.slot.gather(1, chosen), -1, -1),
         size=1 + real.sum(dim=1),
     )
+    return tree, Offers(parent_row, candidates.token, candidates.rank)
+
+
+def rank_of_choice(offers: Offers, row: Tensor, token: Tensor) -> Tensor:
+    """Which rank the token that the target chose had among what was proposed there.
+
+    Args:
+        offers: of B requests.
+        row: int64 [B], row of the tree at which acceptance stopped.
+        token: int64 [B], the target's choice behind it.
+
+    Returns:
+        int64 [B], 0-based and the best one where several slots proposed the token; ``NOT_OFFERED`` where only other
+        tokens were proposed; -1 where nothing was, because the drafter never went on from that row.
+    """
+    under = offers.parent_row == row[:, None]
+    hit = under & (offers.token == token[:, None])
+    rank = torch.where(hit, offers.rank, NOT_OFFERED).amin(dim=1)
+    return torch.where(under.any(dim=1), rank, -1)
 
 
 def ancestor_mask(tree: DraftTree, max_depth: int) -> Tensor:

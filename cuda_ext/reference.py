@@ -84,3 +84,25 @@ def walk(rows: list[Row], continuation: list[int]) -> list[int]:
         path.append(child)
         at = child
     return path
+
+
+def rank_of_choice(
+    tokens: list[int], parents: list[int], ranks: list[int], path: list[int], choice: int
+) -> tuple[bool, int | None]:
+    """Whether anything was proposed behind the token path ``path`` (empty: the root), and the best rank of ``choice``.
+
+    Args:
+        tokens: token of each candidate.
+        parents: index of each candidate's parent (-1: the root); parents precede children.
+        ranks: place of each candidate among what its slot proposed, best first.
+        path: tokens from the root down to where acceptance stopped.
+        choice: the target's token behind it.
+    """
+    paths: list[list[int]] = []
+    offered: list[tuple[int, int]] = []
+    for token, parent, rank in zip(tokens, parents, ranks, strict=True):
+        above = [] if parent < 0 else paths[parent]
+        paths.append([*above, token])
+        if above == path:
+            offered.append((token, rank))
+    return bool(offered), min((rank for token, rank in offered if token == choice), default=None)

@@ -22,6 +22,7 @@ class Candidates:
         depth: int64 [B, M], 1 for children of the root.
         block: int64 [B, M], drafter block that proposed the node (0-based).
         slot: int64 [B, M], slot inside that block (0-based).
+        rank: int64 [B, M], place among what that slot proposed, best first (0-based).
         valid: bool [B, M], False for padding.
     """
 
@@ -31,7 +32,24 @@ class Candidates:
     depth: Tensor
     block: Tensor
     slot: Tensor
+    rank: Tensor
     valid: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Offers:
+    """Everything that was proposed behind the rows of a tree, also what merging and pruning took out of it.
+
+    Attributes:
+        parent_row: int64 [B, M], row of the tree below which the token was proposed (0: the root); -1 where the parent
+            is not in the tree, and in padding.
+        token: int64 [B, M], target token id.
+        rank: int64 [B, M], see ``Candidates``.
+    """
+
+    parent_row: Tensor
+    token: Tensor
+    rank: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from specblock.cuda_ext.noise import NoiseWindow
+from specblock.cuda_ext.ops import rank_of_choice
 from specblock.cuda_ext.sampling import SamplingBatch
-from specblock.cuda_ext.tree import DraftTree, place_rows, root_only
+from specblock.cuda_ext.tree import DraftTree, Offers, place_rows, root_only
 from specblock.daemon.messages import GenerationRequest, TokenChunk
 from specblock.daemon.request import CycleCounts, RequestState
 from specblock.daemon.speculation import Participant
@@ -35,12 +36,29 @@ _CATCH_UP_POSITIONS = 256  # drafter positions per forward when a request specul
 
 @dataclass(frozen=True, slots=True)
 class _Drafted:
-    """A cycle's trees for the whole batch: which requests drafted, with which sizes, how deep trees can be."""
+    """A cycle's trees for the whole batch: which requests drafted, with which sizes, how deep trees can be.
+
+    ``offers`` are those of the requests that drafted, None if there are none.
+    """
 
     tree: DraftTree
     max_depth: int
     plan: DraftPlan
     speculate: tuple[bool, ...]
+    offers: Offers | None
+
+    def ranks(self, result: VerifyResult) -> list[int]:
+        """Per request of the batch, ``rank_of_choice`` where acceptance stopped; -1 for those that did not draft."""
+        ranks = [-1] * len(self.speculate)
+        if self.offers is None:
+            return ranks
+        members = [row for row, yes in enumerate(self.speculate) if yes]
+        last = [result.num_accepted[row] for row in members]
+        member_D, last_D = torch.tensor([members, last], device=self.tree.token.device)
+        rank_D = rank_of_choice(self.offers, result.rows[member_D, last_D], result.tokens[member_D, last_D])
+        for row, rank in zip(members, rank_D.tolist(), strict=True):
+            ranks[row] = rank
+        return ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +233,7 @@ class Engine:
         speculate = self._speculating(states)
         rows = [i for i, yes in enumerate(speculate) if yes]
         if self.drafter is None or not rows:
-            return _Drafted(root_only(roots), 0, NO_SPECULATION, speculate)
+            return _Drafted(root_only(roots), 0, NO_SPECULATION, speculate, None)
         drafting = [states[i] for i in rows]
         for state in drafting:
             self._catch_up(state)
@@ -230,7 +248,7 @@ class Engine:
             self.planner,
         )
         tree = draft.tree if len(rows) == len(states) else place_rows(draft.tree, index, roots)
-        return _Drafted(tree, draft.max_depth, draft.plan, speculate)
+        return _Drafted(tree, draft.max_depth, draft.plan, speculate, draft.offers)
 
     def _speculating(self, states: list[RequestState]) -> tuple[bool, ...]:
         if self.drafter is None or not self.speculation:
@@ -295,7 +313,7 @@ class Engine:
         chunks: list[TokenChunk] = []
         kept_counts: list[int] = []
         finished: list[_Finished] = []
-        nodes = (drafted.tree.size - 1).tolist()
+        nodes, ranks = (drafted.tree.size - 1).tolist(), drafted.ranks(result)
         for row, (state, path) in enumerate(zip(states, result.paths, strict=True)):
             ending = truncate_at_end(
                 path,
@@ -326,7 +344,7 @@ class Engine:
             # Events are about drafts: a cycle without any says nothing of acceptance.
             for counts in (state.total, state.segment) if plan.node_budget else (state.total,):
                 accepted = max(0, min(len(path) - 1, kept - (kept == len(path))))
-                counts.add(accepted, kept, nodes[row], plan.blocks)
+                counts.add(accepted, kept, nodes[row], plan.blocks, ranks[row] if kept == len(path) else -1)
             kept_counts.append(kept)
             if reason is None:
                 chunks.append(TokenChunk(request_id=state.request.request_id, tokens=tokens, text=text))

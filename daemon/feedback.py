@@ -66,6 +66,7 @@ class Feedback(Listener):
                 cycles=counts.cycles,
                 committed_tokens=counts.committed,
                 accepted_histogram=tuple(counts.histogram),
+                rank_histogram=tuple(counts.ranks),
                 draft_s=counts.draft_s,
                 verify_s=counts.verify_s,
                 other_s=counts.other_s,

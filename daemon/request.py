@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specblock.bandit.events import NUM_RANK_BUCKETS, rank_bucket
 from specblock.daemon.messages import GenerationRequest, RequestStats
 from specblock.drafter.window import Window
 from specblock.verifier.history import ChoiceState
@@ -16,9 +17,13 @@ from specblock.verifier.text import TextStream
 
 @dataclass(slots=True)
 class CycleCounts:
-    """Sums over some cycles of one request. ``histogram[a]`` counts cycles that accepted ``a`` drafts."""
+    """Sums over some cycles of one request.
+
+    ``histogram[a]`` counts cycles that accepted ``a`` drafts; ``ranks`` is the event's ``rank_histogram``.
+    """
 
     histogram: list[int] = field(default_factory=lambda: [0] * 9)
+    ranks: list[int] = field(default_factory=lambda: [0] * NUM_RANK_BUCKETS)
     cycles: int = 0
     committed: int = 0
     draft_nodes: int = 0
@@ -28,11 +33,16 @@ class CycleCounts:
     verify_s: float = 0.0
     other_s: float = 0.0
 
-    def add(self, accepted: int, kept: int, nodes: int, forwards: int) -> None:
-        """Counts one cycle that kept ``kept`` tokens out of ``accepted`` drafts and the bonus."""
+    def add(self, accepted: int, kept: int, nodes: int, forwards: int, rank: int) -> None:
+        """Counts one cycle that kept ``kept`` tokens out of ``accepted`` drafts and the bonus.
+
+        ``rank`` is that of the target's token where acceptance stopped, -1 if there was nothing to rank.
+        """
         while len(self.histogram) <= accepted:
             self.histogram.append(0)
         self.histogram[accepted] += 1
+        if rank >= 0:
+            self.ranks[rank_bucket(rank)] += 1
         self.cycles += 1
         self.committed += kept
         self.draft_nodes += nodes

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specblock.cuda_ext.noise import NoiseWindow
-from specblock.cuda_ext.ops import build_tree
+from specblock.cuda_ext.ops import grow_tree
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.tree import Candidates
 from specblock.drafter.config import DraftSettings
@@ -175,8 +175,8 @@ class BlockDrafter:
         candidates = concatenate(parts)
         budget = limits.nodes(candidates.score.masked_fill(~candidates.valid, -torch.inf))
         depth = len(parts) * self.model.config.num_slots
-        tree = build_tree(root_token, candidates, budget, depth, merge=self.settings.merge)
-        return Draft(tree, DraftPlan(tuple(leaf_caps), budget), depth)
+        tree, offers = grow_tree(root_token, candidates, budget, depth, merge=self.settings.merge)
+        return Draft(tree, DraftPlan(tuple(leaf_caps), budget), depth, offers)
 
     def _noise_rows(
         self, noise: NoiseWindow | None, slots_B: Tensor, root_index: Tensor, leaves: Leaves

@@ -79,6 +79,7 @@ def expand_chain(proposals: Proposals, leaves: Leaves, offset: int, block: int) 
         depth=flat(depth),
         block=flat(torch.full((1, 1, 1, 1), block, device=device)),
         slot=flat(slot_K[:, None]),
+        rank=flat(torch.arange(width_w, device=device)),
         valid=flat(valid & ~_below_dead_chain(valid)),
     )
 
@@ -113,6 +114,7 @@ def expand_product(proposals: Proposals, started: Tensor, beam: int) -> Candidat
                 depth=constant + slot + 1,
                 block=constant,
                 slot=constant + slot,
+                rank=torch.arange(width_w, device=device).repeat(size // width_w).expand(batch, -1),
                 valid=torch.isfinite(score) & started[:, None],
             )
         )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch
-from specblock.cuda_ext.tree import DraftTree
+from specblock.cuda_ext.tree import DraftTree, Offers
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.plan import DraftPlan, Limits
 
@@ -33,11 +33,12 @@ class NewPositions:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A cycle's trees, the sizes they were grown with, and an upper bound of their depth."""
+    """A cycle's trees, the sizes they were grown with, an upper bound of their depth, and all that was proposed."""
 
     tree: DraftTree
     plan: DraftPlan
     max_depth: int
+    offers: Offers
 
 
 class SlotCache(Protocol):

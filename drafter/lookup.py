@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from specblock.cuda_ext.noise import NoiseWindow
-from specblock.cuda_ext.ops import build_tree
+from specblock.cuda_ext.ops import grow_tree
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.tree import Candidates
 from specblock.drafter.config import DraftSettings
@@ -108,8 +108,8 @@ class LookupDrafter:
         longest = max(1, *(cache.positions[s] for s in slots))
         candidates = continuations(cache.tokens[slots, :longest], length)
         budget = (limits or self._fixed).nodes(candidates.score.masked_fill(~candidates.valid, -torch.inf))
-        tree = build_tree(root_token, candidates, budget, _DRAFT_TOKENS)
-        return Draft(tree, DraftPlan((), budget), _DRAFT_TOKENS)
+        tree, offers = grow_tree(root_token, candidates, budget, _DRAFT_TOKENS)
+        return Draft(tree, DraftPlan((), budget), _DRAFT_TOKENS, offers)
 
 
 def continuations(tokens_BC: Tensor, length_B: Tensor) -> Candidates:
@@ -145,12 +145,23 @@ def continuations(tokens_BC: Tensor, length_B: Tensor) -> Candidates:
         return values.expand(batch, count, _DRAFT_TOKENS).reshape(batch, -1)
 
     zero = torch.zeros_like(at_BmD)
+    token_BmD = tokens_BC.gather(1, at_BmD.flatten(1).clamp(max=capacity - 1)).view_as(at_BmD)
     return Candidates(
-        token=tokens_BC.gather(1, at_BmD.flatten(1).clamp(max=capacity - 1)),
+        token=token_BmD.flatten(1),
         parent=flat(parent),
         score=flat(-_DEPTH_COST * order_D - _MATCH_COST * rank_m1),
         depth=flat(order_D),
         block=flat(zero),
         slot=flat(order_D - 1),
+        rank=flat(_rivals_before(token_BmD, valid)),
         valid=flat(valid),
     )
+
+
+def _rivals_before(token_BmD: Tensor, valid_BmD: Tensor) -> Tensor:
+    """int64 [B, m, D]: how many better matches, which agree on everything before, also propose a token there."""
+    count = token_BmD.shape[1]
+    agree = torch.cumprod((token_BmD[:, :, None] == token_BmD[:, None]).to(torch.int64), dim=-1)  # [B, m, m, D]
+    until = torch.cat([torch.ones_like(agree[..., :1]), agree[..., :-1]], dim=-1)
+    better = torch.ones(count, count, dtype=torch.int64, device=token_BmD.device).tril(-1)[..., None]
+    return (until * better * valid_BmD[:, None]).sum(dim=2)

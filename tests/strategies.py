@@ -63,6 +63,7 @@ def to_candidates(trees: list[RawTree], padding: int = 0) -> Candidates:
         depth=depth,
         block=torch.zeros_like(depth),
         slot=(depth - 1).clamp(max=3),
+        rank=torch.zeros_like(depth),
         valid=torch.arange(width) < torch.tensor([[len(t.tokens)] for t in trees]),
     )
 
@@ -102,4 +103,4 @@ def random_candidates(
             token[:, index] = torch.where(uniform() < hit_rate, truth_BD[rows, level], token[:, index])
     none = torch.zeros_like(token)
     every = torch.ones_like(token, dtype=torch.bool)
-    return Candidates(token, parent, score, depth, none, (depth - 1).clamp(max=3), every)
+    return Candidates(token, parent, score, depth, none, (depth - 1).clamp(max=3), none, every)

@@ -1,12 +1,23 @@
 """Vectorised tree operations against the readable reference, on random trees."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specblock.cuda_ext import reference
-from specblock.cuda_ext.ops import ancestor_mask, build_tree, commit_rows, find_child, follow_path
+from specblock.cuda_ext.ops import (
+    NOT_OFFERED,
+    ancestor_mask,
+    build_tree,
+    commit_rows,
+    find_child,
+    follow_path,
+    grow_tree,
+    rank_of_choice,
+)
 from specblock.cuda_ext.tree import DraftTree, root_only
 from tests.strategies import RawTree, random_candidates, raw_trees, to_candidates
 
@@ -77,6 +88,55 @@ def test_find_child_equals_reference(raw, budget):
         for token in range(-1, 7):
             expected = [r for r in range(1, len(rows)) if rows[r].parent == row and rows[r].token == token]
             assert int(find_child(tree, torch.tensor([row]), torch.tensor([token]))) == (expected or [-1])[0]
+
+
+def path_to(tree: DraftTree, b: int, row: int) -> list[int]:
+    path: list[int] = []
+    while row:
+        path.insert(0, int(tree.token[b, row]))
+        row = int(tree.parent[b, row])
+    return path
+
+
+@given(
+    trees=st.lists(raw_trees(), min_size=1, max_size=3),
+    budget=st.integers(0, 20),
+    padding=st.integers(0, 3),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=600, deadline=None)
+def test_rank_of_choice_equals_reference_at_every_row(trees, budget, padding, seed):
+    """Few token ids and small budgets: duplicates, merged parents, candidates whose parent was pruned."""
+    raw_candidates = to_candidates(trees, padding)
+    rank = torch.randint(0, 12, raw_candidates.token.shape, generator=torch.Generator().manual_seed(seed))
+    candidates = replace(raw_candidates, rank=rank)
+    depth = max(max(tree.depths) for tree in trees)
+    tree, offers = grow_tree(torch.arange(len(trees)), candidates, budget, depth)
+    for b, raw in enumerate(trees):
+        size = len(raw.tokens)
+        for row in range(int(tree.size[b])):
+            path = path_to(tree, b, row)
+            for token in range(-1, 7):
+                extended, expected = reference.rank_of_choice(
+                    raw.tokens, raw.parents, rank[b, :size].tolist(), path, token
+                )
+                want = -1 if not extended else NOT_OFFERED if expected is None else expected
+                every = torch.zeros(len(trees), dtype=torch.int64)
+                assert int(rank_of_choice(offers, every + row, every + token)[b]) == want
+
+
+def test_offers_name_the_surviving_parent_the_root_or_nothing():
+    raw = RawTree([7, 7, 3, 4, 3, 9, 5], [-1, -1, 0, 1, 1, 2, -1], [-2.0, -1.0, -3.0, -1.5, -2.5, -3.5, -9.0])
+    candidates = to_candidates([raw], padding=1)
+    # Rows: 1 is token 7 (candidate 1 won), 2 is token 4, 3 is token 3 (candidate 4 won); candidates 5 and 6 are pruned.
+    _, offers = grow_tree(torch.tensor([0]), candidates, 3, 3)
+    assert offers.parent_row.tolist() == [[0, 0, 1, 1, 1, 3, 0, -1]]
+    _, offers = grow_tree(torch.tensor([0]), candidates, 2, 3)
+    assert offers.parent_row.tolist() == [[0, 0, 1, 1, 1, -1, 0, -1]]
+    # Unmerged, candidates 1, 3 and 0 are kept, and each 7 has its own children.
+    tree, offers = grow_tree(torch.tensor([0]), candidates, 3, 3, merge=False)
+    assert tree.token[0].tolist() == [0, 7, 7, 4]
+    assert offers.parent_row.tolist() == [[0, 0, 2, 1, 1, -1, 0, -1]]
 
 
 def test_large_random_trees_hold_every_invariant():

@@ -141,6 +141,7 @@ def test_product_trees_hold_the_best_paths_of_independent_slots() -> None:
             path.append(int(candidates.token[0, at]))
             at = int(candidates.parent[0, at])
         paths[tuple(reversed(path))] = float(candidates.score[0, index])
+        assert int(candidates.rank[0, index]) == path[0] % 5  # tokens are numbered by slot and rank
     p = log_prob.values[0, 0]
     for a in range(5):
         for b in range(5):
@@ -167,6 +168,10 @@ def test_lookup_finds_what_a_slow_search_finds(histories: list[list[int]]) -> No
         chains = found.token[row].view(count, 10), found.valid[row].view(count, 10)
         got = [tokens[valid].tolist() for tokens, valid in zip(*chains, strict=True) if valid.any()]
         assert got == wanted
+        for match, chain in enumerate(got):
+            for at in range(len(chain)):
+                rivals = sum(other[:at] == chain[:at] and len(other) > at for other in got[:match])
+                assert int(found.rank[row].view(count, 10)[match, at]) == rivals
 
 
 def test_lookup_drafts_a_tree_within_the_budget_and_forgets_a_slot() -> None:

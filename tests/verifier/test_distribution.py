@@ -124,7 +124,7 @@ def noise_ranked_trees(seeds: list[int], choice: int = 0) -> TreeMaker:
         score = torch.tensor([-1.0, -2.0, -3.0, -4.0, -5.0]).expand(batch, -1)
         depth = torch.tensor([1, 1, 1, 2, 2]).expand(batch, -1)
         every = torch.ones_like(token, dtype=torch.bool)
-        return build_tree(roots, Candidates(token, parent, score, depth, depth, depth, every), 5, 2), 2
+        return build_tree(roots, Candidates(token, parent, score, depth, depth, depth, depth, every), 5, 2), 2
 
     return make
 
