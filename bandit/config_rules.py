@@ -81,11 +81,13 @@ class ParityConfig:
     valid_s: float = 120.0
     """A result this old is repeated before anything is trained."""
     retry_s: float = 60.0
-    """Time between checks while parity is broken."""
+    """Time between checks while parity is broken; doubles with every check that finds it still broken."""
+    max_share: float = 0.003
+    """Share of serving time that regular checks may cost; where one is dear they come less often than ``every_s``."""
 
     def __post_init__(self) -> None:
         path = "policy.parity"
-        fraction(path, tolerance=self.tolerance, confidence=self.confidence)
+        fraction(path, tolerance=self.tolerance, confidence=self.confidence, max_share=self.max_share)
         at_least(path, 2, min_rows=self.min_rows)
         at_least(path, 1, min_cycles=self.min_cycles)
         positive(path, every_s=self.every_s, valid_s=self.valid_s, retry_s=self.retry_s)

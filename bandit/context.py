@@ -96,24 +96,28 @@ def _drop(
 def reference_level(name: str, stratum: str, state: BanditState, version: str, config: PolicyConfig) -> float:
     """Acceptance that ``stratum`` of a domain should have; 0 when unknown.
 
-    The best sustained level of the domain itself under any remembered version, or what the serving version reaches in
-    the same stratum of the other domains: a domain that is new and poor from its first request has dropped too. Where
-    no other domain says anything, the level of the drafter's own training (if configured) stands in.
+    The best sustained level of the domain itself under any remembered version, or what the serving version (in a domain
+    silent since: the newest version it has seen) reaches in the same stratum of the other domains: a domain that is new
+    and poor from its first request has dropped too. Where no other domain says anything, the level of the drafter's own
+    training (if configured) stands in.
     """
     enough = config.statistics.reference_cycles
     own = max(
         (v.strata[stratum].acceptance(enough) for v in state.domains[name].versions.values() if stratum in v.strata),
         default=0.0,
     )
-    others = [_level(domain, version, stratum) for key, domain in sorted(state.domains.items()) if key != name]
+    others = [_level(domain, version, stratum, enough) for key, domain in sorted(state.domains.items()) if key != name]
     settled = [level for level in others if level.acceptance(enough) > 0]
     pooled = sum(level.tokens for level in settled) / sum(level.cycles for level in settled) if settled else 0.0
     return max(own, pooled or config.reference_acceptance)
 
 
-def _level(domain: DomainStatistics, version: str, stratum: str) -> Level:
-    statistics = domain.versions.get(version)
-    return statistics.strata.get(stratum, Level()) if statistics else Level()
+def _level(domain: DomainStatistics, version: str, stratum: str, enough: int) -> Level:
+    """A domain's level under ``version``, or under the newest other version with a settled one."""
+    own = domain.versions.get(version)
+    newest_first = sorted(domain.versions.values(), key=lambda v: -v.last_time_s)
+    known = (v.strata.get(stratum, Level()) for v in ([own] if own else []) + newest_first)
+    return next((level for level in known if level.acceptance(enough) > 0), Level())
 
 
 def base_s_per_token(context: DecisionContext) -> float:

@@ -142,11 +142,12 @@ class Charge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParityRecord:
-    """Newest parity check."""
+    """Newest parity check; ``broken_in_row`` counts how often it has been broken until now."""
 
     version: str
     time_s: float
     evidence: ParityEvidence
+    broken_in_row: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,9 +62,11 @@ def learn_parity(
 ) -> PolicyState:
     """Remember a parity check; one with a verdict attributes the changes reported until now."""
     seen = state.changes_attributed if evidence.verdict == "insufficient" else num_changes
+    before = state.parity.broken_in_row if state.parity is not None and state.parity.version == version else 0
+    broken = {"broken": before + 1, "insufficient": before}.get(evidence.verdict, 0)
     return replace(
         state,
-        parity=ParityRecord(version=version, time_s=now_s, evidence=evidence),
+        parity=ParityRecord(version=version, time_s=now_s, evidence=evidence, broken_in_row=broken),
         changes_attributed=seen,
     )
 

@@ -29,7 +29,7 @@ from specblock.bandit.decision import (
     Probed,
     Target,
 )
-from specblock.bandit.forecast import complete_value, mean_drop, remaining_value, targets
+from specblock.bandit.forecast import complete_value, domain_weights, mean_drop, remaining_value, score_s, targets
 from specblock.bandit.parity import ParityEvidence
 
 MIN_PROBED = 2
@@ -122,7 +122,9 @@ def _check_wanted(context: DecisionContext, state: PolicyState, config: PolicyCo
     if not any(d.measurable for d in context.domains):
         return ""
     age_s = math.inf if record is None or parity is None else context.now_s - record.time_s
-    if age_s < rules.retry_s:
+    # A fault stays until somebody mends it: looking again and again would cost more than it tells.
+    doublings = min(max(0, record.broken_in_row - 1), 64) if record is not None and parity is not None else 0
+    if age_s < min(rules.retry_s * 2.0**doublings, max(rules.retry_s, rules.every_s)):
         return ""
     if parity is not None and parity.verdict == "broken":
         return "parity was broken; looking again"
@@ -130,7 +132,8 @@ def _check_wanted(context: DecisionContext, state: PolicyState, config: PolicyCo
         return "acceptance changed; first find out whether something is broken"
     if wanted and (age_s > rules.valid_s or (parity is not None and parity.verdict != "ok")):
         return "an update would pay; first make sure that nothing is broken"
-    return "regular check of live acceptance against exact replay" if age_s > rules.every_s else ""
+    regular_s = max(rules.every_s, score_s(state, config).mean / (rules.max_share * max(context.busy_devices, 0.01)))
+    return "regular check of live acceptance against exact replay" if age_s > regular_s else ""
 
 
 def _option(
@@ -146,12 +149,15 @@ def _blocked(
 ) -> str:
     if not reached:
         return "no domain has both enough recent traffic and training conversations"
-    num_train = sum(d.num_train for d in context.domains)
-    num_heldout = sum(d.num_heldout for d in context.domains)
+    # Counted where the training would go: conversations of other kinds of text say little about the one that fell.
+    num_train = _effective(reached, {d.domain: d.num_train for d in context.domains}, config.min_train_windows, config)
+    num_heldout = _effective(
+        reached, {d.domain: d.num_heldout for d in context.domains}, config.min_heldout_windows, config
+    )
     if num_train < config.min_train_windows:
-        return f"{num_train} of {config.min_train_windows} training conversations"
+        return f"{num_train:.0f} of {config.min_train_windows} training conversations of what it would be made for"
     if num_heldout < config.min_heldout_windows:
-        return f"{num_heldout} of {config.min_heldout_windows} held-out conversations"
+        return f"{num_heldout:.0f} of {config.min_heldout_windows} held-out conversations of what it would be made for"
     wait_s = cooldown_left_s(context.now_s, state, config, mean_drop(reached))
     if wait_s > 0:
         return f"cooling down for another {wait_s:.0f} s"
@@ -159,6 +165,18 @@ def _blocked(
     if spent_s + needed_s > budget_s:
         return f"needs {needed_s:.1f} device-s, {spent_s:.1f} of {budget_s:.0f} are spent this hour"
     return ""
+
+
+def _effective(reached: tuple[Target, ...], counts: dict[str, int], enough: int, config: PolicyConfig) -> float:
+    """Conversations per domain, averaged with the weights that training would give the domains.
+
+    More than ``enough`` in one domain makes up for missing ones in another only a little: by a third.
+    """
+    weights = domain_weights(reached, config.min_drop)
+    total, most = math.fsum(weights.values()), enough * 4 / 3
+    return (
+        math.fsum(w * min(counts.get(domain, 0), most) for domain, w in weights.items()) / total if total > 0 else 0.0
+    )
 
 
 def cooldown_left_s(now_s: float, state: PolicyState, config: PolicyConfig, drop: float) -> float:

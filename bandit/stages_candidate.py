@@ -98,7 +98,9 @@ def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         return False
     look = pending.looks + 1
     tools.begin(pending, f"gating-{look}", now_s)
-    report, cost_s = tools.compare(pending.base_version, pending.candidate_version, pending.cutoff_s)
+    # What an earlier look has seen need not be replayed again: a look costs what is new in it.
+    since_s = max((row.time_s for row in pending.rows), default=pending.cutoff_s)
+    report, cost_s = tools.compare(pending.base_version, pending.candidate_version, since_s)
     seen = {row.conversation_id for row in pending.rows}
     fresh = [r for r in gate_rows(report) if r.time_s > pending.cutoff_s and r.conversation_id not in seen]
     rows = (*pending.rows, *fresh)

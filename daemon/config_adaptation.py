@@ -47,6 +47,8 @@ class ArmConfig(Section):
     """First guess of how much the relative saving of an update varies."""
     drop_recovery: Fraction = _PRIOR["drop_recovery"]
     """First guess of the share of a drop in acceptance that the update wins back."""
+    probe_gain_share: float = Field(default=_PRIOR["probe_gain_share"], gt=0, le=1)
+    """Share of the complete update's gain that its trial is expected to show already."""
 
     def arm(self, cooldown_s: float, positions_per_step: int) -> Arm:
         """The bandit's view of this arm."""
@@ -60,6 +62,7 @@ class ArmConfig(Section):
             prior_s_per_position=self.prior_s_per_position,
             prior_gain_sd=self.prior_gain_sd,
             drop_recovery=self.drop_recovery,
+            probe_gain_share=self.probe_gain_share,
             cooldown_s=cooldown_s if self.cooldown_s is None else self.cooldown_s,
         )
 

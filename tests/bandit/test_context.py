@@ -109,3 +109,14 @@ def test_a_domain_that_fell_silent_is_not_called_drifted_for_ever() -> None:
     later = build_context(state, WindowSummary(), "v1", 20_000.0, CONFIG)
     assert {d.domain: d.measurable for d in later.domains} == {"default": False, "other": True}
     assert attribute(later, PolicyState(), CONFIG)[0] == NONE
+
+
+def test_a_domain_silent_since_a_promotion_is_still_a_reference() -> None:
+    state = BanditState()
+    feed(state, 20, 30)
+    feed(state, 20, 18, domain="manual", drafter_version="v2")
+    (manual,) = [d for d in build_context(state, WindowSummary(), "v2", 1040.0, CONFIG).domains if d.domain == "manual"]
+    assert manual.reference == pytest.approx(3.0) and manual.drop == pytest.approx(0.4)
+    feed(state, 20, 24, drafter_version="v2")
+    (manual,) = [d for d in build_context(state, WindowSummary(), "v2", 1060.0, CONFIG).domains if d.domain == "manual"]
+    assert manual.reference == pytest.approx(2.4), "what the serving version reaches counts first"

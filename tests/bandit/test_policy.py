@@ -29,9 +29,9 @@ from specblock.bandit.decision import (
     Target,
 )
 from specblock.bandit.estimate import LinearEvidence, LinearPrior
-from specblock.bandit.forecast import complete_value, domain_gain, probed_gain
+from specblock.bandit.forecast import complete_value, domain_gain, probed_gain, score_s
 from specblock.bandit.gate import DomainSaving, Saving
-from specblock.bandit.learning import end_update, learn_gain, learn_parity
+from specblock.bandit.learning import end_update, learn_gain, learn_parity, learn_score
 from specblock.bandit.parity import ParityEvidence
 from specblock.bandit.policy import cooldown_left_s, decide
 
@@ -276,3 +276,43 @@ def test_noise_after_an_update_that_no_drop_had_asked_for_does_not_end_its_back_
     assert cooldown_left_s(1000.0, state, CONFIG, 0.0) == 960.0
     assert cooldown_left_s(1000.0, state, CONFIG, 0.001) == 960.0, "a tenth of a per cent is no new evidence"
     assert cooldown_left_s(1000.0, state, CONFIG, 0.2) == 60.0
+
+
+def test_conversations_of_other_kinds_of_text_do_not_stand_in_for_those_of_the_one_that_fell() -> None:
+    fine = replace(DOMAIN, domain="python", share=0.5, drop=0.0, raw_drop=0.0, num_train=500, num_heldout=200)
+    fell = replace(DOMAIN, domain="cpp", share=0.5, num_train=4, num_heldout=20)
+    decision, _ = decide(replace(CONTEXT, domains=(fine, fell)), checked(), CONFIG)
+    assert decision.action == SKIP and "training conversations of what it would be made for" in decision.reason
+    few = replace(fell, num_train=100, num_heldout=2)
+    decision, _ = decide(replace(CONTEXT, domains=(fine, few)), checked(), CONFIG)
+    assert decision.action == SKIP and "held-out conversations of what it would be made for" in decision.reason
+    enough = replace(fell, num_train=CONFIG.min_train_windows)
+    assert decide(replace(CONTEXT, domains=(fine, enough)), checked(), CONFIG)[0].action == PROBE
+
+
+def test_a_fault_that_stays_is_looked_at_less_and_less_often() -> None:
+    broken, state, now_s, gaps = replace(PARITY_OK, verdict="broken", difference=-0.3), PolicyState(), 10_000.0, []
+    for _ in range(12):
+        state = learn_parity(state, "v1", now_s, broken, 0)
+        waited = next(
+            s for s in range(1, 100_000) if decide(replace(CONTEXT, now_s=now_s + s), state, CONFIG)[0].action == CHECK
+        )
+        gaps.append(waited)
+        now_s += waited
+    rules = CONFIG.parity
+    assert gaps[0] == rules.retry_s and gaps[1] == 2 * rules.retry_s and gaps[-1] == rules.every_s
+    mended = learn_parity(state, "v1", now_s, PARITY_OK, 0)
+    assert mended.parity is not None and mended.parity.broken_in_row == 0
+    other = learn_parity(state, "v2", now_s, broken, 0)
+    assert other.parity is not None and other.parity.broken_in_row == 1
+
+
+def test_regular_checks_cost_at_most_their_share_of_serving() -> None:
+    quiet = at(drop=0.0, raw_drop=0.0, acceptance=3.0)
+    dear = learn_score(checked(), 30.0)
+    price_s = score_s(dear, CONFIG).mean
+    due_s = price_s / (CONFIG.parity.max_share * CONTEXT.busy_devices)
+    assert due_s > CONFIG.parity.every_s
+    before = decide(replace(quiet, now_s=9_990.0 + due_s - 1), dear, CONFIG)[0]
+    after = decide(replace(quiet, now_s=9_990.0 + due_s + 1), dear, CONFIG)[0]
+    assert (before.action, after.action) == (SKIP, CHECK)

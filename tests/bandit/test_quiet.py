@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from specblock.bandit.actions import WindowSummary
+from specblock.bandit.actions import CompareReport, WindowSummary
 from specblock.bandit.context import build_context
 from specblock.bandit.state import BanditState
 from tests.bandit.test_acceptance import EVENT
@@ -34,6 +34,34 @@ def test_the_gate_looks_once_more_at_its_deadline(tmp_path: Path) -> None:
     newest = records(tmp_path)[-1]
     assert newest.stage == "gated-1" and newest.numbers["conversations"] >= 12, newest.reason
     assert service.status().stage == "promoting", "a paid and better candidate is not thrown away unseen"
+
+
+def test_a_look_replays_only_what_no_earlier_look_has_seen(tmp_path: Path) -> None:
+    world, service = make(tmp_path)
+    now_s = drive(world, service, 1000, 30)
+    world.shift("python", 0.4)
+    while service.status().stage != "gating":
+        now_s = drive(world, service, now_s, 1)
+    pending = service.state.pending
+    assert pending is not None
+    looked: list[tuple[float | None, int]] = []
+    compare = world.compare
+
+    def watched(old: str, new: str, after_time_s: float | None) -> CompareReport:
+        report = compare(old, new, after_time_s)
+        # As good as the old version: the gate can neither pass nor fail it, and looks again.
+        looked.append((after_time_s, len(report.rows)))
+        return replace(report, rows=tuple(replace(row, cycles_new=row.cycles_old) for row in report.rows))
+
+    world.compare = watched  # type: ignore[method-assign]
+    while len(looked) < 3 and service.status().stage == "gating":
+        now_s = drive(world, service, now_s, 1)
+    assert len(looked) == 3
+    starts = [start for start, _ in looked]
+    assert starts[0] == pending.cutoff_s and starts == sorted(set(starts)), "each look begins where the last one ended"
+    after = service.state.pending
+    assert after is not None
+    assert len({row.conversation_id for row in after.rows}) == len(after.rows) == sum(rows for _, rows in looked)
 
 
 def test_an_undecided_last_look_ends_the_gate(tmp_path: Path) -> None:
