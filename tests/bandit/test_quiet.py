@@ -44,10 +44,11 @@ def test_a_look_replays_only_what_no_earlier_look_has_seen(tmp_path: Path) -> No
         now_s = drive(world, service, now_s, 1)
     pending = service.state.pending
     assert pending is not None
-    looked: list[tuple[float | None, int]] = []
+    looked: list[tuple[float, int]] = []
     compare = world.compare
 
     def watched(old: str, new: str, after_time_s: float | None) -> CompareReport:
+        assert after_time_s is not None
         report = compare(old, new, after_time_s)
         # As good as the old version: the gate can neither pass nor fail it, and looks again.
         looked.append((after_time_s, len(report.rows)))
