@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from specblock.bandit.events import NUM_RANK_BUCKETS, rank_bucket
 from specblock.daemon.messages import GenerationRequest, RequestStats
 from specblock.drafter.window import Window
+from specblock.verifier.finish import truncate_at_end
 from specblock.verifier.history import ChoiceState
 from specblock.verifier.result import TopLogProbs
 from specblock.verifier.text import TextStream
@@ -54,6 +56,35 @@ class CycleCounts:
         self.draft_s += draft_s
         self.verify_s += verify_s
         self.other_s += other_s
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What of one verified path belongs to a completion; ``finish_reason`` is None while the request goes on."""
+
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: str | None
+
+
+def check_request(request: GenerationRequest, vocab_size: int, capacity_tokens: int) -> None:
+    """Refuses what cannot be decoded in a slot of ``capacity_tokens`` tokens.
+
+    Raises:
+        ValueError: the prompt is empty or holds ids outside the vocabulary, there is nothing to produce, or the
+            request is longer than a slot.
+    """
+    if not request.prompt_tokens:
+        raise ValueError("prompt: must not be empty")
+    if min(request.prompt_tokens) < 0 or max(request.prompt_tokens) >= vocab_size:
+        raise ValueError(f"prompt: token ids must be between 0 and {vocab_size - 1}")
+    if request.max_tokens < 1:
+        raise ValueError("max_tokens: must be at least 1")
+    if len(request.prompt_tokens) + request.max_tokens > capacity_tokens:
+        raise ValueError(
+            f"prompt ({len(request.prompt_tokens)} tokens) plus max_tokens ({request.max_tokens}) is over the "
+            f"context length of {capacity_tokens} tokens"
+        )
 
 
 class RequestState:
@@ -104,6 +135,28 @@ class RequestState:
     def prefill_done(self) -> bool:
         """True when every prompt token but the last is in the cache."""
         return self.prefilled >= len(self.request.prompt_tokens) - 1
+
+    def take(self, path: Sequence[int], eos_token_ids: Set[int]) -> Kept:
+        """Appends the tokens of an accepted path up to whatever ends the request in it."""
+        ending = truncate_at_end(
+            path,
+            tokens_left=self.tokens_left,
+            eos_token_ids=eos_token_ids,
+            stop_token_ids=frozenset(self.request.stop_token_ids),
+            ignore_eos=self.request.ignore_eos,
+        )
+        count, reason, text = ending.num_kept, ending.finish_reason, ""
+        if self.text is not None:
+            piece = self.text.push(path[: ending.num_shown])
+            text = piece.text
+            if piece.stopped:
+                count, reason = piece.kept_tokens, "stop"
+            elif reason is not None:
+                text += self.text.finish()
+        tokens = tuple(path[:count])
+        self.tokens.extend(tokens)
+        self.choice.append(tokens)
+        return Kept(tokens, text, reason)
 
     def keep_features(self, features: Tensor, for_drafter: bool) -> None:
         """Remembers features of newly consumed tokens [n, F] for the drafter and for the window."""

@@ -413,6 +413,6 @@ def test_what_a_request_keeps_is_its_own_and_no_part_of_the_batch() -> None:
     for _ in range(10):
         engine.step()
     for state in engine.running:
-        assert sum(p.shape[0] for p in state.pending) == engine._num_pending(state) > 0
+        assert sum(p.shape[0] for p in state.pending) == engine._drafting.num_pending(state) > 0
         for kept in (*state.pending[1:], *state._features[1:]):  # the first is the prompt's, a batch of one
             assert kept.untyped_storage().nbytes() == kept.numel() * kept.element_size()
