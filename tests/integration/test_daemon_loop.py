@@ -268,16 +268,19 @@ def test_absurd_costs_lead_to_skip_and_the_ledger_says_why(start: Callable[..., 
 def test_a_killed_engine_continues_its_request_and_one_that_cannot_load_ends_the_daemon(
     start: Callable[..., Daemon],
 ) -> None:
-    # Tokens leave the engine once a second: the kill falls between two groups.
+    # Tokens leave the engine at most once a second: the first group at once, if none left during the last second,
+    # and the kill falls before the next one.
     daemon = start("adaptation.enabled=false", "engine.stream_interval_s=1")
     question = {"prompt": "import os", "max_tokens": 64, "temperature": 1, "seed": 5, "presence_penalty": 0.5}
     undisturbed = daemon.http.post("/v1/completions", json=question).json()["choices"][0]["text"]
 
-    def kill_engine() -> None:
+    def engine_process() -> int:
         [engine] = [pid for pid, args in daemon.descendants().items() if "ray::Engine" in args]
-        os.kill(engine, signal.SIGKILL)
+        return engine
 
-    text, killed = "", False
+    silent_until = time.monotonic() + 1.0
+    text, killed, engine = "", False, engine_process()
+    daemon.until(lambda: time.monotonic() > silent_until, "the end of the stream interval", 5.0)
     with daemon.http.stream("POST", "/v1/completions", json={**question, "stream": True}, timeout=120) as answer:
         for line in answer.iter_lines():
             if line.startswith("data: {"):
@@ -285,17 +288,17 @@ def test_a_killed_engine_continues_its_request_and_one_that_cannot_load_ends_the
                 assert "error" not in event, f"{event} {daemon.tail()}"
                 text += event["choices"][0]["text"]
                 if text and not killed:
-                    kill_engine()
+                    os.kill(engine, signal.SIGKILL)
                     killed = True
     assert killed and text == undisturbed
-    assert "the engine is back after" in daemon.tail()
+    daemon.until(lambda: "the engine is back after" in daemon.tail(), "the engine's return", 60.0)
     daemon.ready()
 
     # The next engine finds no intact drafter: the daemon says why, once, and leaves nothing behind.
     [weights] = (daemon.folder / "state" / "drafters").glob("v000000-base/model.safetensors")
     weights.write_bytes(b"")
     children = daemon.descendants()
-    kill_engine()
+    os.kill(engine_process(), signal.SIGKILL)
     assert daemon.process.wait(timeout=60) == 3, daemon.tail()
     assert [line for line in daemon.tail().splitlines() if "model.safetensors" in line], daemon.tail()
     assert alive(children) == []
