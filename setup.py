@@ -5,7 +5,9 @@ Plain top-level ``bandit`` and ``daemon`` would clobber two packages of those na
 The list is computed because a static one forgets new subpackages in wheels.
 """
 
-from setuptools import find_packages, setup
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
 
 ROOTS = ("bandit", "cuda_ext", "daemon", "drafter", "verifier")
 PACKAGES = {
@@ -14,4 +16,34 @@ PACKAGES = {
     for name in [root, *(f"{root}.{sub}" for sub in find_packages(root))]
 }
 
-setup(packages=list(PACKAGES), package_dir=PACKAGES)
+
+def native_library() -> list[Extension]:
+    """The native operations, through PyTorch's stable interface. Without torch or a compiler the references serve.
+
+    The result is loaded by ``torch.ops.load_library``, not imported, but an extension is what installers build.
+    """
+    try:
+        import torch
+    except ImportError:
+        print("specblock: no torch at build time, native operations are left out")
+        return []
+    root = Path(torch.__file__).parent
+    return [
+        Extension(
+            "specblock.cuda_ext._C",
+            sources=["cuda_ext/csrc/ops.cpp"],
+            depends=["cuda_ext/csrc/panel_matmul.h"],
+            include_dirs=[str(root / "include")],
+            library_dirs=[str(root / "lib")],
+            libraries=["torch_cpu", "c10"],
+            # 2.10 is the oldest torch whose stable interface has everything used here.
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+            extra_compile_args=["-O3", "-std=c++20", "-Wno-psabi", "-g0"],
+            language="c++",
+            py_limited_api=True,
+            optional=True,  # a failed build is a warning
+        )
+    ]
+
+
+setup(packages=list(PACKAGES), package_dir=PACKAGES, ext_modules=native_library())

@@ -13,7 +13,7 @@ import torch
 from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, WayName
 from specblock.daemon.bench_ways import Way, engine_way, transformers_way
 from specblock.daemon.cost_profile import profiled_planner
-from specblock.daemon.models import load_network
+from specblock.daemon.models import load_network, load_target
 from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.lookup import LookupDrafter
@@ -61,9 +61,11 @@ def settings_json(settings: DraftSettings) -> dict[str, Any]:
 def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[WayName, Way]]:
     """Every way of answering, named; the order is that of the table."""
     yield PLAIN, engine_way(target, None)
-    yield TRANSFORMERS, transformers_way(target)
+    untouched = load_target(target.model_name, target.dtype, str(target.device), pack=False)
+    warm(untouched)
+    yield TRANSFORMERS, transformers_way(untouched)
     lookup = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
-    yield WayName("transformers_prompt_lookup"), transformers_way(target, **lookup)
+    yield WayName("transformers_prompt_lookup"), transformers_way(untouched, **lookup)
     drafter = LookupDrafter(_LOOKUP, target.device, target.dtype)
     yield WayName("prompt_lookup", None, "fixed"), engine_way(target, drafter)
     yield (

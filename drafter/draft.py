@@ -40,7 +40,7 @@ class BlockDrafter:
     """Grows one tree per request and cycle from a :class:`DraftNetwork` and its cache."""
 
     def __init__(self, model: DraftNetwork, settings: DraftSettings) -> None:
-        self.model = model
+        self.model = model.pack()
         self.settings = settings
         self._fixed = FixedLimits(settings)
 

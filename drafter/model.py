@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from specblock.drafter.config import DrafterConfig
 from specblock.drafter.network import MLP, Attend, Attention, DraftNetwork, Linear, RMSNorm
@@ -31,17 +30,15 @@ class InputLayer(nn.Module):
         self.token_norm = RMSNorm(hidden, eps)
         self.position_queries = nn.Embedding(config.num_slots, hidden)
         self.query_norm = RMSNorm(hidden, eps)
-        self.fuse = Linear(3 * hidden, hidden)
+        self.fuse = Linear(3 * hidden, hidden, parts=3)  # condition, token, query
         nn.init.normal_(self.position_queries.weight, std=0.02)
 
     def forward(self, condition_BPH: Tensor, token_BPH: Tensor) -> Tensor:
         """[B, P, H] condition (projected feature or parent's hidden) and embedding -> [B, P, K, H]."""
-        hidden = condition_BPH.shape[-1]
-        to_condition, to_token, to_query = torch.split(self.fuse.weight, hidden, dim=1)
         # W [c; e; q] is the sum of three products: condition and token once per position, queries once at all.
-        shared = F.linear(self.condition_norm(condition_BPH), to_condition)
-        shared = shared + F.linear(self.token_norm(token_BPH), to_token)
-        query = F.linear(self.query_norm(self.position_queries.weight), to_query)
+        shared = self.fuse.part(0, self.condition_norm(condition_BPH))
+        shared = shared + self.fuse.part(1, self.token_norm(token_BPH))
+        query = self.fuse.part(2, self.query_norm(self.position_queries.weight))
         return shared[..., None, :] + query
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specblock.cuda_ext.linear import PackedWeight, can_pack, pack
 from specblock.drafter.config import DrafterConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -23,15 +24,52 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class Linear(nn.Linear):
-    """A linear map without bias, as every one in the drafter."""
+    """A linear map without bias, as every one in the drafter.
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    Its input may be a concatenation of ``parts`` equally long pieces, each of which can be multiplied on its own:
+    ``W [a; b] = part(0, a) + part(1, b)``. After ``pack`` the native product serves, until the weight is written to.
+    """
+
+    def __init__(self, in_features: int, out_features: int, parts: int = 1) -> None:
         super().__init__(in_features, out_features, bias=False)
+        self._parts = parts
+        self._packed: tuple[PackedWeight, ...] = ()
+        self._packed_state = (-1, -1)
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]; the typed face of ``nn.Module.__call__``."""
         result: Tensor = super().__call__(x)
         return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See ``__call__``."""
+        if not self._packed or torch.is_grad_enabled():
+            return F.linear(x, self.weight)
+        pieces = self._current()
+        if len(pieces) == 1:
+            return pieces[0](x)
+        inputs = x.chunk(len(pieces), dim=-1)
+        return torch.stack([piece(taken) for piece, taken in zip(pieces, inputs, strict=True)]).sum(dim=0)
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """The contribution of one piece of the input: [..., in / parts] -> [..., out]."""
+        if not self._packed or torch.is_grad_enabled():
+            return F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
+        return self._current()[index](x)
+
+    def pack(self) -> None:
+        """From here on, outside of training, the native product serves where it can."""
+        if can_pack(self.weight):
+            self._packed = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1))
+            self._packed_state = self._state()
+
+    def _current(self) -> tuple[PackedWeight, ...]:
+        if self._packed_state != self._state():  # new weights were loaded
+            self.pack()
+        return self._packed
+
+    def _state(self) -> tuple[int, int]:
+        return self.weight.data_ptr(), self.weight._version
 
 
 class RMSNorm(nn.Module):
@@ -174,6 +212,13 @@ class DraftNetwork(nn.Module, ABC):
         angle = index_BT[:, None, :, None].to(torch.float32) * frequency
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos(), angle.sin()
+
+    def pack(self) -> DraftNetwork:
+        """Prepares for drafting: see ``Linear.pack``."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack()
+        return self
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Target embeddings of int64 tokens, [..., H]."""

@@ -25,6 +25,8 @@ if [ ${#need[@]} -gt 0 ] && ! apt_install "${need[@]}"; then
     EXTRAS=dev,embedded
 fi
 
+command -v g++ >/dev/null || apt_install g++ || say "no C++ compiler: everything works, decoding on a CPU is slower"
+
 [ -x "$VENV/bin/python" ] || { say "creating $VENV"; "$PY" -m venv "$VENV"; }
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 say "build tools"; "$VENV/bin/pip" install -q -U "setuptools>=77" wheel

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specblock.cuda_ext.linear import PackedLinear, pack_linears
 from specblock.verifier import loading
 from specblock.verifier.kv_cache import TargetCache, host_list
 
@@ -61,7 +62,7 @@ class TargetModel:
         self.model_name = model_name
         self.num_layers: int = len(self._decoder.layers)
         self.hidden_size: int = config.hidden_size
-        self.vocab_size: int = self._head.weight.shape[0]
+        self.vocab_size: int = self._head.out_features
         self.max_context_tokens: int = config.max_position_embeddings
         self.eos_token_ids: frozenset[int] = loading.eos_token_ids(model, tokenizer)
         self.fingerprint: str = loading.fingerprint(model, tokenizer)
@@ -79,6 +80,7 @@ class TargetModel:
         device: torch.device | str = "cpu",
         feature_layers: tuple[int, ...] | None = None,
         local_files_only: bool = False,
+        pack: bool = True,
     ) -> TargetModel:
         """Opens a target from a Hugging Face directory or hub id.
 
@@ -88,6 +90,8 @@ class TargetModel:
             device: where to put it.
             feature_layers: three decoder layer indices; None uses ``default_feature_layers``.
             local_files_only: never ask the hub.
+            pack: replace linear layers by native ones where that is possible (float32 on a CPU); False keeps
+                ``transformers_model`` as transformers runs it.
 
         Raises:
             ValueError: directory missing, architecture incompatible, or feature layers invalid.
@@ -95,6 +99,8 @@ class TargetModel:
         model, tokenizer = loading.open_pretrained(
             path_or_id, dtype=dtype, device=device, local_files_only=local_files_only
         )
+        if pack:
+            pack_linears(model)
         target = cls(model, tokenizer, feature_layers, path_or_id)
         if len(tokenizer) > target.vocab_size:
             raise ValueError(
@@ -133,7 +139,9 @@ class TargetModel:
     @property
     def output_head(self) -> Tensor:
         """Output head weight [V, H]."""
-        weight: Tensor = self._model.get_output_embeddings().weight
+        if isinstance(self._head, PackedLinear):
+            return self._head.packed.unpacked()
+        weight: Tensor = self._head.weight
         return weight.detach()
 
     @property

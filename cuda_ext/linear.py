@@ -1,0 +1,84 @@
+"""Linear maps for few rows on a CPU: weights packed in panels, in half the bytes where nothing is lost by it.
+
+A decode cycle multiplies one to some dozen rows with every weight: it waits for memory, and general matrix products are
+built for many rows. The native product reads each weight once, in bfloat16 where the float32 value is a bfloat16 number
+(most published checkpoints), which is exact; a row's result has the same bits alone and among others.
+
+Legend: N outputs, K inputs, M rows, J = ceil(N / 16) panels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from specblock.cuda_ext.native import native_available
+
+PANEL = 16
+
+
+@dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """A weight matrix in the layout of the native product.
+
+    Attributes:
+        panels: [J, K, 16] bfloat16 or float32; the last panel is filled with zeros.
+        out_features: N.
+    """
+
+    panels: Tensor
+    out_features: int
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [..., K] -> float32 [..., N]."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        result: Tensor = torch.ops.specblock.packed_linear(rows, self.panels, self.out_features)
+        return result.view(*x.shape[:-1], self.out_features)
+
+    def unpacked(self) -> Tensor:
+        """The matrix [N, K] in float32."""
+        panels, inputs, _ = self.panels.shape
+        return self.panels.transpose(1, 2).reshape(panels * PANEL, inputs)[: self.out_features].float()
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether the native product serves this weight: float32 on a CPU, and the library is there."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and native_available()
+
+
+def pack(weight: Tensor) -> PackedWeight:
+    """Packs ``weight`` float32 [N, K]; stored as bfloat16 if every value is one."""
+    outputs, inputs = weight.shape
+    padded = nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
+    half = padded.to(torch.bfloat16)
+    exact = torch.equal(half.float(), padded)
+    panels = (half if exact else padded).view(-1, PANEL, inputs).transpose(1, 2).contiguous()
+    return PackedWeight(panels, outputs)
+
+
+class PackedLinear(nn.Module):
+    """Takes the place of an ``nn.Linear`` whose weight will not change."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.packed = pack(linear.weight)
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        result = self.packed(x)
+        return result if self.bias is None else result + self.bias
+
+
+def pack_linears(model: nn.Module) -> int:
+    """Replaces every ``nn.Linear`` below ``model`` that ``can_pack`` accepts; returns how many."""
+    count = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear and can_pack(child.weight):
+                setattr(parent, name, PackedLinear(child))
+                count += 1
+    return count

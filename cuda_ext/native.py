@@ -1,0 +1,35 @@
+"""The native library: compiled at install where a compiler is, missing otherwise. Without it the references run."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_LIBRARY = "_C.abi3.so"
+log = logging.getLogger(__name__)
+
+
+@functools.cache
+def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool:
+    """Loads the native operations on the first call; says once why they are missing, if they are.
+
+    They register with PyTorch as ``torch.ops.specblock.*``, so loading is for the whole process.
+    """
+    if not library.exists():
+        log.warning("native operations were not built (no C++ compiler at install time?): using the slower references")
+        return False
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        log.warning("native operations cannot be loaded (%s): using the slower references", str(error).splitlines()[0])
+        return False
+    torch.library.register_fake("specblock::packed_linear", _packed_linear_shape)
+    return True
+
+
+def _packed_linear_shape(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(x.shape[0], out_features)

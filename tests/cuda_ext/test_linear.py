@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from specblock.cuda_ext.linear import PackedLinear, can_pack, pack, pack_linears
+from specblock.cuda_ext.native import native_available
+
+needs_native = pytest.mark.skipif(not native_available(), reason="native operations were not built")
+
+
+def matrix(outputs: int, inputs: int, seed: int, exact: bool) -> torch.Tensor:
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(seed))
+    return weight.bfloat16().float() if exact else weight
+
+
+@needs_native
+@settings(max_examples=150, deadline=None)
+@given(
+    rows=st.integers(0, 40),
+    inputs=st.integers(1, 70),
+    outputs=st.integers(1, 100),
+    seed=st.integers(0, 2**31),
+    exact=st.booleans(),
+)
+def test_the_native_product_is_the_product(rows: int, inputs: int, outputs: int, seed: int, exact: bool) -> None:
+    weight = matrix(outputs, inputs, seed, exact)
+    x = torch.randn(rows, inputs, generator=torch.Generator().manual_seed(seed + 1))
+    result = pack(weight)(x)
+    assert result.shape == (rows, outputs) and result.dtype == torch.float32
+    # Against float64, within what float32 sums of this length may lose.
+    bound = 1e-6 * (x.abs().double() @ weight.abs().double().T) + 1e-12
+    assert ((result.double() - x.double() @ weight.double().T).abs() <= bound).all()
+
+
+@needs_native
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_row_has_the_same_bits_alone_and_among_others(exact: bool) -> None:
+    packed = pack(matrix(1000, 300, 3, exact))
+    x = torch.randn(40, 300)
+    together = packed(x)
+    for rows in range(1, 41):
+        assert torch.equal(packed(x[:rows]), together[:rows]), rows
+        assert torch.equal(packed(x[-rows:]), together[-rows:]), rows
+
+
+@needs_native
+def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
+    packed, x, before = pack(matrix(4096, 512, 3, True)), torch.randn(9, 512), torch.get_num_threads()
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(packed(x))
+    torch.set_num_threads(before)
+    assert torch.equal(*results)
+
+
+@needs_native
+@pytest.mark.parametrize("exact", [True, False])
+def test_halves_the_bytes_only_where_nothing_is_lost(exact: bool) -> None:
+    weight = matrix(37, 20, 1, exact)
+    packed = pack(weight)
+    assert packed.panels.dtype == (torch.bfloat16 if exact else torch.float32)
+    assert torch.equal(packed.unpacked(), weight)
+
+
+@needs_native
+def test_poisoned_neighbours_do_not_reach_the_result() -> None:
+    storage = torch.full((60, 20), torch.nan)
+    storage[10:20] = torch.randn(10, 20)
+    packed = pack(matrix(33, 20, 1, True))
+    assert torch.equal(packed(storage[10:20]), packed(storage[10:20].clone()))
+    assert packed(storage[10:20]).isfinite().all()
+
+
+@needs_native
+def test_refuses_what_does_not_fit() -> None:
+    packed = pack(matrix(33, 20, 1, True))
+    for x, panels, outputs, message in (
+        (torch.ones(2, 21), packed.panels, 33, "does not fit x"),
+        (torch.ones(2, 20), packed.panels, 49, "out_features"),
+        (torch.ones(2, 20), packed.panels, 32, "out_features"),
+        (torch.ones(2, 20, dtype=torch.float64), packed.panels, 33, "float32"),
+        (torch.ones(20, 2).T, packed.panels, 33, "contiguous"),
+        (torch.ones(2, 20), packed.panels.double(), 33, "bfloat16 or float32"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.specblock.packed_linear(x, panels, outputs)
+
+
+@needs_native
+def test_is_a_proper_operator() -> None:
+    packed = pack(matrix(33, 20, 1, True))
+    arguments = (torch.ones(2, 20), packed.panels, 33)
+    torch.library.opcheck(torch.ops.specblock.packed_linear.default, arguments)
+
+
+@needs_native
+def test_replaces_linear_layers_with_and_without_bias() -> None:
+    model = nn.Sequential(nn.Linear(20, 30), nn.SiLU(), nn.Sequential(nn.Linear(30, 10, bias=False)), nn.Linear(10, 5))
+    model[3].double()  # stays: not float32
+    x = torch.randn(3, 4, 20)
+    expected = model[:3](x)
+    assert pack_linears(model) == 2
+    assert isinstance(model[0], PackedLinear) and type(model[3]) is nn.Linear
+    assert torch.allclose(model[:3](x), expected, atol=1e-5)
+
+
+def test_other_types_are_left_alone() -> None:
+    assert not can_pack(torch.zeros(2, 2, dtype=torch.bfloat16))
+    assert not can_pack(torch.zeros(2, 2, dtype=torch.float64))
+
+
+def test_a_missing_or_broken_library_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    with caplog.at_level(logging.WARNING, "specblock.cuda_ext.native"):
+        for path in (tmp_path / "none.so", broken):
+            assert not native_available(path)
+            assert not native_available(path)
+    assert [("not built" in m, "cannot be loaded" in m) for m in caplog.messages] == [(True, False), (False, True)]
