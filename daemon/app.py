@@ -16,6 +16,7 @@ from typing import Annotated, Any, ParamSpec
 import typer
 
 from specblock.daemon import cli_read
+from specblock.daemon.breakeven_command import breakeven
 from specblock.daemon.config_loader import load_config
 from specblock.daemon.environment import prepare_environment
 from specblock.daemon.errors import ExitCode, SpecblockError
@@ -267,6 +268,9 @@ def bench_simulate(
         config=config, scenarios=tuple(scenario or ()), seeds=seeds, hours=hours, curves=curves
     )
     return simulation.run(settings, as_json, _progress(as_json))
+
+
+bench_app.command("breakeven")(command(breakeven))
 
 
 @app.command()

@@ -1,0 +1,147 @@
+"""``specblockd bench breakeven``: for how long must a kind of text stay until an update of the drafter pays?
+
+Every arm of the policy is trained, judged, stored and swapped in on every kind of text by the daemon's own code; then
+the decision rule is asked, with these measurements as its forecast, from which expected regime on it would train.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from specblock.bandit.config import PolicyConfig
+from specblock.daemon.bench_breakeven_measure import Measured, Served
+from specblock.daemon.bench_breakeven_measure import run as measure
+from specblock.daemon.bench_breakeven_stage import Sizes
+from specblock.daemon.breakeven import BreakEvenRow, Traffic, Update, make_row
+from specblock.daemon.breakeven_ladder import LADDER_S, ArmRung, Rung, Situation, arm_rung, rung, trains_from_s
+from specblock.daemon.breakeven_words import lines
+from specblock.daemon.cli_replay import rule
+from specblock.daemon.config import NOTHING_TO_ADAPT
+from specblock.daemon.config_loader import load_config
+from specblock.daemon.errors import ConfigError, DependencyError
+from specblock.daemon.facts import facts
+from specblock.daemon.models import settle_dtype
+
+SMALL = {"conversations": 32, "heldout": 16, "tokens": 48}
+"""Ends within 15 minutes on two slow cores."""
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BreakEvenSettings:
+    """What to measure; ``out`` is the directory for the JSON and the page, None writes neither."""
+
+    config: Path
+    sizes: Sizes
+    out: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """Everything the command found; ``trains_from_s`` goes with ``rows``."""
+
+    rows: tuple[BreakEvenRow, ...]
+    trains_from_s: tuple[float | None, ...]
+    arm_rungs: tuple[ArmRung, ...]
+    rungs: tuple[Rung, ...]
+
+
+def run(settings: BreakEvenSettings, as_json: bool, say: Say) -> int:
+    """Measures and prints; returns the exit code.
+
+    Raises:
+        ConfigError: there is nothing to adapt.
+        DependencyError: a file of prompts is missing.
+    """
+    config = settle_dtype(load_config(settings.config))
+    if not config.drafter.has_weights:
+        raise ConfigError(f"drafter.kind: {config.drafter.kind} cannot be updated: {NOTHING_TO_ADAPT}")
+    sizes = settings.sizes
+    for name in (f"{domain}.{side}.jsonl" for domain in sizes.domains for side in ("train", "heldout")):
+        if not (sizes.prompts / name).is_file():
+            raise DependencyError(f"{sizes.prompts / name}: no such file of prompts")
+    policy = rule(config)
+    measured = measure(config, policy, sizes, say)
+    found = findings(measured, policy, sizes)
+    result = as_plain(found, measured, settings, config.target.dtype, config.target.device)
+    if settings.out is not None:
+        from specblock.daemon.breakeven_report import write_page
+
+        settings.out.mkdir(parents=True, exist_ok=True)
+        (settings.out / "breakeven.json").write_text(json.dumps(result, indent=2) + "\n")
+        say(f"page: {write_page(settings.out / 'breakeven.html', result)}")
+    for line in [json.dumps(result, indent=2)] if as_json else lines(result):
+        say(line)
+    return 0
+
+
+def findings(measured: Measured, policy: PolicyConfig, sizes: Sizes) -> Findings:
+    """Rows, and what the rule makes of them."""
+    served, rows, starts, arm_rungs, rungs = measured.served, [], [], [], []
+    for domain in served.acceptance:
+        situation = _situation(domain, served, sizes)
+        own = [update for update in measured.updates if update.domain == domain]
+        traffic = Traffic(s_per_token=situation.s_per_token, tokens_per_request=served.tokens_per_request[domain])
+        for update in own:
+            rows.append(make_row(update, traffic, policy.cost, policy.gate, sizes.seed))
+            starts.append(trains_from_s(situation, update, policy))
+            arm_rungs += [arm_rung(situation, update, policy, regime_s) for regime_s in LADDER_S]
+        rungs += [rung(situation, own, policy, regime_s) for regime_s in LADDER_S]
+    return Findings(rows=tuple(rows), trains_from_s=tuple(starts), arm_rungs=tuple(arm_rungs), rungs=tuple(rungs))
+
+
+def _situation(domain: str, served: Served, sizes: Sizes) -> Situation:
+    # As in the daemon: a kind of text is expected to reach what the version reaches on the others, or its own best.
+    acceptance = served.acceptance[domain]
+    return Situation(
+        domain=domain,
+        version=served.version,
+        acceptance=acceptance,
+        reference=max(served.acceptance.values()),
+        s_per_token=served.cycle_s / acceptance,
+        cycles=served.cycles[domain],
+        num_train=sizes.conversations,
+        num_heldout=sizes.heldout,
+        parity=served.parity,
+    )
+
+
+def as_plain(
+    found: Findings, measured: Measured, settings: BreakEvenSettings, dtype: str, device: str
+) -> dict[str, Any]:
+    """The JSON object: ``facts``, ``served``, ``rows``, ``arm_rungs``, ``rungs`` and the replayed ``conversations``."""
+    sizes = settings.sizes
+    rows = [
+        asdict(row) | {"rule_trains_from_s": start} for row, start in zip(found.rows, found.trains_from_s, strict=True)
+    ]
+    return {
+        "facts": facts(
+            device,
+            dtype=dtype,
+            config=str(settings.config),
+            conversations=sizes.conversations,
+            heldout=sizes.heldout,
+            new_tokens=sizes.tokens,
+            temperature=sizes.temperature,
+            top_p=sizes.top_p,
+            seed=sizes.seed,
+        ),
+        "served": asdict(measured.served),
+        "rows": rows,
+        "arm_rungs": [asdict(one) for one in found.arm_rungs],
+        "rungs": [asdict(one) for one in found.rungs],
+        "conversations": [_replayed(update) for update in measured.updates],
+    }
+
+
+def _replayed(update: Update) -> dict[str, Any]:
+    """Per kind of text and conversation: tokens, and cycles before, after the trial and after the update."""
+    cycles: dict[str, list[str]] = {}
+    for trial, final in zip(update.trial.rows, update.final.rows, strict=True):
+        numbers = (final.tokens, final.cycles_old, trial.cycles_new, final.cycles_new)
+        cycles.setdefault(final.domain, []).append(" ".join(map(str, numbers)))
+    return {"domain": update.domain, "arm": update.arm, "tokens_old_trial_new": cycles}

@@ -1,0 +1,38 @@
+"""Arguments of ``specblockd bench breakeven``; what they ask for is imported when it runs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def breakeven(
+    prompts: Annotated[Path, typer.Option(help="Directory with DOMAIN.train.jsonl and DOMAIN.heldout.jsonl files.")],
+    config: Annotated[Path, typer.Option("--config", "-c", help="Policy file (YAML).", metavar="FILE")] = Path(
+        "configs/demo.yaml"
+    ),
+    small: Annotated[bool, typer.Option("--small", help="32 conversations and 16 held out, 48 tokens.")] = False,
+    conversations: Annotated[int | None, typer.Option(min=2, help="To train on, per kind; default 128.")] = None,
+    heldout: Annotated[int | None, typer.Option(min=2, help="Held out, per kind; default 56.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=8, help="Generated per conversation; default 64.")] = None,
+    domain: Annotated[list[str] | None, typer.Option(help="Kind of text, repeatable; default: all four.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the prompts' choice, the text and the bootstrap.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Directory for breakeven.json and the page breakeven.html.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+) -> int:
+    """Measure for how long a kind of text must stay until an update of the drafter pays."""
+    from specblock.daemon import bench_breakeven as bench
+    from specblock.daemon.bench_breakeven_stage import Sizes
+
+    chosen: dict[str, Any] = dict(bench.SMALL) if small else {}
+    asked = {"conversations": conversations, "heldout": heldout, "tokens": tokens}
+    chosen |= {name: value for name, value in asked.items() if value is not None}
+    sizes = replace(Sizes(prompts=prompts, seed=seed), **chosen)
+    if domain:
+        sizes = replace(sizes, domains=tuple(domain))
+    settings = bench.BreakEvenSettings(config=config, sizes=sizes, out=out)
+    # As the other measurements: with --json everything but the object itself goes to the error stream.
+    return bench.run(settings, as_json, lambda line: typer.echo(line, err=as_json and not line.startswith("{")))
