@@ -15,12 +15,15 @@ import typing
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+_SCALARS = (float, int, str, type(None))
 
 
 def to_plain(value: Any) -> Any:
     """``value`` as nested dicts, lists and scalars. Sets are not supported: they have no order."""
+    if isinstance(value, _SCALARS):
+        return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {name: to_plain(getattr(value, name)) for name in _names(type(value))}
     if isinstance(value, dict):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
@@ -62,6 +65,11 @@ def from_plain(kind: Any, data: Any, path: str = "$", *, ignore_unknown: bool = 
         _expect(isinstance(data, dict), path, "an object", data)
         return {k: from_plain(item, v, f"{path}.{k}", ignore_unknown=ignore_unknown) for k, v in data.items()}
     return data if kind is Any else _scalar(kind, data, path)
+
+
+@functools.cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
 
 
 @functools.cache

@@ -61,6 +61,7 @@ class ServiceConfig:
     snapshot_every_s: float = 1.0
     """Acknowledgements wait for a snapshot; this bounds how often one is written for events alone."""
     keep_snapshots: int = 2
+    """Newest ones kept on disk; 0: none is written, for runs that nobody resumes."""
     ledger_sync_every_s: float = 60.0
     """Repeated identical skips reach the disk at least this often; everything else at once."""
 
@@ -71,4 +72,5 @@ class ServiceConfig:
         not_negative(path, snapshot_every_s=self.snapshot_every_s, ledger_sync_every_s=self.ledger_sync_every_s)
         at_least(path, 1, decide_every_events=self.decide_every_events)
         at_least(path, 1, read_count=self.read_count)
-        at_least(path, 2, keep_snapshots=self.keep_snapshots)
+        keep = self.keep_snapshots
+        require(keep == 0 or keep >= 2, f"{path}.keep_snapshots", "0 or at least 2", keep)

@@ -74,7 +74,8 @@ class Inbox:
                 self._counters.parked += 1
                 continue
             # A producer's clock that is ahead would make everything after it look old, for ever.
-            event = replace(event, time_s=min(event.time_s, now_s))
+            if event.time_s > now_s:
+                event = replace(event, time_s=now_s)
             fresh = self._state.learn(event, self._policy)
             self.unsaved = self.unsaved or fresh
             self._counters.learned += fresh

@@ -6,6 +6,7 @@ conversations: is the rest worth it? Both compare one lower confidence bound on 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import replace
 
@@ -56,7 +57,12 @@ def decide(context: DecisionContext, state: PolicyState, config: PolicyConfig) -
 
 def inputs_digest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> str:
     """SHA-256 of everything a decision depends on."""
-    return digest([dumps(context), dumps(state), dumps(config)])
+    return digest([dumps(context), dumps(state), _configuration(config)])
+
+
+@functools.lru_cache(maxsize=8)
+def _configuration(config: PolicyConfig) -> str:
+    return dumps(config)
 
 
 def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> Decision:

@@ -166,16 +166,21 @@ class BanditService:
         """Snapshot, then acknowledge; False when the disk refused (then nothing is acknowledged or decided)."""
         if self._dirty or self._inbox.unsaved or self.state.paused != self._paused.is_set():
             self.state.paused = self._paused.is_set()
-            try:
-                self._snapshots.save(dumps(self.state))
-            except OSError as error:
-                self.counters.snapshot_errors += 1
-                logger.error("bandit: no snapshot could be written, events stay unacknowledged: %s", error)
+            if self._config.keep_snapshots and not self._save_snapshot():
                 return False
-            self.counters.snapshots += 1
             self._dirty = self._inbox.unsaved = False
         self._snapshot_s = now_s
         self._inbox.ack()
+        return True
+
+    def _save_snapshot(self) -> bool:
+        try:
+            self._snapshots.save(dumps(self.state))
+        except OSError as error:
+            self.counters.snapshot_errors += 1
+            logger.error("bandit: no snapshot could be written, events stay unacknowledged: %s", error)
+            return False
+        self.counters.snapshots += 1
         return True
 
     def _adapt(self, now_s: float) -> str:

@@ -48,8 +48,8 @@ class RealRule:
             decide_every_s=decide_every_s,
             decide_every_events=decide_every_events,
             read_count=1024,
-            # Nothing crashes here, and a snapshot per step would be most of the run.
-            snapshot_every_s=600.0,
+            # Nothing crashes here, and snapshots would be most of the run.
+            keep_snapshots=0,
         )
         self.service = BanditService(self._stream, world, policy, config)
         world.on_request = self._tell
