@@ -31,14 +31,14 @@ def native_library() -> list[Extension]:
     return [
         Extension(
             "specblock.cuda_ext._C",
-            sources=["cuda_ext/csrc/ops.cpp"],
-            depends=["cuda_ext/csrc/panel_matmul.h"],
+            sources=sorted(str(path) for path in Path("cuda_ext/csrc").glob("*.cpp")),
+            depends=sorted(str(path) for path in Path("cuda_ext/csrc").glob("*.h")),
             include_dirs=[str(root / "include")],
             library_dirs=[str(root / "lib")],
             libraries=["torch_cpu", "c10"],
             # 2.10 is the oldest torch whose stable interface has everything used here.
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-            extra_compile_args=["-O3", "-std=c++20", "-Wno-psabi", "-g0"],
+            extra_compile_args=["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-psabi", "-g0"],
             language="c++",
             py_limited_api=True,
             optional=True,  # a failed build is a warning

@@ -23,13 +23,36 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         log.warning("native operations were not built (no C++ compiler at install time?): using the slower references")
         return False
     try:
-        torch.ops.load_library(library)
+        torch.ops.load_library(library)  # type: ignore[no-untyped-call]
     except OSError as error:
         log.warning("native operations cannot be loaded (%s): using the slower references", str(error).splitlines()[0])
         return False
-    torch.library.register_fake("specblock::packed_linear", _packed_linear_shape)
+    for name, shape in (
+        ("packed_linear", _packed_linear_shape),
+        ("tree_attention", _tree_attention_shape),
+        ("rms_norm", _rms_norm_shape),
+    ):
+        torch.library.register_fake(f"specblock::{name}", shape)
     return True
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether native operations take these: float32 on a CPU, no gradient wanted, and the library is there."""
+    return (
+        all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        and not torch.is_grad_enabled()
+        and native_available()
+    )
 
 
 def _packed_linear_shape(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return x.new_empty(x.shape[0], out_features)
+
+
+def _tree_attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    batch, heads, rows, size = query.shape
+    return query.new_empty(batch, rows, heads, size)
+
+
+def _rms_norm_shape(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)

@@ -61,7 +61,7 @@ def settings_json(settings: DraftSettings) -> dict[str, Any]:
 def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[WayName, Way]]:
     """Every way of answering, named; the order is that of the table."""
     yield PLAIN, engine_way(target, None)
-    untouched = load_target(target.model_name, target.dtype, str(target.device), pack=False)
+    untouched = load_target(target.model_name, target.dtype, str(target.device), native=False)
     warm(untouched)
     yield TRANSFORMERS, transformers_way(untouched)
     lookup = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}

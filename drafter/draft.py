@@ -14,6 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from specblock.cuda_ext.attention import tree_attention
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import grow_tree
 from specblock.cuda_ext.sampling import SamplingBatch
@@ -30,7 +31,7 @@ from specblock.drafter.expand import (
 )
 from specblock.drafter.interface import Draft, NewPositions
 from specblock.drafter.kv_cache import DrafterCache
-from specblock.drafter.network import DraftNetwork, masked_attention
+from specblock.drafter.network import DraftNetwork
 from specblock.drafter.plan import DraftPlan, FixedLimits, Limits
 from specblock.drafter.proposals import propose
 from specblock.drafter.published import published_positions
@@ -110,7 +111,7 @@ class BlockDrafter:
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.write(layer, slots_B, in_order, base * width, key, value, end)
-            return masked_attention(query, keys, values, mask_BTS)
+            return tree_attention(query, keys, values, mask_BTS)
 
         rotary = self.model.rotary_tables(self.model.rotary_index(rotary_base[:, None] + order_P))
         hidden = self.model.run_layers(self.model.first_inputs(new.features, new.tokens), rotary, attend)
@@ -215,7 +216,7 @@ class BlockDrafter:
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.write(layer, slots_B, in_order, start, key, value, end)
-            return masked_attention(query, keys, values, mask)
+            return tree_attention(query, keys, values, mask)
 
         positions = root_rotary[:, None].expand(-1, num_leaves)
         rotary = self.model.rotary_tables(self.model.rotary_index(positions, leaves.depth))

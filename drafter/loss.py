@@ -141,9 +141,10 @@ class _BlockAttention:
         kind = torch.float32 if query.device.type == "cpu" and query.dtype == torch.bfloat16 else query.dtype
         query, keys, values = query.to(kind), keys.to(kind), values.to(kind)
         with torch.autocast(query.device.type, enabled=False):
-            return F.scaled_dot_product_attention(
+            mixed = F.scaled_dot_product_attention(
                 query, keys, values, attn_mask=self._mask, is_causal=self._mask is None
             )
+        return mixed.transpose(1, 2)
 
 
 def later_block_mask(later: Tensor, num_positions: int, width: int, consumed: list[int], published: bool) -> Tensor:

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specblock.cuda_ext.linear import PackedWeight, can_pack, pack
+from specblock.cuda_ext.norm import rms_norm
 from specblock.drafter.config import DrafterConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, rotated queries [B, heads, T, D], rotated keys [B, kv_heads, T, D], values) -> [B, heads, T, D]."""
+"""(layer, rotated queries [B, heads, T, D], rotated keys [B, kv_heads, T, D], values) -> [B, T, heads, D]."""
 
 
 class Linear(nn.Linear):
@@ -82,9 +83,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self._eps)
-        return (wide * self.weight).to(x.dtype)
+        return rms_norm(x, self.weight, self._eps)
 
 
 class Attention(nn.Module):
@@ -108,7 +107,7 @@ class Attention(nn.Module):
         query = rotate(heads(self.q_proj(x_BTH)), rotary)
         key = rotate(heads(self.k_proj(x_BTH)), rotary)
         mixed = attend(layer, query, key, heads(self.v_proj(x_BTH)))
-        return self.o_proj(mixed.transpose(1, 2).reshape(batch, rows, -1))
+        return self.o_proj(mixed.reshape(batch, rows, -1))
 
 
 class MLP(nn.Module):
@@ -252,23 +251,3 @@ def rotate(x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     wide = x_BHTD.to(torch.promote_types(x_BHTD.dtype, torch.float32))
     left, right = wide.chunk(2, dim=-1)
     return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x_BHTD.dtype)
-
-
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Grouped-query attention without repeating keys: groups become extra query rows.
-
-    Args:
-        query: [B, heads, T, D].
-        key: [B, kv_heads, S, D].
-        value: [B, kv_heads, S, D].
-        mask: bool [B, T, S].
-
-    Returns:
-        [B, heads, T, D].
-    """
-    batch, heads, rows, dim = query.shape
-    groups = heads // key.shape[1]
-    packed = query.reshape(batch, key.shape[1], groups * rows, dim)
-    wide_mask = mask[:, None].expand(-1, groups, -1, -1).reshape(batch, 1, groups * rows, -1)
-    mixed = F.scaled_dot_product_attention(packed, key, value, attn_mask=wide_mask)
-    return mixed.view(batch, heads, rows, dim)

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.linear import PackedLinear, pack_linears
+from specblock.cuda_ext.linear import PackedLinear
 from specblock.verifier import loading
 from specblock.verifier.kv_cache import TargetCache, host_list
+from specblock.verifier.native import use_native_layers
 
 _CHECK_TOKENS = 4
 
@@ -49,9 +50,13 @@ class TargetModel:
     Build it with ``load`` or ``from_model``. One forward at a time: the object is not thread-safe.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, feature_layers: tuple[int, ...] | None, model_name: str) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, feature_layers: tuple[int, ...] | None, model_name: str, native: bool
+    ) -> None:
         loading.check_model(model)
         self._model = model.eval().requires_grad_(False)
+        expected = self._own_logits()
+        self.native = native and use_native_layers(model)
         self._decoder = model.model
         self._head = model.get_output_embeddings()
         self._cache_argument = loading.cache_argument(self._decoder)
@@ -69,7 +74,7 @@ class TargetModel:
         self.feature_layers = self._checked_layers(feature_layers)
         for index in self.feature_layers:
             self._decoder.layers[index].register_forward_hook(self._capture(index))
-        self._check_forward()
+        self._check_forward(expected)
 
     @classmethod
     def load(
@@ -80,7 +85,7 @@ class TargetModel:
         device: torch.device | str = "cpu",
         feature_layers: tuple[int, ...] | None = None,
         local_files_only: bool = False,
-        pack: bool = True,
+        native: bool = True,
     ) -> TargetModel:
         """Opens a target from a Hugging Face directory or hub id.
 
@@ -90,7 +95,7 @@ class TargetModel:
             device: where to put it.
             feature_layers: three decoder layer indices; None uses ``default_feature_layers``.
             local_files_only: never ask the hub.
-            pack: replace linear layers by native ones where that is possible (float32 on a CPU); False keeps
+            native: put native layers in place where there are some (float32 on a CPU); False keeps
                 ``transformers_model`` as transformers runs it.
 
         Raises:
@@ -99,9 +104,7 @@ class TargetModel:
         model, tokenizer = loading.open_pretrained(
             path_or_id, dtype=dtype, device=device, local_files_only=local_files_only
         )
-        if pack:
-            pack_linears(model)
-        target = cls(model, tokenizer, feature_layers, path_or_id)
+        target = cls(model, tokenizer, feature_layers, path_or_id, native)
         if len(tokenizer) > target.vocab_size:
             raise ValueError(
                 f"target model {path_or_id}: the tokenizer has {len(tokenizer)} tokens, the model {target.vocab_size}"
@@ -110,10 +113,10 @@ class TargetModel:
 
     @classmethod
     def from_model(
-        cls, model: Any, tokenizer: Any = None, feature_layers: tuple[int, ...] | None = None
+        cls, model: Any, tokenizer: Any = None, feature_layers: tuple[int, ...] | None = None, native: bool = False
     ) -> TargetModel:
-        """Wraps a transformers causal language model that is already in memory."""
-        return cls(model, tokenizer, feature_layers, model.config.name_or_path or type(model).__name__)
+        """Wraps a transformers causal language model that is already in memory; ``native`` changes its layers."""
+        return cls(model, tokenizer, feature_layers, model.config.name_or_path or type(model).__name__, native)
 
     @property
     def feature_size(self) -> int:
@@ -274,12 +277,19 @@ class TargetModel:
             )
         return chosen
 
+    def _check_tokens(self) -> Tensor:
+        config = self._model.config
+        return torch.arange(_CHECK_TOKENS, device=self.device)[None] % config.vocab_size
+
     @torch.no_grad()
-    def _check_forward(self) -> None:
+    def _own_logits(self) -> Tensor:
+        logits: Tensor = self._model(input_ids=self._check_tokens(), use_cache=False).logits.float()
+        return logits
+
+    @torch.no_grad()
+    def _check_forward(self, expected: Tensor) -> None:
         """Holds our forward to the model's own, so a family that scales logits or masks differently is refused."""
-        tokens_1R = torch.arange(_CHECK_TOKENS, device=self.device)[None] % self.vocab_size
-        expected = self._model(input_ids=tokens_1R, use_cache=False).logits.float()
-        logits = self.forward(self.new_cache(1, _CHECK_TOKENS), [0], tokens_1R).logits.float()
+        logits = self.forward(self.new_cache(1, _CHECK_TOKENS), [0], self._check_tokens()).logits.float()
         # Two attention kernels may round differently; a wrong scale or mask is far outside this.
         if not torch.allclose(logits, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
             name = type(self._model).__name__

@@ -3,7 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "panel_matmul.h"
+#include "kernels.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -32,10 +32,68 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
   const int64_t grain = kMultiplyAddsPerThread / (M * K * specblock::kPanel) + 1;
   torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
     if (narrow)
-      specblock::multiply_any(rows, static_cast<const uint16_t*>(weights), to, M, K, out_features, begin, end);
+      specblock::kernels().multiply_half(rows, static_cast<const uint16_t*>(weights), to, M, K, out_features, begin, end);
     else
-      specblock::multiply_any(rows, static_cast<const float*>(weights), to, M, K, out_features, begin, end);
+      specblock::kernels().multiply_float(rows, static_cast<const float*>(weights), to, M, K, out_features, begin, end);
   });
+  return out;
+}
+
+// query [B, H, R, D], key and value [B, G, T, D] (any strides but the last), mask [B, R, T] bool -> [B, R, H, D].
+Tensor tree_attention(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& mask, double scale) {
+  for (const Tensor* t : {&query, &key, &value}) {
+    STD_TORCH_CHECK(t->is_cpu() && t->dim() == 4, "tree_attention: expected four dimensions on the CPU");
+    STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "tree_attention: query, key and value must be float32");
+    STD_TORCH_CHECK(t->stride(3) == 1, "tree_attention: heads must be contiguous");
+  }
+  STD_TORCH_CHECK(mask.is_cpu() && mask.dim() == 3 && mask.scalar_type() == ScalarType::Bool,
+                  "tree_attention: mask must be bool [B, R, T] on the CPU");
+  const int64_t B = query.size(0), H = query.size(1), R = query.size(2), D = query.size(3);
+  const int64_t G = key.size(1), T = key.size(2);
+  STD_TORCH_CHECK(D % 16 == 0, "tree_attention: head size must be a multiple of 16");
+  STD_TORCH_CHECK(key.size(0) == B && key.size(3) == D && G > 0 && H % G == 0, "tree_attention: key does not fit query");
+  STD_TORCH_CHECK(value.size(0) == B && value.size(1) == G && value.size(2) == T && value.size(3) == D,
+                  "tree_attention: value does not fit key");
+  STD_TORCH_CHECK(mask.size(0) == B && mask.size(1) == R && mask.size(2) == T && T > 0, "tree_attention: mask does not fit");
+  STD_TORCH_CHECK(mask.stride(2) == 1 || T == 1, "tree_attention: mask rows must be contiguous");
+  Tensor out = torch::stable::empty({B, R, H, D}, ScalarType::Float);
+  if (B * R == 0) return out;
+  const auto* q = static_cast<const float*>(query.const_data_ptr());
+  const auto* k = static_cast<const float*>(key.const_data_ptr());
+  const auto* v = static_cast<const float*>(value.const_data_ptr());
+  const auto* m = static_cast<const bool*>(mask.const_data_ptr());
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  const int64_t groups = H / G, grain = kMultiplyAddsPerThread / (2 * groups * R * T * D) + 1;
+  const int64_t q0 = query.stride(0), q1 = query.stride(1), q2 = query.stride(2);
+  const int64_t k0 = key.stride(0), k1 = key.stride(1), k2 = key.stride(2);
+  const int64_t v0 = value.stride(0), v1 = value.stride(1), v2 = value.stride(2);
+  const int64_t m0 = mask.stride(0), m1 = mask.stride(1);
+  torch::stable::parallel_for(0, B * G, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t b = i / G, g = i % G;
+      specblock::kernels().attend({
+          .query = q + b * q0 + g * groups * q1, .query_head = q1, .query_row = q2,
+          .key = k + b * k0 + g * k1, .key_row = k2,
+          .value = v + b * v0 + g * v1, .value_row = v2,
+          .mask = m + b * m0, .mask_row = m1,
+          .out = to + b * R * H * D + g * groups * D, .out_row = H * D, .out_head = D,
+          .heads = groups, .rows = R, .T = T, .D = D, .scale = static_cast<float>(scale),
+      });
+    }
+  });
+  return out;
+}
+
+// x [M, K] float32, weight [K] float32 -> [M, K].
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  STD_TORCH_CHECK(x.is_cpu() && weight.is_cpu() && x.dim() == 2 && weight.dim() == 1, "rms_norm: expected x [M, K], weight [K]");
+  STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float,
+                  "rms_norm: tensors must be float32");
+  STD_TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.size(0) == x.size(1),
+                  "rms_norm: tensors must be contiguous and fit");
+  Tensor out = torch::stable::empty({x.size(0), x.size(1)}, ScalarType::Float);
+  specblock::kernels().normalise(static_cast<const float*>(x.const_data_ptr()), static_cast<const float*>(weight.const_data_ptr()),
+                           static_cast<float*>(out.mutable_data_ptr()), x.size(0), x.size(1), static_cast<float>(eps));
   return out;
 }
 
@@ -43,8 +101,12 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
 
 STABLE_TORCH_LIBRARY(specblock, m) {
   m.def("packed_linear(Tensor x, Tensor packed, int out_features) -> Tensor");
+  m.def("tree_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
+  m.impl("tree_attention", TORCH_BOX(&tree_attention));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
 }

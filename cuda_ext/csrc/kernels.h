@@ -1,0 +1,51 @@
+// The kernels' face: one table of functions per instruction set, and the choice between them.
+#pragma once
+
+#include <cstdint>
+
+namespace specblock {
+
+constexpr int64_t kPanel = 16;  // output columns per panel of a packed weight
+
+// What one call of attend() works on: rows r = 0 .. num_rows-1 of `heads` query heads over one key/value head.
+struct AttentionRows {
+  const float* query;   // [heads][rows][D] at the strides below
+  int64_t query_head, query_row;
+  const float* key;     // [T][D]
+  int64_t key_row;
+  const float* value;   // [T][D]
+  int64_t value_row;
+  const bool* mask;     // [rows][T]
+  int64_t mask_row;
+  float* out;           // [rows][heads][D] at the strides below
+  int64_t out_row, out_head;
+  int64_t heads, rows, T, D;
+  float scale;
+};
+
+struct Kernels {
+  // out[M, N] = x[M, K] times the panels begin .. end of a packed weight; see panel_matmul.h.
+  void (*multiply_half)(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
+                        int64_t begin, int64_t end);
+  void (*multiply_float)(const float* x, const float* packed, float* out, int64_t M, int64_t K, int64_t N,
+                         int64_t begin, int64_t end);
+  void (*attend)(const AttentionRows& rows);
+  void (*normalise)(const float* x, const float* weight, float* out, int64_t rows, int64_t size, float eps);
+};
+
+extern const Kernels kBaseline;
+#if defined(__x86_64__)
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+#endif
+
+// The widest kernels that this processor runs.
+inline const Kernels& kernels() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) return kAvx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
+#endif
+  return kBaseline;
+}
+
+}  // namespace specblock

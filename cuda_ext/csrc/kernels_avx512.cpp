@@ -1,0 +1,19 @@
+// Kernels for processors with AVX-512.
+#if defined(__x86_64__)
+// Standard headers come before the instruction set is chosen: what they define is shared with other files.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+#pragma GCC target("avx512f,avx2,fma")
+#define SB_LANES 16
+#include "panel_matmul.h"
+#include "rms_norm.h"
+#include "tree_attention.h"
+
+const specblock::Kernels specblock::kAvx512 = {multiply<uint16_t>, multiply<float>, attend, normalise};
+#endif

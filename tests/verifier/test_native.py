@@ -1,0 +1,71 @@
+"""Native layers in the target: the same model, and a row's bits do not depend on its neighbours."""
+
+import pytest
+import torch
+
+from specblock.cuda_ext.linear import PackedLinear
+from specblock.cuda_ext.native import native_available
+from specblock.verifier.model import TargetModel
+from specblock.verifier.native import ATTENTION, NativeNorm
+from tests.verifier.helpers import decode, random_requests, random_trees, tiny_hf_model
+
+pytestmark = pytest.mark.skipif(not native_available(), reason="native operations were not built")
+BOTH = pytest.mark.parametrize("family", ["llama", "qwen3"])
+VOCAB = 96
+
+
+def native_target(family: str, **changes) -> TargetModel:
+    model = tiny_hf_model(family, torch.float32, head_dim=16, **changes)
+    return TargetModel.from_model(model, native=True)
+
+
+@BOTH
+def test_the_model_stays_the_model(family):
+    untouched = tiny_hf_model(family, torch.float32, head_dim=16)
+    target = native_target(family)
+    kinds = [type(module) for module in target.transformers_model.modules()]
+    assert target.native and kinds.count(PackedLinear) == 4 * 7 + 1 and NativeNorm in kinds
+    assert target.transformers_model.config._attn_implementation == ATTENTION
+    tokens = torch.arange(20)[None]
+    cache = target.new_cache(1, 64)
+    with torch.no_grad():
+        expected = untouched(input_ids=tokens).logits
+        assert torch.allclose(target.forward(cache, [0], tokens).logits, expected, atol=1e-4)
+    assert torch.equal(target.output_head, untouched.get_output_embeddings().weight)
+    assert target.vocab_size == VOCAB
+
+
+@BOTH
+def test_a_row_has_the_same_bits_alone_in_a_tree_and_in_a_batch(family):
+    target = native_target(family)
+    cache = target.new_cache(3, 64)
+    for slot in range(3):
+        target.prefill(cache, cache.allocate(), list(range(slot, slot + 20 + slot)))
+    alone = target.forward(cache, [1], torch.tensor([[7]]))
+    root_and_siblings = torch.eye(9, dtype=torch.bool)
+    root_and_siblings[:, 0] = True
+    depth = torch.tensor([[0] + [1] * 8])
+    tokens = torch.tensor([[7, *range(8)]])
+    tree = target.forward(cache, [1], tokens, tree_mask=root_and_siblings[None], depth=depth)
+    assert torch.equal(tree.logits[:, :1], alone.logits) and torch.equal(tree.features[:, :1], alone.features)
+    batch = target.forward(
+        cache, [0, 1, 2], tokens.expand(3, -1), tree_mask=root_and_siblings.expand(3, -1, -1), depth=depth.expand(3, -1)
+    )
+    assert torch.equal(batch.logits[1], tree.logits[0])
+
+
+@BOTH
+def test_float32_text_is_the_same_with_any_trees_and_any_batch(family):
+    target = native_target(family)
+    requests = random_requests(11, 24, VOCAB)
+    expected = decode(target, requests, 40).tokens
+    for trees in (random_trees(12, VOCAB), random_trees(13, VOCAB, truth=expected)):
+        assert decode(target, requests, 40, trees).tokens == expected
+    for request, tokens in list(zip(requests, expected, strict=True))[:6]:
+        assert decode(target, [request], 40).tokens == [tokens]
+
+
+def test_other_types_keep_their_own_layers():
+    model = tiny_hf_model("llama", torch.float64)
+    target = TargetModel.from_model(model, native=True)
+    assert not target.native and model.config._attn_implementation == "sdpa"

@@ -1,0 +1,66 @@
+"""Native layers in a transformers model, through its own extension points: modules and the attention interface.
+
+Which request is served beside which, and with how many draft rows, then changes nothing in a row of the target: matrix
+products, norms and attention of a decode cycle compute every row on its own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from specblock.cuda_ext.attention import tree_attention
+from specblock.cuda_ext.linear import can_pack, pack_linears
+from specblock.cuda_ext.norm import rms_norm
+
+ATTENTION = "specblock_tree"
+_PLAIN_NORMS = ("LlamaRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "MistralRMSNorm")  # x / rms(x) * weight
+
+
+class NativeNorm(nn.Module):
+    """Takes the place of a transformers RMSNorm."""
+
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = norm.weight, float(norm.variance_epsilon)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., K]."""
+        return rms_norm(x, self.weight, self.variance_epsilon)
+
+
+def use_native_layers(model: Any) -> bool:
+    """Replaces what has a native counterpart; False if nothing has (another type or device, no library).
+
+    The caller must hold the result to the model's own forward.
+    """
+    if not can_pack(model.get_input_embeddings().weight):
+        return False
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child).__name__ in _PLAIN_NORMS:
+                setattr(parent, name, NativeNorm(child))
+    pack_linears(model)
+    AttentionInterface.register(ATTENTION, _attention)
+    model.config._attn_implementation = ATTENTION
+    return True
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' calling convention: mask bool [B, 1, R, T], result [B, R, heads, D]."""
+    if attention_mask is None or attention_mask.dtype != torch.bool or others.get("softcap") is not None:
+        mixed, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **others)
+        return mixed, None
+    return tree_attention(query, key, value, attention_mask[:, 0], scaling), None
