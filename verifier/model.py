@@ -278,8 +278,8 @@ class TargetModel:
         return chosen
 
     def _check_tokens(self) -> Tensor:
-        config = self._model.config
-        return torch.arange(_CHECK_TOKENS, device=self.device)[None] % config.vocab_size
+        tokens: Tensor = torch.arange(_CHECK_TOKENS, device=self.device)[None] % self._model.config.vocab_size
+        return tokens
 
     @torch.no_grad()
     def _own_logits(self) -> Tensor:
