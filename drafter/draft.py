@@ -31,6 +31,7 @@ from specblock.drafter.expand import (
 )
 from specblock.drafter.interface import Draft, NewPositions
 from specblock.drafter.kv_cache import DrafterCache
+from specblock.drafter.layers import take_rows
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.plan import DraftPlan, FixedLimits, Limits
 from specblock.drafter.proposals import propose
@@ -96,7 +97,7 @@ class BlockDrafter:
         """Appends the rows of new positions, every one computed from true target features.
 
         Returns:
-            u [B, P, K, H] of the new positions (padding rows are finite and meaningless).
+            u [B, 1, K, H] of each request's newest position (of padding, if it has none: finite and meaningless).
         """
         slots_B = torch.tensor(slots, device=new.tokens.device)
         base = torch.tensor([cache.rows[s] for s in slots], device=new.tokens.device)
@@ -108,13 +109,18 @@ class BlockDrafter:
         row = base[:, None] * width + torch.arange(num_positions * width, device=base.device)
         in_order = cache.in_order(slots)
         mask_BTS = torch.arange(end, device=base.device) <= row[:, :, None]  # causal over rows (method reference 1.6)
+        newest = torch.tensor([max(0, count - 1) for count in new.counts], device=base.device)
+        newest_rows = newest[:, None] * width + torch.arange(width, device=base.device)
+        newest_mask = take_rows(mask_BTS, newest_rows)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.write(layer, slots_B, in_order, base * width, key, value, end)
-            return tree_attention(query, keys, values, mask_BTS)
+            everyone = query.shape[2] == mask_BTS.shape[1]
+            return tree_attention(query, keys, values, mask_BTS if everyone else newest_mask)
 
         rotary = self.model.rotary_tables(self.model.rotary_index(rotary_base[:, None] + order_P))
-        hidden = self.model.run_layers(self.model.first_inputs(new.features, new.tokens), rotary, attend)
+        inputs = self.model.first_inputs(new.features, new.tokens)
+        hidden = self.model.run_layers(inputs, rotary, attend, newest)
         for slot, count in zip(slots, new.counts, strict=True):
             cache.advance(slot, count)
         return hidden
@@ -147,10 +153,8 @@ class BlockDrafter:
         limits = limits or self._fixed
         if self.settings.published_refresh:
             new = published_positions(cache, slots, new)
-        hidden_BPKH = self.refresh(cache, slots, new)
+        hidden_BnKH = self.refresh(cache, slots, new)
         device = root_token.device
-        last = torch.tensor([max(0, count - 1) for count in new.counts], device=device)
-        hidden_BnKH = hidden_BPKH[torch.arange(len(slots), device=device), last][:, None]
         root_index = torch.tensor([cache.positions[s] for s in slots], device=device)  # L, index of the root token
         leaves = root_leaf(hidden_BnKH, root_index > 0, self.model.config.num_slots + self.scratch_rows)
         slots_B = torch.tensor(slots, device=device)

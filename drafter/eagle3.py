@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.network import MLP, Attend, Attention, DraftNetwork, Linear, RMSNorm
+from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rows_of, take_rows
+from specblock.drafter.network import DraftNetwork
 
 
 class Eagle3Layer(nn.Module):
@@ -27,13 +28,16 @@ class Eagle3Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BT2H: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """[B, T, 2H] (embedding, hidden) -> [B, T, H]."""
+    def forward(
+        self, x_BT2H: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, 2H] (embedding, hidden) -> [B, T, H], or [B, A, H] of the rows ``asking`` [B, A]."""
         token, hidden = x_BT2H.chunk(2, dim=-1)
         both = torch.cat([self.input_layernorm(token), self.hidden_norm(hidden)], dim=-1)
-        hidden = hidden + self.self_attn(both, 0, rotary, attend)
-        mixed: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return mixed
+        mixed = self.self_attn(both, 0, rotary, attend, asking)
+        hidden = mixed + (hidden if asking is None else take_rows(hidden, asking))
+        result: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return result
 
 
 class Eagle3Model(DraftNetwork):
@@ -57,7 +61,10 @@ class Eagle3Model(DraftNetwork):
         """See DraftNetwork: [B, P, 1, 2H]."""
         return torch.cat([self.embed(tokens_BP, parents_BPH.dtype), parents_BPH], dim=-1)[:, :, None]
 
-    def run_layers(self, x_BP12H: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def run_layers(
+        self, x_BP12H: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted_B: Tensor | None = None
+    ) -> Tensor:
         """See DraftNetwork: [B, P, 1, 2H] -> u [B, P, 1, H]."""
-        u: Tensor = self.midlayer(x_BP12H[:, :, 0], rotary, attend)
+        asking = rows_of(wanted_B, x_BP12H.shape[1], 1)
+        u: Tensor = self.midlayer(x_BP12H[:, :, 0], rotary, attend, asking)
         return u[:, :, None]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.network import MLP, Attend, Attention, DraftNetwork, Linear, RMSNorm
+from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rows_of, take_rows
+from specblock.drafter.network import DraftNetwork
 
 RANK_FEATURES = 15
 RANK_TOP = 20
@@ -52,11 +53,14 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """[B, T, H] -> [B, T, H]."""
-        x_BTH = x_BTH + self.self_attn(self.input_layernorm(x_BTH), layer, rotary, attend)
-        mixed: Tensor = x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
-        return mixed
+    def forward(
+        self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, H] -> [B, T, H], or [B, A, H] of the rows ``asking`` [B, A]."""
+        mixed = self.self_attn(self.input_layernorm(x_BTH), layer, rotary, attend, asking)
+        x_BTH = mixed + (x_BTH if asking is None else take_rows(x_BTH, asking))
+        result: Tensor = x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
+        return result
 
 
 class SpecBlockModel(DraftNetwork):
@@ -90,17 +94,21 @@ class SpecBlockModel(DraftNetwork):
         rows: Tensor = self.input_layer(parents_BPH, self.embed(tokens_BP, parents_BPH.dtype))
         return rows
 
-    def run_layers(self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """Decoder layers with the layer-wise shift between them: [B, P, K, H] -> u [B, P, K, H] (pre-final-norm)."""
+    def run_layers(
+        self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted_B: Tensor | None = None
+    ) -> Tensor:
+        """See DraftNetwork: decoder layers with the layer-wise shift between them."""
         batch, positions, slots, hidden = x_BPKH.shape
         x_BTH = x_BPKH.reshape(batch, positions * slots, hidden)
+        asking = rows_of(wanted_B, positions, slots)
         for index, layer in enumerate(self.layers):
-            x_BTH = layer(x_BTH, index, rotary, attend)
+            last = index == len(self.layers) - 1
+            x_BTH = layer(x_BTH, index, rotary, attend, asking if last else None)
             if index < len(self.shift_proj):
                 x = x_BTH.view(batch, positions, slots, hidden)
                 left = torch.cat([x[:, :, :1], x[:, :, :-1]], dim=2)
                 x_BTH = self.shift_proj[index](torch.cat([x, left], dim=-1)).view(batch, -1, hidden)
-        return x_BTH.view(batch, positions, slots, hidden)
+        return x_BTH.view(batch, -1, slots, hidden)
 
     def rank_logits(self, normed: Tensor, features: Tensor) -> Tensor:
         """Rank-class logits [..., classes] from stop-gradient hidden [..., H] and rank features [..., 15]."""

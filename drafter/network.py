@@ -1,4 +1,4 @@
-"""What every drafter network shares: Llama pieces, draft vocabulary, head, and the face the drafting code sees.
+"""What every drafter network shares: draft vocabulary, head, and the face the drafting code sees.
 
 A network predicts K tokens ("slots") from one position in one forward: SpecBlock four, EAGLE-3 one, parallel heads
 as many as it has heads. Growing trees, training, replay and checkpoints are written once against this class.
@@ -10,118 +10,13 @@ vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specblock.cuda_ext.linear import PackedWeight, can_pack, pack
-from specblock.cuda_ext.norm import rms_norm
 from specblock.drafter.config import DrafterConfig
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""(layer, rotated queries [B, heads, T, D], rotated keys [B, kv_heads, T, D], values) -> [B, T, heads, D]."""
-
-
-class Linear(nn.Linear):
-    """A linear map without bias, as every one in the drafter.
-
-    Its input may be a concatenation of ``parts`` equally long pieces, each of which can be multiplied on its own:
-    ``W [a; b] = part(0, a) + part(1, b)``. After ``pack`` the native product serves, until the weight is written to.
-    """
-
-    def __init__(self, in_features: int, out_features: int, parts: int = 1) -> None:
-        super().__init__(in_features, out_features, bias=False)
-        self._parts = parts
-        self._packed: tuple[PackedWeight, ...] = ()
-        self._packed_state = (-1, -1)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out]; the typed face of ``nn.Module.__call__``."""
-        result: Tensor = super().__call__(x)
-        return result
-
-    def forward(self, x: Tensor) -> Tensor:
-        """See ``__call__``."""
-        if not self._packed or torch.is_grad_enabled():
-            return F.linear(x, self.weight)
-        pieces = self._current()
-        if len(pieces) == 1:
-            return pieces[0](x)
-        inputs = x.chunk(len(pieces), dim=-1)
-        return torch.stack([piece(taken) for piece, taken in zip(pieces, inputs, strict=True)]).sum(dim=0)
-
-    def part(self, index: int, x: Tensor) -> Tensor:
-        """The contribution of one piece of the input: [..., in / parts] -> [..., out]."""
-        if not self._packed or torch.is_grad_enabled():
-            return F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
-        return self._current()[index](x)
-
-    def pack(self) -> None:
-        """From here on, outside of training, the native product serves where it can."""
-        if can_pack(self.weight):
-            self._packed = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1))
-            self._packed_state = self._state()
-
-    def _current(self) -> tuple[PackedWeight, ...]:
-        if self._packed_state != self._state():  # new weights were loaded
-            self.pack()
-        return self._packed
-
-    def _state(self) -> tuple[int, int]:
-        return self.weight.data_ptr(), self.weight._version
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm computed in float32 and returned in the input's type, as transformers does."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self._eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalises the last dimension."""
-        return rms_norm(x, self.weight, self._eps)
-
-
-class Attention(nn.Module):
-    """Grouped-query projections; the caller supplies what rows attend to."""
-
-    def __init__(self, config: DrafterConfig, in_features: int) -> None:
-        super().__init__()
-        self.head_dim = config.head_dim
-        self.q_proj = Linear(in_features, config.num_attention_heads * config.head_dim)
-        self.k_proj = Linear(in_features, config.num_key_value_heads * config.head_dim)
-        self.v_proj = Linear(in_features, config.num_key_value_heads * config.head_dim)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
-
-    def forward(self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """Projects, rotates, attends, projects back: [B, T, in_features] -> [B, T, H]."""
-        batch, rows, _ = x_BTH.shape
-
-        def heads(projected: Tensor) -> Tensor:
-            return projected.view(batch, rows, -1, self.head_dim).transpose(1, 2)
-
-        query = rotate(heads(self.q_proj(x_BTH)), rotary)
-        key = rotate(heads(self.k_proj(x_BTH)), rotary)
-        mixed = attend(layer, query, key, heads(self.v_proj(x_BTH)))
-        return self.o_proj(mixed.reshape(batch, rows, -1))
-
-
-class MLP(nn.Module):
-    """SwiGLU."""
-
-    def __init__(self, config: DrafterConfig) -> None:
-        super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., H] -> [..., H]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+from specblock.drafter.layers import Attend, Linear, RMSNorm
 
 
 class DraftNetwork(nn.Module, ABC):
@@ -180,8 +75,14 @@ class DraftNetwork(nn.Module, ABC):
         """Rows of a later block from the parent slot's pre-final-norm hidden and a token: [B, P, K, rows' size]."""
 
     @abstractmethod
-    def run_layers(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """The layers: rows of ``first_inputs`` or ``later_inputs`` -> u [B, P, K, H] (pre-final-norm)."""
+    def run_layers(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted_B: Tensor | None = None
+    ) -> Tensor:
+        """The layers: rows of ``first_inputs`` or ``later_inputs`` -> u [B, P, K, H] (pre-final-norm).
+
+        With ``wanted_B`` int64 [B], only u of that position is computed, [B, 1, K, H]; all positions still leave their
+        keys and values.
+        """
 
     def rank_logits(self, normed: Tensor, features: Tensor) -> Tensor:
         """Rank-class logits [..., classes] of each slot; only where ``has_rank_head``."""
@@ -243,11 +144,3 @@ class DraftNetwork(nn.Module, ABC):
     def full_vocabulary(self) -> bool:
         """True when draft ids and target ids are the same."""
         return self.config.draft_vocab_size == self.config.vocab_size
-
-
-def rotate(x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding in the half-split layout, computed in float32."""
-    cos, sin = rotary
-    wide = x_BHTD.to(torch.promote_types(x_BHTD.dtype, torch.float32))
-    left, right = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x_BHTD.dtype)

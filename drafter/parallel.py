@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.network import Attend, DraftNetwork, Linear, RMSNorm
+from specblock.drafter.layers import Attend, Linear, RMSNorm
+from specblock.drafter.network import DraftNetwork
 
 
 class ParallelModel(DraftNetwork):
@@ -45,8 +46,12 @@ class ParallelModel(DraftNetwork):
         """Heads draft in one forward; there are no later blocks."""
         raise AssertionError("a parallel drafter has one block")
 
-    def run_layers(self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+    def run_layers(
+        self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted_B: Tensor | None = None
+    ) -> Tensor:
         """See DraftNetwork: a residual block per head."""
+        if wanted_B is not None:
+            x_BPKH = x_BPKH[torch.arange(len(wanted_B), device=wanted_B.device), wanted_B][:, None]
         return torch.stack(
             [x + F.silu(head(x)) for head, x in zip(self.heads, x_BPKH.unbind(dim=2), strict=True)], dim=2
         )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from specblock.cuda_ext.native import native_available
-from specblock.drafter.network import Linear
+from specblock.drafter.layers import Linear
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="native operations were not built")
 

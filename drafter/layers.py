@@ -1,0 +1,146 @@
+"""Pieces that the drafter networks are made of: linear maps, norm, attention, SwiGLU, rotary embedding.
+
+Legend: B batch, T rows, A rows that look for something, K slots, H hidden, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from specblock.cuda_ext.linear import PackedWeight, can_pack, pack
+from specblock.cuda_ext.norm import rms_norm
+from specblock.drafter.config import DrafterConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, rotated queries [B, heads, T, D], rotated keys [B, kv_heads, T, D], values) -> [B, T, heads, D]."""
+
+
+class Linear(nn.Linear):
+    """A linear map without bias, as every one in the drafter.
+
+    Its input may be a concatenation of ``parts`` equally long pieces, each of which can be multiplied on its own:
+    ``W [a; b] = part(0, a) + part(1, b)``. After ``pack`` the native product serves, until the weight is written to.
+    """
+
+    def __init__(self, in_features: int, out_features: int, parts: int = 1) -> None:
+        super().__init__(in_features, out_features, bias=False)
+        self._parts = parts
+        self._packed: tuple[PackedWeight, ...] = ()
+        self._packed_state = (-1, -1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]; the typed face of ``nn.Module.__call__``."""
+        result: Tensor = super().__call__(x)
+        return result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See ``__call__``."""
+        if not self._packed or torch.is_grad_enabled():
+            return F.linear(x, self.weight)
+        pieces = self._current()
+        if len(pieces) == 1:
+            return pieces[0](x)
+        inputs = x.chunk(len(pieces), dim=-1)
+        return torch.stack([piece(taken) for piece, taken in zip(pieces, inputs, strict=True)]).sum(dim=0)
+
+    def part(self, index: int, x: Tensor) -> Tensor:
+        """The contribution of one piece of the input: [..., in / parts] -> [..., out]."""
+        if not self._packed or torch.is_grad_enabled():
+            return F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
+        return self._current()[index](x)
+
+    def pack(self) -> None:
+        """From here on, outside of training, the native product serves where it can."""
+        if can_pack(self.weight):
+            self._packed = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1))
+            self._packed_state = self._state()
+
+    def _current(self) -> tuple[PackedWeight, ...]:
+        if self._packed_state != self._state():  # new weights were loaded
+            self.pack()
+        return self._packed
+
+    def _state(self) -> tuple[int, int]:
+        return self.weight.data_ptr(), self.weight._version
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm computed in float32 and returned in the input's type, as transformers does."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self._eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        return rms_norm(x, self.weight, self._eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query projections; the caller supplies what rows attend to."""
+
+    def __init__(self, config: DrafterConfig, in_features: int) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(in_features, config.num_attention_heads * config.head_dim)
+        self.k_proj = Linear(in_features, config.num_key_value_heads * config.head_dim)
+        self.v_proj = Linear(in_features, config.num_key_value_heads * config.head_dim)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+
+    def forward(
+        self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
+    ) -> Tensor:
+        """Projects, rotates, attends, projects back: [B, T, in_features] -> [B, T, H].
+
+        With ``asking`` int64 [B, A], rows, only those look for something: the result is [B, A, H].
+        """
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+        key = rotate(heads(self.k_proj(x_BTH)), rotary)
+        value = heads(self.v_proj(x_BTH))
+        if asking is not None:
+            cos, sin = (take_rows(table[:, 0], asking)[:, None] for table in rotary)
+            x_BTH, rotary = take_rows(x_BTH, asking), (cos, sin)
+        query = rotate(heads(self.q_proj(x_BTH)), rotary)
+        return self.o_proj(attend(layer, query, key, value).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., H] -> [..., H]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def take_rows(x_BTH: Tensor, rows_BA: Tensor) -> Tensor:
+    """Some rows of each request: [B, T, H] and int64 [B, A] -> [B, A, H]."""
+    return x_BTH.gather(1, rows_BA[:, :, None].expand(-1, -1, x_BTH.shape[-1]))
+
+
+def rows_of(wanted_B: Tensor | None, num_positions: int, width: int) -> Tensor | None:
+    """int64 [B, K]: the rows of the wanted positions; None if that is all there are."""
+    if wanted_B is None or num_positions == 1:
+        return None
+    return wanted_B[:, None] * width + torch.arange(width, device=wanted_B.device)
+
+
+def rotate(x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary position embedding in the half-split layout, computed in float32."""
+    cos, sin = rotary
+    wide = x_BHTD.to(torch.promote_types(x_BHTD.dtype, torch.float32))
+    left, right = wide.chunk(2, dim=-1)
+    return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x_BHTD.dtype)
