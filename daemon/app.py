@@ -235,6 +235,18 @@ def bench_tune(
     return tune.run(settings, _progress(False))
 
 
+@bench_app.command("kernels")
+@command
+def bench_kernels(
+    target: Annotated[str, typer.Option(help="Model directory or hub id.")] = "models/demo-target",
+    as_json: AsJson = False,
+) -> int:
+    """Time native operations against the references they replace."""
+    from specblock.daemon import bench_kernels as kernels
+
+    return kernels.run(target, as_json, _progress(as_json))
+
+
 @bench_app.command("ablation")
 @command
 def bench_ablation(

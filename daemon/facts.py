@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from specblock.cuda_ext.native import native_available
+
 _BF16_UNITS = ("amx_bf16", "avx512_bf16")
 
 
@@ -23,6 +25,7 @@ def facts(device: str = "cpu", *, dtype: str, **settings: str | float) -> dict[s
     here = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(here, capture_output=True, text=True, check=False).stdout.strip()
     known = torch.cpu.get_capabilities()
+    native = device == "cpu" and dtype == "float32" and native_available()
     units = "+".join(unit for unit in _BF16_UNITS if known.get(unit)) or "none"
     return {
         "commit": commit or "unknown",
@@ -33,6 +36,7 @@ def facts(device: str = "cpu", *, dtype: str, **settings: str | float) -> dict[s
         "cpu_bfloat16": units,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "attention": "sdpa",
+        "attention": "specblock_tree" if native else "sdpa",
+        "native_kernels": native,
         **settings,
     }

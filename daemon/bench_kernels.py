@@ -1,0 +1,149 @@
+"""``specblockd bench kernels``: native operations against the references they replace, one thread, the demo's shapes.
+
+Both sides take turns, so that a drift of the machine hits both. A matrix is never multiplied twice in a row: as in a
+decode cycle, its weights have left the cache by the time it is used again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch.nn import functional as F
+
+from specblock.cuda_ext.attention import masked_attention, tree_attention
+from specblock.cuda_ext.linear import pack
+from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.norm import rms_norm
+from specblock.daemon.facts import facts
+from specblock.daemon.models import load_target
+from specblock.verifier.model import TargetModel
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64)
+_PREFIX_TOKENS = (128, 512, 2048)
+_ROUNDS = 31
+_HIDDEN, _INNER, _HEADS, _KV_HEADS, _HEAD_SIZE, _LAYERS = 512, 1408, 8, 4, 64, 12
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRow:
+    """One operation at one size: medians with the middle half of the rounds, milliseconds."""
+
+    operation: str
+    size: str
+    native_ms: float
+    native_middle_ms: tuple[float, float]
+    reference_ms: float
+    reference_middle_ms: tuple[float, float]
+
+    @property
+    def speedup(self) -> float:
+        """How many times quicker the native operation is."""
+        return self.reference_ms / self.native_ms
+
+
+def run(model: str, as_json: bool, say: Callable[[str], None]) -> int:
+    """Measures and prints; 4 if there is nothing to measure."""
+    if not native_available():
+        say("the native operations were not built: nothing to compare")
+        return 4
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        rows = [*_linear_rows(), *_attention_rows(), *_norm_rows(), *_forward_rows(model)]
+    known = facts(dtype="float32", rounds=_ROUNDS)
+    say(
+        json.dumps({"facts": known, "rows": [asdict(row) for row in rows]}, indent=2) if as_json else table(known, rows)
+    )
+    return 0
+
+
+def table(known: object, rows: list[KernelRow]) -> str:
+    """The rows as text."""
+    lines = [json.dumps(known), "", f"{'operation':<34}{'size':<22}{'native ms':>11}{'reference ms':>14}{'ratio':>8}"]
+    lines += [
+        f"{r.operation:<34}{r.size:<22}{r.native_ms:>11.3f}{r.reference_ms:>14.3f}{r.speedup:>8.2f}" for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def compare(operation: str, size: str, native: Call, reference: Call) -> KernelRow:
+    """Times both, alternating, after three rounds that do not count."""
+    seconds: dict[Call, list[float]] = {native: [], reference: []}
+    for turn in range(_ROUNDS + 3):
+        for call, found in seconds.items():
+            begin = time.perf_counter()
+            call()
+            if turn >= 3:
+                found.append(1e3 * (time.perf_counter() - begin))
+    ours, theirs = (statistics.quantiles(found, n=4) for found in seconds.values())
+    return KernelRow(operation, size, ours[1], (ours[0], ours[2]), theirs[1], (theirs[0], theirs[2]))
+
+
+def _linear_rows() -> list[KernelRow]:
+    """All matrices of a target the size of the demo's, once each, as a decode cycle does."""
+    narrow, inner = (_HIDDEN, _HIDDEN), (_INNER, _HIDDEN)
+    kv = (_KV_HEADS * _HEAD_SIZE, _HIDDEN)
+    shapes = [narrow, kv, kv, narrow, inner, inner, (_HIDDEN, _INNER)] * _LAYERS
+    weights = [torch.randn(shape).bfloat16().float() for shape in shapes]
+    found = []
+    for label, kept in (("bfloat16 weights", weights), ("float32 weights", [w + 1e-4 for w in weights])):
+        packed = [pack(weight) for weight in kept]
+        for rows in _ROWS:
+            inputs = [torch.randn(rows, weight.shape[1]) for weight in kept]
+            found.append(
+                compare(
+                    f"{len(shapes)} linear maps, {label}",
+                    f"{rows} rows",
+                    lambda p=packed, i=inputs: [one(x) for one, x in zip(p, i, strict=True)],  # type: ignore[misc]
+                    lambda k=kept, i=inputs: [F.linear(x, w) for w, x in zip(k, i, strict=True)],  # type: ignore[misc]
+                )
+            )
+    return found
+
+
+def _attention_rows() -> list[KernelRow]:
+    found = []
+    for prefix in _PREFIX_TOKENS:
+        for rows in (1, 8, 32):
+            query = torch.randn(1, rows, _HEADS, _HEAD_SIZE).transpose(1, 2)
+            key, value = torch.randn(2, 1, _KV_HEADS, prefix + rows, _HEAD_SIZE)
+            mask = torch.ones(1, rows, prefix + rows, dtype=torch.bool)
+            mask[:, :, prefix:] = torch.eye(rows, dtype=torch.bool)
+            found.append(
+                compare(
+                    "tree attention",
+                    f"{rows} rows, {prefix} prefix",
+                    lambda q=query, k=key, v=value, m=mask: tree_attention(q, k, v, m),  # type: ignore[misc]
+                    lambda q=query, k=key, v=value, m=mask: masked_attention(q, k, v, m, 0.125),  # type: ignore[misc]
+                )
+            )
+    return found
+
+
+def _norm_rows() -> list[KernelRow]:
+    x, weight = torch.randn(8, _HIDDEN), torch.randn(_HIDDEN)
+
+    def reference() -> object:
+        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * weight
+
+    return [compare("norm", "8 rows", lambda: rms_norm(x, weight, 1e-6), reference)]
+
+
+def _forward_rows(model: str) -> list[KernelRow]:
+    """The target's whole forward behind 200 tokens, against the same model with transformers' own layers."""
+    pair = [load_target(model, torch.float32, "cpu", native=native) for native in (True, False)]
+    caches = [target.new_cache(1, 512) for target in pair]
+    for target, cache in zip(pair, caches, strict=True):
+        target.prefill(cache, cache.allocate(), list(range(200)))
+
+    def forward(which: int, rows: int) -> Call:
+        target: TargetModel = pair[which]
+        return lambda: target.forward(caches[which], [0], torch.arange(rows)[None])
+
+    return [compare("target forward", f"{rows} rows, 200 prefix", forward(0, rows), forward(1, rows)) for rows in _ROWS]
