@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from specblock.bandit.config import PolicyConfig
 from specblock.daemon.bench_breakeven_measure import Measured, Served
 from specblock.daemon.bench_breakeven_measure import run as measure
@@ -26,7 +28,7 @@ from specblock.daemon.errors import ConfigError, DependencyError
 from specblock.daemon.facts import facts
 from specblock.daemon.models import settle_dtype
 
-SMALL = {"conversations": 32, "heldout": 16, "tokens": 48}
+SMALL = {"conversations": 32, "heldout": 16, "tokens": 32}
 """Ends within 15 minutes on two slow cores."""
 Say = Callable[[str], None]
 
@@ -65,9 +67,12 @@ def run(settings: BreakEvenSettings, as_json: bool, say: Say) -> int:
         if not (sizes.prompts / name).is_file():
             raise DependencyError(f"{sizes.prompts / name}: no such file of prompts")
     policy = rule(config)
+    torch.set_num_threads(config.trainer.threads)
+    # Before measuring: what ran is the code of now, whatever is committed meanwhile.
+    known = _facts(settings, config.target.dtype, config.target.device)
     measured = measure(config, policy, sizes, say)
     found = findings(measured, policy, sizes)
-    result = as_plain(found, measured, settings, config.target.dtype, config.target.device)
+    result = as_plain(found, measured, known)
     if settings.out is not None:
         from specblock.daemon.breakeven_report import write_page
 
@@ -110,16 +115,10 @@ def _situation(domain: str, served: Served, sizes: Sizes) -> Situation:
     )
 
 
-def as_plain(
-    found: Findings, measured: Measured, settings: BreakEvenSettings, dtype: str, device: str
-) -> dict[str, Any]:
-    """The JSON object: ``facts``, ``served``, ``rows``, ``arm_rungs``, ``rungs`` and the replayed ``conversations``."""
+def _facts(settings: BreakEvenSettings, dtype: str, device: str) -> dict[str, Any]:
     sizes = settings.sizes
-    rows = [
-        asdict(row) | {"rule_trains_from_s": start} for row, start in zip(found.rows, found.trains_from_s, strict=True)
-    ]
-    return {
-        "facts": facts(
+    return dict(
+        facts(
             device,
             dtype=dtype,
             config=str(settings.config),
@@ -129,9 +128,17 @@ def as_plain(
             temperature=sizes.temperature,
             top_p=sizes.top_p,
             seed=sizes.seed,
-        ),
+        )
+    )
+
+
+def as_plain(found: Findings, measured: Measured, known: dict[str, Any]) -> dict[str, Any]:
+    """The JSON object: ``facts``, ``served``, ``rows``, ``arm_rungs``, ``rungs`` and the replayed ``conversations``."""
+    starts = zip(found.rows, found.trains_from_s, strict=True)
+    return {
+        "facts": known,
         "served": asdict(measured.served),
-        "rows": rows,
+        "rows": [asdict(row) | {"rule_trains_from_s": start} for row, start in starts],
         "arm_rungs": [asdict(one) for one in found.arm_rungs],
         "rungs": [asdict(one) for one in found.rungs],
         "conversations": [_replayed(update) for update in measured.updates],

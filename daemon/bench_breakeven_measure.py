@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
-import torch
-
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.parity import ParityEvidence
 from specblock.bandit.parity import judge as judge_parity
@@ -64,7 +62,6 @@ def run(config: DaemonConfig, policy: PolicyConfig, sizes: Sizes, say: Say) -> M
         sizes: how much.
         say: receives a line per step.
     """
-    torch.set_num_threads(config.trainer.threads)
     with tempfile.TemporaryDirectory(prefix="specblock-breakeven-") as state:
         bench = Stage(config, policy, sizes, Path(state))
         try:

@@ -14,7 +14,7 @@ def breakeven(
     config: Annotated[Path, typer.Option("--config", "-c", help="Policy file (YAML).", metavar="FILE")] = Path(
         "configs/demo.yaml"
     ),
-    small: Annotated[bool, typer.Option("--small", help="32 conversations and 16 held out, 48 tokens.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="32 conversations and 16 held out, 32 tokens.")] = False,
     conversations: Annotated[int | None, typer.Option(min=2, help="To train on, per kind; default 128.")] = None,
     heldout: Annotated[int | None, typer.Option(min=2, help="Held out, per kind; default 56.")] = None,
     tokens: Annotated[int | None, typer.Option(min=8, help="Generated per conversation; default 64.")] = None,

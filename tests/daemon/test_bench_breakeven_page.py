@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specblock.daemon.bench_breakeven import BreakEvenSettings, as_plain, findings
+from specblock.daemon.bench_breakeven import as_plain, findings
 from specblock.daemon.bench_breakeven_measure import Measured, Served, judged_on, newest_last
 from specblock.daemon.bench_breakeven_stage import Sizes
 from specblock.daemon.breakeven_ladder import LADDER_S
@@ -49,9 +49,8 @@ def measured() -> Measured:
 @pytest.fixture
 def result() -> dict[str, object]:
     sizes = Sizes(prompts=Path("prompts"), domains=DOMAINS)
-    settings = BreakEvenSettings(config=Path("configs/demo.yaml"), sizes=sizes)
     found = findings(measured(), POLICY, sizes)
-    plain: dict[str, object] = json.loads(json.dumps(as_plain(found, measured(), settings, "float32", "cpu")))
+    plain: dict[str, object] = json.loads(json.dumps(as_plain(found, measured(), {"commit": "abc"})))
     return plain
 
 
