@@ -24,7 +24,8 @@ class PackedWeight:
     """A weight matrix in the layout of the native product.
 
     Attributes:
-        panels: [J, K, 16] bfloat16 or float32; the last panel is filled with zeros.
+        panels: [J, K, 16] bfloat16 or float32; the last panel is filled with zeros. In bfloat16 the columns of a row
+            are in the order 0, 8, 1, 9, ..., 7, 15: one word then holds columns j and j + 8.
         out_features: N.
     """
 
@@ -39,8 +40,11 @@ class PackedWeight:
 
     def unpacked(self) -> Tensor:
         """The matrix [N, K] in float32."""
-        panels, inputs, _ = self.panels.shape
-        return self.panels.transpose(1, 2).reshape(panels * PANEL, inputs)[: self.out_features].float()
+        count, inputs, _ = self.panels.shape
+        rows = self.panels.transpose(1, 2)
+        if rows.dtype == torch.bfloat16:
+            rows = rows.unflatten(1, (PANEL // 2, 2)).transpose(1, 2)
+        return rows.reshape(count * PANEL, inputs)[: self.out_features].float()
 
 
 def can_pack(weight: Tensor) -> bool:
@@ -54,8 +58,10 @@ def pack(weight: Tensor) -> PackedWeight:
     padded = nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
     half = padded.to(torch.bfloat16)
     exact = torch.equal(half.float(), padded)
-    panels = (half if exact else padded).view(-1, PANEL, inputs).transpose(1, 2).contiguous()
-    return PackedWeight(panels, outputs)
+    rows = (half if exact else padded).view(-1, PANEL, inputs)
+    if exact:
+        rows = rows.view(-1, 2, PANEL // 2, inputs).transpose(1, 2).reshape(-1, PANEL, inputs)
+    return PackedWeight(rows.transpose(1, 2).contiguous(), outputs)
 
 
 class PackedLinear(nn.Module):

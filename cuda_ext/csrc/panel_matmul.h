@@ -17,8 +17,33 @@
 namespace {
 
 using specblock::kPanel;
-constexpr int64_t kTileRows = 6;   // 6 rows x 16 columns are 12 of the 16 vector registers of AVX2
-constexpr int64_t kWidenRows = 13; // from here on a panel is read three times or more: widen it once
+constexpr int64_t kTileRows = 6;  // 6 rows x 16 columns are 12 of the 16 vector registers of AVX2
+
+// One row of a panel, 16 weights in kPanel / L vectors.
+SB_INLINE void load_row(const float* from, Float* to) {
+  for (int c = 0; c < kPanel / L; c++) to[c] = load(from + c * L);
+}
+
+// In bfloat16 the columns j and j + 8 share a word, low and high half: two vectors for one load, a shift and a mask.
+SB_INLINE void load_row(const uint16_t* from, Float* to) {
+#if SB_LANES == 16
+  typedef uint32_t Words __attribute__((vector_size(32)));
+  Words words;
+  std::memcpy(&words, from, sizeof words);
+  const Words low = words << 16, high = words & 0xffff0000u;
+  const Word both = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  std::memcpy(to, &both, sizeof both);
+#else
+  constexpr int kHalf = kPanel / L / 2;
+  for (int c = 0; c < kHalf; c++) {
+    Word words;
+    std::memcpy(&words, from + 2 * c * L, sizeof words);
+    const Word low = words << 16, high = words & 0xffff0000u;
+    std::memcpy(to + c, &low, sizeof low);
+    std::memcpy(to + kHalf + c, &high, sizeof high);
+  }
+#endif
+}
 
 // out[R][P * 16] = x[R][K] times P neighbouring panels.
 template <int R, int P, class W>
@@ -27,8 +52,11 @@ SB_INLINE void tile(const float* x, const W* panels, float* out, int64_t out_str
   Float sum[R][P][C] = {};
   for (int64_t k = 0; k < K; k++) {
     Float weight[P][C];
-    for (int p = 0; p < P; p++)
-      for (int c = 0; c < C; c++) weight[p][c] = load(panels + (p * K + k) * kPanel + c * L);
+    for (int p = 0; p < P; p++) {
+      const W* row = panels + (p * K + k) * kPanel;
+      __builtin_prefetch(row + P * K * kPanel);  // the next panels: memory and arithmetic overlap
+      load_row(row, weight[p]);
+    }
     for (int r = 0; r < R; r++) {
       const auto value = broadcast(x[r * K + k]);
       for (int p = 0; p < P; p++)
@@ -73,19 +101,10 @@ template <class W>
 SB_INLINE void multiply(const float* x, const W* packed, float* out, int64_t M, int64_t K, int64_t N, int64_t begin,
                         int64_t end) {
   const int64_t whole = end * kPanel <= N ? end : end - 1;
-  std::vector<float> wide(M >= kWidenRows && sizeof(W) == 2 ? K * kPanel : 0);
   if (M == 1) begin = several_panels<1, 4, W>(x, packed, out, N, K, begin, whole);
   if (M == 2) begin = several_panels<2, 3, W>(x, packed, out, N, K, begin, whole);
   if (M == 3) begin = several_panels<3, 2, W>(x, packed, out, N, K, begin, whole);
-  for (; begin < whole; begin++) {
-    const W* panel = packed + begin * K * kPanel;
-    if (wide.empty()) {
-      all_rows<W>(x, panel, out + begin * kPanel, N, M, K);
-      continue;
-    }
-    for (int64_t i = 0; i < K * kPanel; i += L) store(wide.data() + i, load(panel + i));
-    all_rows<float>(x, wide.data(), out + begin * kPanel, N, M, K);
-  }
+  for (; begin < whole; begin++) all_rows<W>(x, packed + begin * K * kPanel, out + begin * kPanel, N, M, K);
   if (whole == end) return;
   std::vector<float> part(M * kPanel);
   all_rows<W>(x, packed + whole * K * kPanel, part.data(), kPanel, M, K);

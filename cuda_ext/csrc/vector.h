@@ -12,20 +12,10 @@ namespace {
 constexpr int L = SB_LANES;
 typedef float Float __attribute__((vector_size(L * 4)));
 typedef uint32_t Word __attribute__((vector_size(L * 4)));
-typedef uint16_t Half __attribute__((vector_size(L * 2)));
 
 SB_INLINE Float load(const float* from) {
   Float value;
   std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-SB_INLINE Float load(const uint16_t* from) {  // bfloat16: the upper half of a float
-  Half half;
-  std::memcpy(&half, from, sizeof half);
-  Word word = __builtin_convertvector(half, Word) << 16;
-  Float value;
-  std::memcpy(&value, &word, sizeof value);
   return value;
 }
 
