@@ -19,7 +19,16 @@ from specblock.daemon.bench_breakeven_measure import Measured, Served
 from specblock.daemon.bench_breakeven_measure import run as measure
 from specblock.daemon.bench_breakeven_stage import Sizes
 from specblock.daemon.breakeven import BreakEvenRow, Traffic, Update, make_row
-from specblock.daemon.breakeven_ladder import LADDER_S, ArmRung, Rung, Situation, arm_rung, rung, trains_from_s
+from specblock.daemon.breakeven_ladder import (
+    LADDER_S,
+    ArmRung,
+    Rung,
+    Situation,
+    arm_rung,
+    cost_of,
+    rung,
+    trains_from_s,
+)
 from specblock.daemon.breakeven_words import lines
 from specblock.daemon.cli_replay import rule
 from specblock.daemon.config import NOTHING_TO_ADAPT
@@ -92,7 +101,7 @@ def findings(measured: Measured, policy: PolicyConfig, sizes: Sizes) -> Findings
         own = [update for update in measured.updates if update.domain == domain]
         traffic = Traffic(s_per_token=situation.s_per_token, tokens_per_request=served.tokens_per_request[domain])
         for update in own:
-            rows.append(make_row(update, traffic, policy.cost, policy.gate, sizes.seed))
+            rows.append(make_row(update, traffic, cost_of(situation, update, policy), policy.gate, sizes.seed))
             starts.append(trains_from_s(situation, update, policy))
             arm_rungs += [arm_rung(situation, update, policy, regime_s) for regime_s in LADDER_S]
         rungs += [rung(situation, own, policy, regime_s) for regime_s in LADDER_S]

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from specblock.bandit.actions import CompareReport, TrainReport
-from specblock.bandit.config import CostConfig, GateConfig, HorizonConfig
-from specblock.bandit.cost import break_even_s, charge_s
-from specblock.bandit.forecast import COMPARISONS
+from specblock.bandit.config import GateConfig, HorizonConfig
+from specblock.bandit.cost import break_even_s
 from specblock.bandit.gate import Floats, GateRow, Saving, gate_rows, judge, pooled_saving
 
-SCORED_CONVERSATIONS = 32
-"""Conversations that one comparison is charged for: the daemon's demo replayed 21 to 46. More are measured here only
-for a narrower interval, which no operator would pay for."""
+SCORED_CONVERSATIONS = 16
+"""Conversations of the comparison whose seconds are told to the rule, as many as its own first guess is about. More are
+measured here only for a narrower interval, which no operator would pay for."""
 _RESAMPLES = 4000
 _FOR_EVER = HorizonConfig(cap_s=1e12)
 Interval = tuple[float, float]
@@ -90,8 +89,8 @@ class BreakEvenRow:
         trial_saving: the same after the trial's steps.
         others: saving (negative: loss) on the other kinds of text.
         gate: verdict of the daemon's gate on the domain's held-out conversations.
-        score_s: one paired replay of ``SCORED_CONVERSATIONS``, of which an update is charged ``COMPARISONS``.
-        cost_s: everything charged, with the price and interference of the policy.
+        score_s: one paired replay of ``SCORED_CONVERSATIONS``.
+        cost_s: everything the rule charges an update with: training, scoring, stall, price and interference.
         tokens, requests: of serving at the old speed for ``break_even_s``.
     """
 
@@ -128,12 +127,6 @@ def own_rows(report: CompareReport, domain: str) -> list[GateRow]:
     return [row for row in gate_rows(report) if row.domain == domain]
 
 
-def cost_of(update: Update, cost: CostConfig) -> float:
-    """Device-seconds the daemon would charge: training with interference, scoring, stall."""
-    device_s = update.probe.device_s + update.rest.device_s + COMPARISONS * update.score_s
-    return charge_s(cost, device_s=device_s, train_s=update.train_s, stall_s=update.stall_s)
-
-
 def saving_draws(rows: Sequence[GateRow], seed: int) -> Floats:
     """Relative savings of resampled conversations; a conversation keeps its two costs together."""
     costs = np.array([(row.cost_old_s, row.cost_new_s) for row in rows], dtype=np.float64)
@@ -159,8 +152,8 @@ def net_s(gain: float, cost_s: float, phase_s: float) -> float:
     return gain * phase_s - cost_s
 
 
-def make_row(update: Update, traffic: Traffic, cost: CostConfig, gate: GateConfig, seed: int) -> BreakEvenRow:
-    """The line of one update.
+def make_row(update: Update, traffic: Traffic, cost_s: float, gate: GateConfig, seed: int) -> BreakEvenRow:
+    """The line of one update; ``cost_s`` is all that it is charged, by the decision rule's own account.
 
     Raises:
         ValueError: no usable held-out conversation of its kind of text.
@@ -168,7 +161,7 @@ def make_row(update: Update, traffic: Traffic, cost: CostConfig, gate: GateConfi
     rows = own_rows(update.final, update.domain)
     if not rows:
         raise ValueError(f"no held-out conversation of {update.domain} could be replayed")
-    saving, cost_s, draws = update.saving(), cost_of(update, cost), saving_draws(rows, seed)
+    saving, draws = update.saving(), saving_draws(rows, seed)
     verdict = judge(rows, traffic.s_per_token, gate)
     point, interval = break_even(saving.relative, cost_s), break_even_interval(draws, cost_s)
     low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))

@@ -151,6 +151,11 @@ def arm_rung(situation: Situation, update: Update, config: PolicyConfig, regime_
     )
 
 
+def cost_of(situation: Situation, update: Update, config: PolicyConfig) -> float:
+    """Device-seconds that the rule charges a complete update with, when its forecasts are the measurements."""
+    return arm_rung(situation, update, config, LADDER_S[0]).cost_s
+
+
 def rung(situation: Situation, updates: Sequence[Update], config: PolicyConfig, regime_s: float) -> Rung:
     """What the rule decides when it may choose between all arms."""
     rule, state = informed(config, updates)

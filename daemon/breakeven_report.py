@@ -65,13 +65,14 @@ def _maps(rows: list[dict[str, Any]]) -> str:
     figure, grid = pyplot.subplots(height, 2, figsize=(11, 3.6 * height), sharex=True, sharey=True, squeeze=False)
     for axes, domain in zip(grid.flat, domains, strict=False):
         own = [row for row in rows if row["domain"] == domain]
-        for row, colour in zip(own, _COLOURS, strict=False):
-            _draw(axes, row, colour)
+        for place, (row, colour) in enumerate(zip(own, _COLOURS, strict=False)):
+            _draw(axes, row, colour, place)
         axes.axhline(0.0, color="#1c2330", linewidth=0.8)
         axes.set_title(domain, fontsize=10)
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=_LINEAR_S)
         axes.set_xticks(_TICKS_S, [span(s) for s in _TICKS_S])
+        axes.tick_params(labelbottom=True)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, loc="upper left", frameon=False)
@@ -87,7 +88,7 @@ def _maps(rows: list[dict[str, Any]]) -> str:
     return text[text.index("<svg") :]
 
 
-def _draw(axes: Axes, row: dict[str, Any], colour: str) -> None:
+def _draw(axes: Axes, row: dict[str, Any], colour: str, place: int) -> None:
     cost_s, (low, high) = row["cost_s"], row["saving_interval"]
     axes.plot(_PHASES_S, [net_s(row["saving"], cost_s, t) for t in _PHASES_S], color=colour, label=row["arm"])
     below, above = ([net_s(gain, cost_s, t) for t in _PHASES_S] for gain in (low, high))
@@ -95,7 +96,8 @@ def _draw(axes: Axes, row: dict[str, Any], colour: str) -> None:
     at = row["break_even_s"]
     if at is not None and at <= _PHASES_S[-1]:
         axes.plot([at], [0.0], "o", color=colour, markersize=6)
-        axes.annotate(span(at), (at, 0.0), xytext=(4, -12), textcoords="offset points", fontsize=8, color=colour)
+        shift = (8, -12 - 11 * place)  # lines may cross: their labels must not
+        axes.annotate(span(at), (at, 0.0), xytext=shift, textcoords="offset points", fontsize=8, color=colour)
     starts = row["rule_trains_from_s"]
     if starts is not None and starts <= _PHASES_S[-1]:
         axes.plot([starts], [net_s(row["saving"], cost_s, starts)], "^", color=colour, markersize=7)
