@@ -80,7 +80,7 @@ def run(settings: BreakEvenSettings, as_json: bool, say: Say) -> int:
     # Before measuring: what ran is the code of now, whatever is committed meanwhile.
     known = _facts(settings, config.target.dtype, config.target.device)
     measured = measure(config, policy, sizes, say)
-    found = findings(measured, policy, sizes)
+    found = findings(measured, policy, sizes.seed)
     result = as_plain(found, measured, known)
     if settings.out is not None:
         from specblock.daemon.breakeven_report import write_page
@@ -93,22 +93,22 @@ def run(settings: BreakEvenSettings, as_json: bool, say: Say) -> int:
     return 0
 
 
-def findings(measured: Measured, policy: PolicyConfig, sizes: Sizes) -> Findings:
-    """Rows, and what the rule makes of them."""
+def findings(measured: Measured, policy: PolicyConfig, seed: int) -> Findings:
+    """Rows, and what the rule makes of them; ``seed`` is the bootstrap's."""
     served, rows, starts, arm_rungs, rungs = measured.served, [], [], [], []
     for domain in served.acceptance:
-        situation = _situation(domain, served, sizes)
+        situation = _situation(domain, served)
         own = [update for update in measured.updates if update.domain == domain]
         traffic = Traffic(s_per_token=situation.s_per_token, tokens_per_request=served.tokens_per_request[domain])
         for update in own:
-            rows.append(make_row(update, traffic, cost_of(situation, update, policy), policy.gate, sizes.seed))
+            rows.append(make_row(update, traffic, cost_of(situation, update, policy), policy.gate, seed))
             starts.append(trains_from_s(situation, update, policy))
             arm_rungs += [arm_rung(situation, update, policy, regime_s) for regime_s in LADDER_S]
         rungs += [rung(situation, own, policy, regime_s) for regime_s in LADDER_S]
     return Findings(rows=tuple(rows), trains_from_s=tuple(starts), arm_rungs=tuple(arm_rungs), rungs=tuple(rungs))
 
 
-def _situation(domain: str, served: Served, sizes: Sizes) -> Situation:
+def _situation(domain: str, served: Served) -> Situation:
     # As in the daemon: a kind of text is expected to reach what the version reaches on the others, or its own best.
     acceptance = served.acceptance[domain]
     return Situation(
@@ -118,8 +118,8 @@ def _situation(domain: str, served: Served, sizes: Sizes) -> Situation:
         reference=max(served.acceptance.values()),
         s_per_token=served.cycle_s / acceptance,
         cycles=served.cycles[domain],
-        num_train=sizes.conversations,
-        num_heldout=sizes.heldout,
+        num_train=served.num_train[domain],
+        num_heldout=served.num_heldout[domain],
         parity=served.parity,
     )
 

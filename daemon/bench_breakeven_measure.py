@@ -41,6 +41,8 @@ class Served:
     acceptance: dict[str, float]
     cycles: dict[str, int]
     tokens_per_request: dict[str, float]
+    num_train: dict[str, int]
+    num_heldout: dict[str, int]
     parity: ParityEvidence
     parity_s: float
 
@@ -86,7 +88,7 @@ def _measured(bench: Stage, say: Say) -> Measured:
             f"{domain}: {len(train[domain])} conversations to train on, {len(live)} held out, acceptance "
             f"{live_acceptance(held[domain]):.2f} ({time.perf_counter() - begin:.0f} s)"
         )
-    served = _served(bench, cycle_s, held, stats)
+    served = _served(bench, cycle_s, train, held, stats)
     say(f"replay against live: {served.parity.verdict}, {served.parity.difference:+.2%}")
     updates = []
     for domain in bench.sizes.domains:
@@ -102,7 +104,7 @@ def _measured(bench: Stage, say: Say) -> Measured:
     return Measured(served=served, updates=tuple(updates))
 
 
-def _served(bench: Stage, cycle_s: float, held: ByDomain, stats: Sequence[RequestStats]) -> Served:
+def _served(bench: Stage, cycle_s: float, train: ByDomain, held: ByDomain, stats: Sequence[RequestStats]) -> Served:
     mixed = [window for group in zip(*held.values(), strict=False) for window in group]
     report = bench.trainer.parity(bench.base, mixed[-_PARITY_WINDOWS:])
     spent = sum(s.draft_s + s.verify_s + s.other_s for s in stats)
@@ -113,6 +115,8 @@ def _served(bench: Stage, cycle_s: float, held: ByDomain, stats: Sequence[Reques
         acceptance={domain: live_acceptance(own) for domain, own in held.items()},
         cycles={domain: sum(len(w.accepted) for w in own) for domain, own in held.items()},
         tokens_per_request={d: sum(w.num_generated for w in own) / len(own) for d, own in held.items()},
+        num_train={domain: len(own) for domain, own in train.items()},
+        num_heldout={domain: len(own) for domain, own in held.items()},
         parity=judge_parity(report.rows, bench.policy.parity),
         parity_s=report.device_s,
     )

@@ -41,6 +41,7 @@ def test_one_arm_is_trained_judged_stored_and_swapped_in(prompts: Path) -> None:
     assert len(update.final.rows) == 3 and update.served_as_judged == 1.0
     assert update.stall_s > 0 and update.publish_s > 0 and update.score_s > 0
     served = measured.served
+    assert (served.num_train, served.num_heldout) == ({"python": 4}, {"python": 3})
     assert update.final.cycle_s_old == update.final.cycle_s_new == served.cycle_s > 0
     assert served.parity.difference == 0.0 and served.live_cycle_s > 0
     # The base's acceptance is the live one, and replay needs the same cycles.

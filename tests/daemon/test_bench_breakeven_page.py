@@ -10,7 +10,6 @@ import pytest
 
 from specblock.daemon.bench_breakeven import as_plain, findings
 from specblock.daemon.bench_breakeven_measure import Measured, Served, judged_on, newest_last
-from specblock.daemon.bench_breakeven_stage import Sizes
 from specblock.daemon.breakeven_ladder import LADDER_S
 from specblock.daemon.breakeven_report import write_page
 from specblock.daemon.breakeven_words import lines, span, verb
@@ -40,6 +39,8 @@ def measured() -> Measured:
         acceptance={"python": 2.2, "cpp": 1.8},
         cycles=dict.fromkeys(DOMAINS, 900),
         tokens_per_request=dict.fromkeys(DOMAINS, 60.0),
+        num_train=dict.fromkeys(DOMAINS, 64),
+        num_heldout=dict.fromkeys(DOMAINS, 32),
         parity=PARITY,
         parity_s=3.0,
     )
@@ -48,8 +49,7 @@ def measured() -> Measured:
 
 @pytest.fixture
 def result() -> dict[str, object]:
-    sizes = Sizes(prompts=Path("prompts"), domains=DOMAINS)
-    found = findings(measured(), POLICY, sizes)
+    found = findings(measured(), POLICY, 0)
     plain: dict[str, object] = json.loads(json.dumps(as_plain(found, measured(), {"commit": "abc"})))
     return plain
 
