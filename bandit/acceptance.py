@@ -12,6 +12,9 @@ from specblock.bandit.config import DetectorConfig, StatisticsConfig
 from specblock.bandit.detect import PageHinkley
 from specblock.bandit.events import NUM_RANK_BUCKETS, AcceptanceEvent
 
+EXACT = 4
+"""A level is averaged over this many times the cycles that establish it."""
+
 OTHER = "(other)"
 """Where domains and strata beyond the bounds are pooled."""
 
@@ -46,14 +49,18 @@ class DecayedSum:
 
 @dataclass(slots=True)
 class Level:
-    """Pooled acceptance of the first cycles of a version in one stratum."""
+    """Pooled acceptance of the first cycles of a version in one stratum.
+
+    It counts once ``enough`` cycles are in, and goes on getting more exact for a while: the best of several levels is
+    a reference, and the best of inexact ones is too high.
+    """
 
     cycles: int = 0
     tokens: int = 0
 
     def fill(self, cycles: int, tokens: int, enough: int) -> None:
-        """Take a segment until ``enough`` cycles are in."""
-        if self.cycles < enough:
+        """Take a segment until ``EXACT`` times ``enough`` cycles are in."""
+        if self.cycles < EXACT * enough:
             self.cycles += cycles
             self.tokens += tokens
 

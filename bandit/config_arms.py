@@ -31,9 +31,11 @@ class Arm:
     prior_gain_sd: float = 0.02
     drop_recovery: float = 0.4
     """Share of an observed drop of acceptance that the arm is expected to win back."""
-    drop_recovery_sd: float = 0.15
-    probe_gain_share: float = 0.5
-    """Share of the final gain that is expected to be visible after the micro-profile."""
+    drop_recovery_sd: float = 0.2
+    probe_gain_share: float = 0.2
+    """Share of the final gain that is expected to be visible after the micro-profile; replaced by what is measured."""
+    probe_gain_share_sd: float = 0.1
+    """Uncertainty of that share."""
     cooldown_s: float = 60.0
     """No further update starts for this long after one of this arm ended."""
 
@@ -56,6 +58,7 @@ class Arm:
             prior_gain_sd=self.prior_gain_sd,
         )
         require(0 <= self.drop_recovery <= 1, f"{path}.drop_recovery", "between 0 and 1", self.drop_recovery)
+        positive(path, probe_gain_share_sd=self.probe_gain_share_sd)
         require(0 < self.probe_gain_share <= 1, f"{path}.probe_gain_share", "in (0, 1]", self.probe_gain_share)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 
-from specblock.bandit.acceptance import DomainStatistics, Level, Segment, VersionStatistics
+from specblock.bandit.acceptance import EXACT, DomainStatistics, Level, Segment, VersionStatistics
 from specblock.bandit.actions import DomainWindows, WindowSummary
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.decision import DecisionContext, DomainContext
 from specblock.bandit.intervals import ratio_of
-from specblock.bandit.state import BanditState
+from specblock.bandit.presence import Presence
+from specblock.bandit.state import BanditState, PendingUpdate
 
 SHARE_PRIOR_S_PER_S = 1e-6
 """Prior flow of every known domain: keeps shares defined when nothing flows."""
+
+WATCHES_PER_HALF_LIFE = 12
+"""Looks at presence within the half-life of the flow: no closer than the flow can change."""
 
 WINDOW_SILENT_S = 3600.0
 """A window whose newest segment is older than this says nothing about the traffic of now."""
@@ -22,10 +26,7 @@ def build_context(
     state: BanditState, windows: WindowSummary, serving_version: str, now_s: float, config: PolicyConfig
 ) -> DecisionContext:
     """What a decision at ``now_s`` reads."""
-    half_life_s = config.statistics.rate_half_life_s
-    flow = {
-        name: domain.device_s.rate(now_s, half_life_s) + SHARE_PRIOR_S_PER_S for name, domain in state.domains.items()
-    }
+    flow = _flow(state, now_s, config)
     total = math.fsum(flow.values())
     available = {window.domain: window for window in windows.domains}
     return DecisionContext(
@@ -39,6 +40,30 @@ def build_context(
         num_changes=state.changes,
         observed_s=max(now_s - state.first_event_s, 0.0) if state.first_event_s else 0.0,
     )
+
+
+def watch_presence(state: BanditState, now_s: float, config: PolicyConfig) -> None:
+    """Let every domain's presence take its present share; while nothing flows at all, nothing is learned of it."""
+    half_life_s = config.statistics.rate_half_life_s
+    passed_s = now_s - state.watched_s
+    if passed_s < half_life_s / WATCHES_PER_HALF_LIFE:
+        return
+    newest_s = max((domain.device_s.last_s for domain in state.domains.values()), default=0.0)
+    first, state.watched_s = state.watched_s == 0.0, now_s
+    if first or now_s - newest_s > half_life_s:
+        return
+    flow = _flow(state, now_s, config)
+    total = math.fsum(flow.values())
+    for name in sorted(flow):
+        state.presence[name] = state.presence.get(name, Presence()).watched(flow[name] / total, passed_s)
+
+
+def _flow(state: BanditState, now_s: float, config: PolicyConfig) -> dict[str, float]:
+    """Recent device-seconds per second of every domain."""
+    half_life_s = config.statistics.rate_half_life_s
+    return {
+        name: domain.device_s.rate(now_s, half_life_s) + SHARE_PRIOR_S_PER_S for name, domain in state.domains.items()
+    }
 
 
 def domain_context(
@@ -70,6 +95,7 @@ def domain_context(
         measurable=cycles >= config.statistics.min_window_cycles and now_s - statistics.last_time_s <= WINDOW_SILENT_S,
         num_train=windows.num_train if windows else 0,
         num_heldout=windows.num_heldout if windows else 0,
+        presence=state.presence.get(name),
     )
 
 
@@ -80,21 +106,20 @@ def _drop(
 
     Segments in strata without any reference are left out: nothing is known of them.
     """
-    levels = {
-        stratum: reference_level(name, stratum, state, version, config) for stratum in {s.stratum for s in recent}
-    }
-    known = [segment for segment in recent if levels[segment.stratum] > 0 and segment.cycles > 0]
+    found = {stratum: reference(name, stratum, state, version, config) for stratum in {s.stratum for s in recent}}
+    levels = {stratum: level.tokens / level.cycles for stratum, level in found.items() if level.cycles > 0}
+    known = [segment for segment in recent if segment.stratum in levels and segment.cycles > 0]
     if not known:
         return 0.0, 0.0, 0.0
     cycles = sum(segment.cycles for segment in known)
     kept = ratio_of((segment.cycles * levels[segment.stratum], segment.tokens) for segment in known)
-    # The reference was measured on a finite number of cycles with the same scatter per cycle.
-    se = kept.se * math.sqrt(1 + cycles / config.statistics.reference_cycles)
+    # The references were measured on a finite number of cycles with the same scatter per cycle.
+    se = kept.se * math.sqrt(1 + cycles / sum(found[stratum].cycles for stratum in {s.stratum for s in known}))
     return 1 - kept.ratio, min(se, 1.0), kept.x / cycles
 
 
-def reference_level(name: str, stratum: str, state: BanditState, version: str, config: PolicyConfig) -> float:
-    """Acceptance that ``stratum`` of a domain should have; 0 when unknown.
+def reference(name: str, stratum: str, state: BanditState, version: str, config: PolicyConfig) -> Level:
+    """Acceptance that ``stratum`` of a domain should have, and the cycles it was measured on; none when unknown.
 
     The best sustained level of the domain itself under any remembered version, or what the serving version (in a domain
     silent since: the newest version it has seen) reaches in the same stratum of the other domains: a domain that is new
@@ -102,14 +127,17 @@ def reference_level(name: str, stratum: str, state: BanditState, version: str, c
     training (if configured) stands in.
     """
     enough = config.statistics.reference_cycles
-    own = max(
-        (v.strata[stratum].acceptance(enough) for v in state.domains[name].versions.values() if stratum in v.strata),
-        default=0.0,
-    )
+    known = [v.strata[stratum] for v in state.domains[name].versions.values() if stratum in v.strata]
+    own = max(known, key=lambda level: level.acceptance(enough), default=Level())
     others = [_level(domain, version, stratum, enough) for key, domain in sorted(state.domains.items()) if key != name]
     settled = [level for level in others if level.acceptance(enough) > 0]
-    pooled = sum(level.tokens for level in settled) / sum(level.cycles for level in settled) if settled else 0.0
-    return max(own, pooled or config.reference_acceptance)
+    other = Level(sum(level.cycles for level in settled), sum(level.tokens for level in settled))
+    if not settled and config.reference_acceptance:
+        # The drafter's training saw far more than any window here.
+        exact = EXACT * enough
+        other = Level(exact, round(exact * config.reference_acceptance))
+    best = max((own, other), key=lambda level: level.acceptance(enough))
+    return best if best.acceptance(enough) > 0 else Level()
 
 
 def _level(domain: DomainStatistics, version: str, stratum: str, enough: int) -> Level:
@@ -118,6 +146,30 @@ def _level(domain: DomainStatistics, version: str, stratum: str, enough: int) ->
     newest_first = sorted(domain.versions.values(), key=lambda v: -v.last_time_s)
     known = (v.strata.get(stratum, Level()) for v in ([own] if own else []) + newest_first)
     return next((level for level in known if level.acceptance(enough) > 0), Level())
+
+
+def trial_since_s(
+    state: BanditState, windows: WindowSummary, pending: PendingUpdate, now_s: float, config: PolicyConfig
+) -> float | None:
+    """From when on held-out conversations judge a trial; None: all that are kept.
+
+    Every conversation replayed costs, and only those of the domains it is made for tell anything: so far back that
+    these are expected to be ``probe_conversations``.
+    """
+    heldout_per_s = 0.0
+    wanted = {target.domain for target in pending.targets if target.drop > config.min_drop} or {
+        target.domain for target in pending.targets
+    }
+    for window in windows.domains:
+        kept = window.num_train + window.num_heldout
+        domain = state.domains.get(window.domain)
+        if window.domain not in wanted or domain is None or not kept:
+            continue
+        totals = [version for version in domain.versions.values() if version.requests]
+        requests, tokens = sum(v.requests for v in totals), sum(v.total_tokens for v in totals)
+        per_s = domain.tokens.rate(now_s, config.statistics.rate_half_life_s) * requests / tokens if tokens else 0.0
+        heldout_per_s += per_s * window.num_heldout / kept
+    return now_s - config.probe_conversations / heldout_per_s if heldout_per_s > 0 else None
 
 
 def base_s_per_token(context: DecisionContext) -> float:

@@ -114,6 +114,13 @@ def break_even_s(gain_rate: float, cost: float, hazard_per_s: float, config: Hor
     return -math.log1p(-rate * cost / gain_rate) / rate if rate * cost < gain_rate else None
 
 
+def _paid_back_s(gain_rate: float, cost: float, lasting_s: float) -> float | None:
+    """Seconds of the domains' traffic that pay the cost; None: it is not expected to last that long."""
+    if cost <= 0:
+        return 0.0
+    return cost / gain_rate if gain_rate > 0 and cost < gain_rate * lasting_s else None
+
+
 def pooled_gain(domains: Iterable[DomainGain]) -> Belief:
     """Traffic-weighted gain. One candidate moves all domains together, so the deviations add up."""
     gains = tuple(domains)
@@ -166,10 +173,16 @@ def net_value(
     z: float,
     cost: CostConfig,
     horizon: HorizonConfig,
+    lasting_s: float | None = None,
 ) -> NetValue:
-    """Benefit, cost and the one lower confidence bound (``z`` standard deviations) of their difference."""
+    """Benefit, cost and the one lower confidence bound (``z`` standard deviations) of their difference.
+
+    ``lasting_s``, where known, is what the domains' traffic adds up to within the horizon, and their shares are shares
+    of it; otherwise the whole of traffic lasts as long as ``hazard_per_s`` lets it.
+    """
     gain = pooled_gain(domains)
-    seconds = busy_devices * horizon_value_s(hazard_per_s, horizon)
+    worth_s = horizon_value_s(hazard_per_s, horizon) if lasting_s is None else lasting_s
+    seconds = busy_devices * worth_s
     benefit, benefit_sd = gain.mean * seconds, gain.sd * seconds
     trained = cost.price + cost.interference
     total = trained * (terms.train.mean + terms.probe.mean) + cost.price * terms.score.mean
@@ -182,7 +195,7 @@ def net_value(
         gain=gain.mean,
         gain_sd=gain.sd,
         busy_devices=busy_devices,
-        horizon_value_s=horizon_value_s(hazard_per_s, horizon),
+        horizon_value_s=worth_s,
         benefit=benefit,
         benefit_sd=benefit_sd,
         train_s=terms.train.mean,
@@ -196,7 +209,9 @@ def net_value(
         net=net,
         net_sd=net_sd,
         net_lower=net - z * net_sd,
-        break_even_s=break_even_s(gain.mean * busy_devices, total, hazard_per_s, horizon),
+        break_even_s=break_even_s(gain.mean * busy_devices, total, hazard_per_s, horizon)
+        if lasting_s is None
+        else _paid_back_s(gain.mean * busy_devices, total, worth_s),
         domains=domains,
     )
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from specblock.bandit.cost import MeanSums, NetValue, TrainingSums
-from specblock.bandit.estimate import LinearEvidence
+from specblock.bandit.estimate import LinearEvidence, ShareEvidence
 from specblock.bandit.gate import Saving
 from specblock.bandit.parity import ParityEvidence
+from specblock.bandit.presence import Presence
 
 NONE, DRIFT, FAULT, LOAD = "none", "drift", "fault", "load_or_sampling"
 """Verdicts on what happened to acceptance."""
@@ -35,6 +36,8 @@ class DomainContext:
         measurable: the window is long and new enough.
         num_train: training conversations.
         num_heldout: held-out conversations.
+        presence: how it came and went; None: nothing is known of it, and its present share is taken to last as long as
+            traffic as a whole.
     """
 
     domain: str
@@ -49,16 +52,21 @@ class DomainContext:
     measurable: bool
     num_train: int
     num_heldout: int
+    presence: Presence | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """A domain that an update is expected to help, as it was when the update was decided."""
+    """A domain that an update is expected to help, as it was when the update was decided.
+
+    ``lasting_s``: expected seconds of its traffic within the horizon, in seconds of all traffic; None: not known.
+    """
 
     domain: str
     share: float
     drop: float
     drop_se: float
+    lasting_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,10 +134,19 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmEvidence:
-    """What was learned of one arm: gains of complete updates over the drop, and training seconds over positions."""
+    """What was learned of one arm.
+
+    Attributes:
+        gain: gains of complete updates over the drop.
+        training: training seconds over positions.
+        shown: share of its complete gain that a trial shows.
+        time_s: when a gain was learned last; what was learned fades from then on.
+    """
 
     gain: LinearEvidence = field(default_factory=LinearEvidence)
     training: TrainingSums = field(default_factory=TrainingSums)
+    shown: ShareEvidence = field(default_factory=ShareEvidence)
+    time_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,10 +179,14 @@ class PolicyState:
         cooldown_s: plain cool-down of its arm.
         abandoned_in_row: updates that ended without a realised gain since the last that had one.
         abandoned_drop: share-weighted drop at the newest abandoned update.
+        wasted_s: device-seconds that the newest update without a gain cost.
+        score: device-seconds of a parity check.
+        pair: device-seconds of replaying one conversation with two versions.
     """
 
     arms: dict[str, ArmEvidence] = field(default_factory=dict)
     score: MeanSums = field(default_factory=MeanSums)
+    pair: MeanSums = field(default_factory=MeanSums)
     stall: MeanSums = field(default_factory=MeanSums)
     parity: ParityRecord | None = None
     decisions: int = 0
@@ -175,3 +196,4 @@ class PolicyState:
     cooldown_s: float = 0.0
     abandoned_in_row: int = 0
     abandoned_drop: float = 0.0
+    wasted_s: float = 0.0

@@ -11,14 +11,45 @@ from dataclasses import dataclass
 
 from specblock.bandit.cost import Belief
 
-DISCOUNT = 0.98
-"""Weight of older evidence at each new observation: about the last fifty count."""
+DISCOUNT = 0.9
+"""Weight of older evidence at each new observation: about the last ten count."""
 
-GAIN_NOISE_SD = 0.01
-"""Variation of an arm's gain from one update to the next, beyond the measurement's own error."""
+GAIN_NOISE_SD, GAIN_LUCK = 0.01, 0.2
+"""Variation of an arm's gain from one update to the next, beyond the measurement's own error: absolute, and relative to
+the gain itself."""
+
+SHARE_NOISE_SD = 0.05
+"""Variation of that share from one update to the next."""
+
+MIN_SHARE, MIN_SHOWN = 0.05, 0.02
+"""Smallest share of a gain that a trial is taken to show, and smallest gain a share is learned from."""
 
 MIN_SD = 1e-6
 """A prior of standard deviation 0 means "known"; this keeps its precision finite."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShareEvidence:
+    """What share of a complete update's gain its trial showed: pairs seen so far, summed over their noise variance."""
+
+    count: int = 0
+    weight: float = 0.0
+    shown: float = 0.0
+
+    def observe(self, trial: Belief, complete: Belief) -> ShareEvidence:
+        """With one more pair; a complete gain that is not clearly above 0 says nothing about shares."""
+        if complete.mean < MIN_SHOWN or complete.mean < 2 * complete.sd:
+            return self
+        share = trial.mean / complete.mean
+        noise_sd = math.hypot(trial.sd, share * complete.sd, SHARE_NOISE_SD * complete.mean) / complete.mean
+        weight = noise_sd**-2
+        return ShareEvidence(self.count + 1, DISCOUNT * self.weight + weight, DISCOUNT * self.shown + weight * share)
+
+    def belief(self, prior: Belief) -> Belief:
+        """The posterior of the share; never so near 0 that a trial would stand for any gain whatever."""
+        p = max(prior.sd, MIN_SD) ** -2
+        mean = (p * prior.mean + self.shown) / (p + self.weight)
+        return Belief(mean=min(max(mean, MIN_SHARE), 1.0), sd=math.hypot((p + self.weight) ** -0.5, SHARE_NOISE_SD))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +84,11 @@ class LinearEvidence:
             DISCOUNT * self.y + w * y,
             DISCOUNT * self.xy + w * x * y,
         )
+
+    def faded(self, kept: float) -> LinearEvidence:
+        """The evidence, weighing ``kept`` of what it did."""
+        sums = (self.weight, self.x, self.xx, self.y, self.xy)
+        return LinearEvidence(self.count, *(kept * one for one in sums))
 
     def predict(self, x: float, prior: LinearPrior) -> Belief:
         """The posterior of ``base + slope * x`` (no observation noise)."""

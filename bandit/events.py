@@ -81,9 +81,7 @@ def encode(event: AcceptanceEvent) -> dict[str, str]:
         "type": "acceptance",
         "event_id": f"{event.incarnation}:{event.sequence}",
         # ``asdict`` would copy every value: most of what telling an event costs.
-        "data": json.dumps(
-            {name: getattr(event, name) for name in _NAMES}, separators=(",", ":"), allow_nan=False
-        ),
+        "data": json.dumps({name: getattr(event, name) for name in _NAMES}, separators=(",", ":"), allow_nan=False),
     }
 
 

@@ -9,7 +9,9 @@ from specblock.bandit.parity import ParityEvidence
 def saving_numbers(saving: Saving) -> dict[str, float]:
     """Of a paired comparison."""
     per_domain = {f"saving.{domain.domain}": domain.saving for domain in saving.domains}
-    return {"saving": saving.relative, "saving_se": saving.se, "conversations": saving.conversations, **per_domain}
+    errors = {f"saving_se.{domain.domain}": domain.se for domain in saving.domains}
+    total = {"saving": saving.relative, "saving_se": saving.se, "conversations": saving.conversations}
+    return {**total, **per_domain, **errors}
 
 
 def gate_numbers(evidence: GateEvidence) -> dict[str, float]:

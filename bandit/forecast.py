@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from statistics import NormalDist
 
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.cost import (
@@ -10,25 +12,43 @@ from specblock.bandit.cost import (
     CostTerms,
     DomainGain,
     NetValue,
+    horizon_value_s,
     mean_seconds,
     net_value,
     training_seconds,
     update_belief,
 )
 from specblock.bandit.decision import ArmEvidence, DecisionContext, PolicyState, Probed, Target
-from specblock.bandit.estimate import GAIN_NOISE_SD, LinearPrior
+from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, LinearPrior
+from specblock.bandit.gate import Saving
 from specblock.bandit.intervals import one_sided_z
 
 COMPARISONS = 4
-"""Paired replays of a complete update: micro-profile, two looks at the gate, realised gain."""
+"""Paired replays that a clear gain is charged with: micro-profile, two looks at the gate, realised gain."""
 
-COMPARISONS_AFTER_PROBE = 3
+PAIRED_SD = 0.09
+"""Relative scatter of what a complete update saves from one conversation to the next, as every machine showed it."""
+
+LOOK_WIDTH = 3.0
+"""Half-width of the gate's confidence sequence, in standard errors of the mean saving, at the sizes that decide."""
+
+SETTLED_SHARE = 0.3
+"""Share of the requests after a promotion, about, that are held out and thus replayed to measure its realised gain."""
+
+TYPICAL_PAIRS = 16
+"""Conversations that the configured first guess of a scoring's cost is about."""
 
 
-def targets(context: DecisionContext) -> tuple[Target, ...]:
+def targets(context: DecisionContext, config: PolicyConfig) -> tuple[Target, ...]:
     """Domains that training can reach: recent traffic, and conversations to train on."""
     return tuple(
-        Target(domain=d.domain, share=d.share, drop=d.drop, drop_se=d.drop_se)
+        Target(
+            domain=d.domain,
+            share=d.share,
+            drop=d.drop,
+            drop_se=d.drop_se,
+            lasting_s=d.presence.lasting_s(d.share, config.horizon) if d.presence else None,
+        )
         for d in context.domains
         if d.measurable and d.num_train > 0
     )
@@ -47,40 +67,91 @@ def domain_weights(reached: tuple[Target, ...], min_drop: float) -> dict[str, fl
     return {target.domain: target.share * max(target.drop, min_drop) for target in reached}
 
 
-def domain_gain(arm: Arm, target: Target, state: PolicyState) -> DomainGain:
+def faded(state: PolicyState, now_s: float, config: PolicyConfig) -> PolicyState:
+    """The state with what the arms gained weighing less the longer ago it was learned."""
+    arms = {}
+    for name, evidence in state.arms.items():
+        kept = math.exp2(-max(now_s - evidence.time_s, 0.0) / config.evidence_half_life_s)
+        arms[name] = replace(evidence, gain=evidence.gain.faded(kept))
+    return replace(state, arms=arms)
+
+
+def told_drop(target: Target, config: PolicyConfig) -> float:
+    """The drop, if it is told from noise, else 0.
+
+    Decisions are taken every few seconds: the largest of many noisy drops looks like one that an update would repair.
+    """
+    return target.drop if target.drop > max(config.min_drop, config.drop_z * target.drop_se) else 0.0
+
+
+def domain_gain(arm: Arm, target: Target, state: PolicyState, config: PolicyConfig) -> DomainGain:
     """Relative saving that a complete update by ``arm`` is expected to give in one domain."""
     evidence = state.arms.get(arm.name, ArmEvidence())
     prior = LinearPrior(arm.prior_gain_mean, arm.prior_gain_sd, arm.drop_recovery, arm.drop_recovery_sd)
-    gain = evidence.gain.predict(max(target.drop, 0.0), prior)
-    sd = math.hypot(gain.sd, arm.drop_recovery * target.drop_se)
+    gain = evidence.gain.predict(told_drop(target, config), prior)
+    # The next update may be luckier or less lucky than the mean of all.
+    luck = math.hypot(GAIN_NOISE_SD, GAIN_LUCK * gain.mean) if told_drop(target, config) else 0.0
+    sd = math.hypot(gain.sd, luck, arm.drop_recovery * target.drop_se)
     return DomainGain(domain=target.domain, share=target.share, mean=gain.mean, sd=sd)
 
 
-def probed_gain(arm: Arm, target: Target, state: PolicyState, probed: Probed) -> DomainGain:
+def probed_gain(arm: Arm, target: Target, state: PolicyState, probed: Probed, config: PolicyConfig) -> DomainGain:
     """The same, with what the micro-profile measured; a domain it could not measure keeps its prediction."""
-    before = domain_gain(arm, target, state)
+    before = domain_gain(arm, target, state, config)
     measured = next((d for d in probed.saving.domains if d.domain == target.domain and d.conversations > 1), None)
     if measured is None:
         return before
-    seen = arm.probe_gain_share
+    seen = shown_share(arm, state)
+    # What share of its gain a trial shows is known only roughly: a large gain makes the trial's surprise cheap.
+    share_noise = seen.sd * math.hypot(before.mean, before.sd) / seen.mean
     # Few conversations may agree by chance (cycles are whole numbers), and a trial is not yet the complete update.
-    measured_sd = math.hypot(measured.se / seen, GAIN_NOISE_SD)
-    after = update_belief(Belief(mean=before.mean, sd=before.sd), measured.saving / seen, measured_sd)
+    measured_sd = math.hypot(measured.se / seen.mean, share_noise, GAIN_NOISE_SD)
+    after = update_belief(Belief(mean=before.mean, sd=before.sd), measured.saving / seen.mean, measured_sd)
     return DomainGain(domain=target.domain, share=target.share, mean=after.mean, sd=after.sd)
+
+
+def shown_share(arm: Arm, state: PolicyState) -> Belief:
+    """Share of its complete gain that a trial of ``arm`` shows: the first guess, and the pairs measured since."""
+    evidence = state.arms.get(arm.name, ArmEvidence())
+    return evidence.shown.belief(Belief(mean=arm.probe_gain_share, sd=arm.probe_gain_share_sd))
 
 
 def complete_value(arm: Arm, context: DecisionContext, state: PolicyState, config: PolicyConfig) -> NetValue:
     """Net value of a complete update, micro-profile and gate included."""
-    gains = tuple(domain_gain(arm, target, state) for target in targets(context))
-    return _value(arm, gains, config.probe_fraction, COMPARISONS, context, state, config)
+    reached = targets(context, config)
+    gains = tuple(domain_gain(arm, target, state, config) for target in reached)
+    return _value(arm, gains, reached, config.probe_fraction, context, state, config)
 
 
 def remaining_value(
     arm: Arm, probed: Probed, context: DecisionContext, state: PolicyState, config: PolicyConfig
 ) -> NetValue:
     """Net value of what is left after a micro-profile; what it cost is sunk."""
-    gains = tuple(probed_gain(arm, target, state, probed) for target in probed.targets)
-    return _value(arm, gains, 0.0, COMPARISONS_AFTER_PROBE, context, state, config)
+    gains = tuple(probed_gain(arm, target, state, probed, config) for target in probed.targets)
+    return _value(arm, gains, probed.targets, 0.0, context, state, config)
+
+
+def gate_outlook(value: NetValue, saving: Saving, state: PolicyState, config: PolicyConfig) -> tuple[float, float]:
+    """What a candidate at the gate is still expected to bring, and what looking on costs; training is sunk.
+
+    Args:
+        value: predicted before the gate.
+        saving: measured at the gate so far.
+        state: what was learned.
+        config: the gate's limits.
+    """
+    measured = {d.domain: d for d in saving.domains if d.conversations > 1}
+    gain = 0.0
+    for domain in value.domains:
+        found, belief = measured.get(domain.domain), Belief(mean=domain.mean, sd=domain.sd)
+        gain += domain.share * (update_belief(belief, found.saving, found.se) if found else belief).mean
+    # Only a saving on the conversations as they arrive can pass, and only one that the last look could still tell.
+    least = LOOK_WIDTH * PAIRED_SD / math.sqrt(config.gate.max_conversations)
+    chance = NormalDist().cdf((saving.relative - least) / max(saving.se, 1e-6))
+    more = max(gate_conversations(saving.relative, config) - saving.conversations, config.gate.min_conversations)
+    more = min(more, max(config.gate.max_conversations - saving.conversations, 0))
+    benefit_s = chance * gain * value.busy_devices * value.horizon_value_s
+    return benefit_s, config.cost.price * more * pair_s(state, config).mean
 
 
 def train_s(arm: Arm, fraction: float, state: PolicyState, config: PolicyConfig) -> Belief:
@@ -90,8 +161,20 @@ def train_s(arm: Arm, fraction: float, state: PolicyState, config: PolicyConfig)
 
 
 def score_s(state: PolicyState, config: PolicyConfig) -> Belief:
-    """Device-seconds of one comparison or parity check."""
+    """Device-seconds of one parity check."""
     return mean_seconds(state.score, config.cost.prior_score_s, config.cost)
+
+
+def pair_s(state: PolicyState, config: PolicyConfig) -> Belief:
+    """Device-seconds of replaying one conversation with two versions."""
+    return mean_seconds(state.pair, config.cost.prior_score_s / TYPICAL_PAIRS, config.cost)
+
+
+def gate_conversations(gain: float, config: PolicyConfig) -> float:
+    """Conversations until the gate is expected to tell ``gain`` from none: a small gain is dear to prove."""
+    rules = config.gate
+    needed = (LOOK_WIDTH * PAIRED_SD / gain) ** 2 if gain > 0 else math.inf
+    return min(max(needed, rules.min_conversations), rules.max_conversations)
 
 
 def hazard_per_s(context: DecisionContext, config: PolicyConfig) -> float:
@@ -103,17 +186,22 @@ def hazard_per_s(context: DecisionContext, config: PolicyConfig) -> float:
 def _value(
     arm: Arm,
     gains: tuple[DomainGain, ...],
+    reached: tuple[Target, ...],
     probe_fraction: float,
-    comparisons: int,
     context: DecisionContext,
     state: PolicyState,
     config: PolicyConfig,
 ) -> NetValue:
-    score = score_s(state, config)
+    score, pair = score_s(state, config), pair_s(state, config)
+    now = math.fsum(gain.share for gain in gains)
+    pairs = gate_conversations(math.fsum(g.share * g.mean for g in gains) / now if now > 0 else 0.0, config)
+    pairs += SETTLED_SHARE * config.gate.settle_requests
+    pairs += config.probe_conversations if probe_fraction else 0
+    lasting_s, gains = _lasting(gains, reached, config)
     terms = CostTerms(
         train=train_s(arm, 1 - config.probe_fraction, state, config),
         probe=train_s(arm, probe_fraction, state, config) if probe_fraction else Belief(mean=0.0, sd=0.0),
-        score=Belief(mean=comparisons * score.mean, sd=comparisons * score.sd),
+        score=Belief(mean=score.mean + pairs * pair.mean, sd=math.hypot(score.sd, pairs * pair.sd)),
         stall=mean_seconds(state.stall, config.cost.prior_stall_s, config.cost),
     )
     return net_value(
@@ -125,4 +213,17 @@ def _value(
         z=one_sided_z(config.confidence),
         cost=config.cost,
         horizon=config.horizon,
+        lasting_s=lasting_s,
     )
+
+
+def _lasting(
+    gains: tuple[DomainGain, ...], reached: tuple[Target, ...], config: PolicyConfig
+) -> tuple[float | None, tuple[DomainGain, ...]]:
+    """Expected seconds of the targets' traffic, and the gains with their shares of it; None: nothing is known."""
+    lasting = [target.lasting_s for target in reached if target.lasting_s is not None]
+    total_s = math.fsum(lasting)
+    if len(lasting) < len(reached) or total_s <= 0:
+        return None, gains
+    shared = tuple(replace(gain, share=one_s / total_s) for gain, one_s in zip(gains, lasting, strict=True))
+    return min(total_s, horizon_value_s(0.0, config.horizon)), shared

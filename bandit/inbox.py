@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from specblock.bandit.clock import is_due
 from specblock.bandit.config import PolicyConfig
-from specblock.bandit.events import EventError, decode
+from specblock.bandit.events import AcceptanceEvent, EventError, decode
 from specblock.bandit.state import BanditState
 from specblock.bandit.status import LoopCounters
 from specblock.bandit.stream_types import Stream, StreamEntry
@@ -16,6 +17,15 @@ CLAIM_EVERY_S = 5.0
 
 MAX_UNACKED = 100_000
 """Entries that may wait for a disk that refuses snapshots; beyond, the (bounded) stream keeps them."""
+
+
+def read_entry(entry: StreamEntry) -> AcceptanceEvent:
+    """The event of a stream entry.
+
+    Raises:
+        EventError: naming what is wrong.
+    """
+    return decode(entry.fields)
 
 
 class Inbox:
@@ -29,13 +39,20 @@ class Inbox:
         policy: how they are learned.
         counters: counts them.
         read_count: most entries of one read.
+        understand: the event of an entry.
     """
 
     def __init__(
-        self, stream: Stream, state: BanditState, policy: PolicyConfig, counters: LoopCounters, read_count: int
+        self,
+        stream: Stream,
+        state: BanditState,
+        policy: PolicyConfig,
+        counters: LoopCounters,
+        read_count: int,
+        understand: Callable[[StreamEntry], AcceptanceEvent],
     ) -> None:
         self._stream, self._state, self._policy, self._counters = stream, state, policy, counters
-        self._read_count = read_count
+        self._read_count, self._understand = read_count, understand
         self._unacked: dict[str, None] = {}
         self.unsaved = False
         self._claim_s = float("-inf")
@@ -68,7 +85,7 @@ class Inbox:
                 self._unacked[entry.entry_id] = None
                 continue
             try:
-                event = decode(entry.fields)
+                event = self._understand(entry)
             except EventError as error:
                 self._stream.park(entry, str(error))
                 self._counters.parked += 1

@@ -6,11 +6,16 @@ import math
 from dataclasses import replace
 
 from specblock.bandit.actions import TrainReport
-from specblock.bandit.config import Arm
+from specblock.bandit.config import Arm, PolicyConfig
+from specblock.bandit.cost import Belief
 from specblock.bandit.decision import ArmEvidence, Charge, ParityRecord, PolicyState, Target
-from specblock.bandit.estimate import GAIN_NOISE_SD
+from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD
+from specblock.bandit.forecast import faded, told_drop
 from specblock.bandit.gate import Saving
 from specblock.bandit.parity import ParityEvidence
+
+WHOLE = Belief(mean=1.0, sd=0.0)
+"""Share of its gain that a complete update shows."""
 
 
 def charge(state: PolicyState, now_s: float, device_s: float) -> PolicyState:
@@ -26,8 +31,13 @@ def learn_training(state: PolicyState, arm: Arm, fraction: float, report: TrainR
 
 
 def learn_score(state: PolicyState, device_s: float) -> PolicyState:
-    """Learn what a comparison or parity check costs."""
+    """Learn what a parity check costs."""
     return replace(state, score=state.score.observe(device_s))
+
+
+def learn_pairs(state: PolicyState, pairs: int, device_s: float) -> PolicyState:
+    """Learn what replaying one conversation with two versions costs."""
+    return replace(state, pair=state.pair.observe(device_s / pairs)) if pairs > 0 else state
 
 
 def learn_stall(state: PolicyState, stall_s: float) -> PolicyState:
@@ -36,7 +46,13 @@ def learn_stall(state: PolicyState, stall_s: float) -> PolicyState:
 
 
 def learn_gain(
-    state: PolicyState, arm: Arm, targets: tuple[Target, ...], saving: Saving, seen: float = 1.0
+    state: PolicyState,
+    arm: Arm,
+    targets: tuple[Target, ...],
+    saving: Saving,
+    config: PolicyConfig,
+    now_s: float,
+    seen: Belief = WHOLE,
 ) -> PolicyState:
     """Learn, domain by domain, what an update by ``arm`` saved at the drop it was made for.
 
@@ -45,16 +61,38 @@ def learn_gain(
         arm: what was done.
         targets: domains it was made for.
         saving: measured.
+        config: what counts as a drop, and how fast evidence fades.
+        now_s: time of the measurement.
         seen: share of a complete update's gain that the measurement is expected to show.
     """
-    evidence = state.arms.get(arm.name, ArmEvidence())
+    evidence = faded(state, now_s, config).arms.get(arm.name, ArmEvidence())
     measured = {domain.domain: domain for domain in saving.domains if domain.conversations > 1}
     gain = evidence.gain
     for target in targets:
         if found := measured.get(target.domain):
-            noise_sd = math.hypot(found.se / seen, GAIN_NOISE_SD)
-            gain = gain.observe(max(target.drop, 0.0), found.saving / seen, noise_sd)
-    return _with_arm(state, arm, replace(evidence, gain=gain))
+            drop = told_drop(target, config)
+            # A share known only roughly blurs what a trial says about a gain as large as the arm may have.
+            expected = max(arm.prior_gain_mean + arm.drop_recovery * drop, abs(found.saving) / seen.mean)
+            varies = math.hypot(seen.sd / seen.mean, GAIN_LUCK) * expected
+            noise_sd = math.hypot(found.se / seen.mean, varies, GAIN_NOISE_SD)
+            gain = gain.observe(drop, found.saving / seen.mean, noise_sd)
+    return _with_arm(state, arm, replace(evidence, gain=gain, time_s=now_s))
+
+
+def learn_shown(
+    state: PolicyState, arm: Arm, targets: tuple[Target, ...], trial: Saving, complete: Saving
+) -> PolicyState:
+    """Learn from a trial and the complete update after it what share of the gain the trial showed."""
+    evidence = state.arms.get(arm.name, ArmEvidence())
+    wanted = {target.domain for target in targets}
+    early, late = (
+        {d.domain: Belief(mean=d.saving, sd=d.se) for d in one.domains if d.conversations > 1 and d.domain in wanted}
+        for one in (trial, complete)
+    )
+    shown = evidence.shown
+    for domain in sorted(early.keys() & late.keys()):
+        shown = shown.observe(early[domain], late[domain])
+    return _with_arm(state, arm, replace(evidence, shown=shown))
 
 
 def learn_parity(
@@ -71,14 +109,17 @@ def learn_parity(
     )
 
 
-def end_update(state: PolicyState, arm: Arm, now_s: float, drop: float, *, gained: bool) -> PolicyState:
-    """Start the cool-down after an update; one without a gain lengthens the back-off."""
+def end_update(
+    state: PolicyState, arm: Arm, now_s: float, drop: float, *, gained: bool, spent_s: float = 0.0
+) -> PolicyState:
+    """Start the cool-down after an update; one without a gain lengthens the back-off, by what it has cost."""
     return replace(
         state,
         ended_s=now_s,
         cooldown_s=arm.cooldown_s,
         abandoned_in_row=0 if gained else state.abandoned_in_row + 1,
         abandoned_drop=0.0 if gained else drop,
+        wasted_s=0.0 if gained else spent_s,
     )
 
 

@@ -10,6 +10,7 @@ import functools
 import math
 from dataclasses import replace
 
+from specblock.bandit.backoff import cooldown_left_s
 from specblock.bandit.codec import digest, dumps
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.decision import (
@@ -30,7 +31,14 @@ from specblock.bandit.decision import (
     Probed,
     Target,
 )
-from specblock.bandit.forecast import complete_value, domain_weights, mean_drop, remaining_value, score_s, targets
+from specblock.bandit.forecast import (
+    complete_value,
+    domain_weights,
+    faded,
+    remaining_value,
+    score_s,
+    targets,
+)
 from specblock.bandit.parity import ParityEvidence
 
 MIN_PROBED = 2
@@ -50,9 +58,10 @@ def decide(context: DecisionContext, state: PolicyState, config: PolicyConfig) -
     """
     recent = tuple(charge for charge in state.charges if charge.time_s > context.now_s - HOUR_S)
     state = replace(state, charges=recent)
+    known = faded(state, context.now_s, config)
     if context.probed is not None:
-        return _after_probe(context, context.probed, state, config), state
-    return _at_rest(context, state, config), replace(state, decisions=state.decisions + 1)
+        return _after_probe(context, context.probed, known, config), state
+    return _at_rest(context, known, config), replace(state, decisions=state.decisions + 1)
 
 
 def inputs_digest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> str:
@@ -67,7 +76,7 @@ def _configuration(config: PolicyConfig) -> str:
 
 def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> Decision:
     verdict, evidence = attribute(context, state, config)
-    reached = targets(context)
+    reached = targets(context, config)
     options = tuple(_option(arm, reached, context, state, config) for arm in config.arms if arm.steps > 0)
     best = max((o for o in options if not o.blocked), key=lambda o: o.value.net_lower, default=None)
     plain = Decision(action=SKIP, verdict=verdict, reason="", options=options, targets=reached)
@@ -130,7 +139,9 @@ def _check_wanted(context: DecisionContext, state: PolicyState, config: PolicyCo
     age_s = math.inf if record is None or parity is None else context.now_s - record.time_s
     # A fault stays until somebody mends it: looking again and again would cost more than it tells.
     doublings = min(max(0, record.broken_in_row - 1), 64) if record is not None and parity is not None else 0
-    if age_s < min(rules.retry_s * 2.0**doublings, max(rules.retry_s, rules.every_s)):
+    dear_s = score_s(state, config).mean / (rules.max_share * max(context.busy_devices, 0.01))
+    regular_s = max(rules.every_s, dear_s)
+    if age_s < min(rules.retry_s * 2.0**doublings, max(rules.retry_s, regular_s)):
         return ""
     if parity is not None and parity.verdict == "broken":
         return "parity was broken; looking again"
@@ -138,7 +149,6 @@ def _check_wanted(context: DecisionContext, state: PolicyState, config: PolicyCo
         return "acceptance changed; first find out whether something is broken"
     if wanted and (age_s > rules.valid_s or (parity is not None and parity.verdict != "ok")):
         return "an update would pay; first make sure that nothing is broken"
-    regular_s = max(rules.every_s, score_s(state, config).mean / (rules.max_share * max(context.busy_devices, 0.01)))
     return "regular check of live acceptance against exact replay" if age_s > regular_s else ""
 
 
@@ -164,7 +174,7 @@ def _blocked(
         return f"{num_train:.0f} of {config.min_train_windows} training conversations of what it would be made for"
     if num_heldout < config.min_heldout_windows:
         return f"{num_heldout:.0f} of {config.min_heldout_windows} held-out conversations of what it would be made for"
-    wait_s = cooldown_left_s(context.now_s, state, config, mean_drop(reached))
+    wait_s = cooldown_left_s(context.now_s, state, config, reached, context.busy_devices)
     if wait_s > 0:
         return f"cooling down for another {wait_s:.0f} s"
     spent_s, budget_s = math.fsum(c.device_s for c in state.charges), config.budget_device_s_per_hour
@@ -183,18 +193,6 @@ def _effective(reached: tuple[Target, ...], counts: dict[str, int], enough: int,
     return (
         math.fsum(w * min(counts.get(domain, 0), most) for domain, w in weights.items()) / total if total > 0 else 0.0
     )
-
-
-def cooldown_left_s(now_s: float, state: PolicyState, config: PolicyConfig, drop: float) -> float:
-    """Seconds until the next update may start; a drop that has grown ends the back-off, not the plain cool-down."""
-    if state.ended_s == 0.0:
-        return 0.0
-    # After an update that no drop had asked for, any noise would be a growth.
-    grown = drop > max(config.evidence_growth * state.abandoned_drop, config.min_drop)
-    # Beyond 64 doublings the cap has long been reached, and a float power would overflow.
-    rounds = 0 if grown else min(state.abandoned_in_row, 64)
-    longest_s = max(config.backoff_max_s, state.cooldown_s)
-    return max(0.0, state.ended_s + min(state.cooldown_s * config.backoff_factor**rounds, longest_s) - now_s)
 
 
 def _after_probe(context: DecisionContext, probed: Probed, state: PolicyState, config: PolicyConfig) -> Decision:

@@ -6,6 +6,7 @@ the two; the action may or may not have happened, so it is charged in full and n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from specblock.bandit.config import Arm
@@ -99,7 +100,9 @@ class Recovery:
         if record.action == PROBE:
             drop = mean_drop(pending.targets) if mine and pending is not None else UNKNOWN_DROP
             arm = next((arm for arm in config.arms if arm.name == record.arm), Arm(name=record.arm))
-            state.policy = end_update(state.policy, arm, now_s, drop, gained=gained)
+            since_s = pending.started_s if mine and pending is not None else now_s
+            spent_s = math.fsum(c.device_s for c in state.policy.charges if c.time_s >= since_s)
+            state.policy = end_update(state.policy, arm, now_s, drop, gained=gained, spent_s=spent_s)
         if mine:
             state.pending = None
 

@@ -12,9 +12,11 @@ from specblock.bandit.actions import Actions
 from specblock.bandit.clock import is_due
 from specblock.bandit.codec import dumps, loads
 from specblock.bandit.config import PolicyConfig, ServiceConfig
+from specblock.bandit.context import watch_presence
 from specblock.bandit.deciding import Decider
 from specblock.bandit.errors import BanditError, SnapshotError, StreamError
-from specblock.bandit.inbox import Inbox
+from specblock.bandit.events import AcceptanceEvent
+from specblock.bandit.inbox import Inbox, read_entry
 from specblock.bandit.ledger import Ledger, LedgerRecord
 from specblock.bandit.lifecycle import Lifecycle
 from specblock.bandit.outside import ActionError
@@ -22,7 +24,7 @@ from specblock.bandit.recovery import retry_or_end
 from specblock.bandit.snapshot import SnapshotStore
 from specblock.bandit.state import BanditState
 from specblock.bandit.status import BanditStatus, LoopCounters, StepReport, build_status
-from specblock.bandit.stream_types import Stream
+from specblock.bandit.stream_types import Stream, StreamEntry
 
 logger = logging.getLogger(__name__)
 
@@ -41,13 +43,21 @@ class BanditService:
         actions: the outside world.
         policy: decision rule.
         config: pace and places.
+        understand: the event of a stream entry; by default its wire format is read.
 
     Raises:
         SnapshotError: snapshots exist and none can be used.
         LedgerError: the ledger is damaged in its middle.
     """
 
-    def __init__(self, stream: Stream, actions: Actions, policy: PolicyConfig, config: ServiceConfig) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        actions: Actions,
+        policy: PolicyConfig,
+        config: ServiceConfig,
+        understand: Callable[[StreamEntry], AcceptanceEvent] = read_entry,
+    ) -> None:
         directory = Path(config.directory)
         self._stream, self._actions, self._policy, self._config = stream, actions, policy, config
         self._snapshots = SnapshotStore(directory / "snapshots", config.keep_snapshots)
@@ -55,7 +65,7 @@ class BanditService:
         self.state = self._restore()
         self._lifecycle = Lifecycle(self.state, self._ledger, actions, policy)
         self.counters = LoopCounters(ledger_repaired_bytes=self._ledger.repaired_bytes)
-        self._inbox = Inbox(stream, self.state, policy, self.counters, config.read_count)
+        self._inbox = Inbox(stream, self.state, policy, self.counters, config.read_count, understand)
         self._decider = Decider(
             self.state,
             self._ledger,
@@ -85,6 +95,7 @@ class BanditService:
         """
         before = replace(self.counters)
         self._inbox.take(now_s)
+        watch_presence(self.state, now_s, self._policy)
         durable = self._persist(now_s) if self._due_for_snapshot(now_s) else True
         error = ""
         if durable and not self._paused.is_set():

@@ -7,9 +7,9 @@ from dataclasses import replace
 from specblock.bandit.actions import Actions, CompareReport
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.cost import charge_s
-from specblock.bandit.forecast import score_s, train_s
+from specblock.bandit.forecast import score_s, shown_share, train_s
 from specblock.bandit.gate import Saving, pooled_saving
-from specblock.bandit.learning import learn_gain, learn_parity, learn_score
+from specblock.bandit.learning import learn_gain, learn_pairs, learn_parity, learn_score, learn_shown
 from specblock.bandit.ledger import Ledger, LedgerRecord
 from specblock.bandit.outside import Journal, attempt
 from specblock.bandit.parity import ParityEvidence
@@ -62,7 +62,7 @@ class StageTools:
     def compare(self, old: str, new: str, after_s: float | None) -> tuple[CompareReport, float]:
         """Paired replay of two versions, and what it is charged with; its cost is learned."""
         report = attempt(lambda: self.actions.compare(old, new, after_s))
-        self.state.policy = learn_score(self.state.policy, report.device_s)
+        self.state.policy = learn_pairs(self.state.policy, len(report.rows), report.device_s)
         return report, charge_s(self.config.cost, device_s=report.device_s)
 
     def parity(self, version: str, now_s: float) -> tuple[ParityEvidence, float]:
@@ -73,16 +73,23 @@ class StageTools:
         self.state.policy = learn_parity(policy, version, now_s, evidence, self.state.changes)
         return evidence, charge_s(self.config.cost, device_s=report.device_s)
 
-    def learn(self, pending: PendingUpdate, saving: Saving, seen: float) -> None:
-        """Learn what the update's arm saved; ``seen`` is the share of its gain that is expected to show."""
+    def learn_trial(self, pending: PendingUpdate, saving: Saving, now_s: float) -> None:
+        """Learn what a trial that nothing follows says about the gain of its arm."""
         arm = self.config.arm(pending.arm)
-        self.state.policy = learn_gain(self.state.policy, arm, pending.targets, saving, seen)
+        seen = shown_share(arm, self.state.policy)
+        self.state.policy = learn_gain(self.state.policy, arm, pending.targets, saving, self.config, now_s, seen)
+
+    def learn(self, pending: PendingUpdate, saving: Saving, now_s: float) -> None:
+        """Learn what the complete update saved, and what share of it its trial had shown."""
+        arm, trial = self.config.arm(pending.arm), pending.trial
+        policy = learn_gain(self.state.policy, arm, pending.targets, saving, self.config, now_s)
+        self.state.policy = learn_shown(policy, arm, pending.targets, trial, saving) if trial else policy
 
     def reject(self, pending: PendingUpdate, now_s: float, reason: str) -> None:
         """End an update at the gate; what it would have saved is learned."""
         record, rows = self.ledger.open_record(pending.decision_id), self.state.pending
         assert record is not None and rows is not None
-        self.learn(pending, pooled_saving(rows.rows), 1.0)
+        self.learn(pending, pooled_saving(rows.rows), now_s)
         self.drop(record, "rejected", now_s, reason)
 
     def drop(self, record: LedgerRecord, stage: str, now_s: float, reason: str, charged_s: float | None = None) -> None:

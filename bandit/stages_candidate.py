@@ -6,12 +6,12 @@ import math
 from dataclasses import replace
 
 from specblock.bandit.actions import WindowSummary
-from specblock.bandit.context import build_context
+from specblock.bandit.context import build_context, trial_since_s
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import CONTINUE, Probed
 from specblock.bandit.evidence import gate_numbers, saving_numbers
-from specblock.bandit.forecast import domain_weights
-from specblock.bandit.gate import gate_rows, judge, pooled_saving
+from specblock.bandit.forecast import domain_weights, gate_outlook
+from specblock.bandit.gate import GateEvidence, gate_rows, judge, pooled_saving
 from specblock.bandit.learning import learn_training
 from specblock.bandit.outside import attempt
 from specblock.bandit.policy import decide, inputs_digest
@@ -35,7 +35,8 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         candidate_version=candidate,
         charged_s=charge_s(config.cost, device_s=trained.device_s, train_s=trained.train_s),
     )
-    report, cost_s = tools.compare(pending.base_version, candidate, None)
+    since_s = trial_since_s(tools.state, attempt(tools.actions.windows), pending, now_s, config)
+    report, cost_s = tools.compare(pending.base_version, candidate, since_s)
     saving = pooled_saving(gate_rows(report))
     probed = Probed(arm=arm.name, targets=pending.targets, saving=saving)
     context = build_context(tools.state, WindowSummary(), pending.base_version, now_s, config)
@@ -54,10 +55,11 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         policy_state=known,
     )
     if decision.action != CONTINUE:
-        tools.learn(pending, saving, arm.probe_gain_share)
+        tools.learn_trial(pending, saving, now_s)
         tools.drop(record, "abandoned", now_s, decision.reason)
         return True
-    tools.move(stage="training", candidate_version=candidate, option=decision.option() or pending.option)
+    option = decision.option() or pending.option
+    tools.move(stage="training", candidate_version=candidate, option=option, trial=saving)
     return True
 
 
@@ -113,6 +115,24 @@ def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         tools.move(stage="promoting")
     elif evidence.verdict == "fail":
         tools.reject(pending, now_s, evidence.reason)
+    elif (outlook := _not_worth_looking_on(tools, pending, evidence)) and not late:
+        tools.reject(pending, now_s, outlook)
     elif late:
         tools.reject(pending, now_s, f"undecided at the deadline: {evidence.reason}")
     return True
+
+
+def _not_worth_looking_on(tools: StageTools, pending: PendingUpdate, evidence: GateEvidence) -> str:
+    """Why further looks would cost more than the candidate may still bring; empty if they would not.
+
+    The gate's error does not depend on it: a candidate that is given up does not pass.
+    """
+    saving = evidence.saving
+    if saving.conversations < tools.config.gate.min_conversations:
+        return ""
+    benefit_s, cost_s = gate_outlook(pending.option.value, saving, tools.state.policy, tools.config)
+    if benefit_s > cost_s:
+        return ""
+    return (
+        f"{evidence.reason}; given up: it may still bring {benefit_s:.1f} device-s, looking on would cost {cost_s:.1f}"
+    )

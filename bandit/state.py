@@ -8,7 +8,8 @@ from specblock.bandit.acceptance import OTHER, DomainStatistics
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.decision import Option, PolicyState, Target
 from specblock.bandit.events import AcceptanceEvent
-from specblock.bandit.gate import GateRow
+from specblock.bandit.gate import GateRow, Saving
+from specblock.bandit.presence import Presence
 from specblock.bandit.watermark import Watermarks
 
 MAX_VERSION_TOTALS = 64
@@ -48,6 +49,7 @@ class PendingUpdate:
         next_look: finished requests since then before the next look.
         looks: looks taken at the gate.
         rows: gate conversations, in the order they became known.
+        trial: what the micro-profile measured.
         promoted_s: time of the promotion.
         tokens_mark: tokens the new version had served by then.
     """
@@ -69,6 +71,7 @@ class PendingUpdate:
     next_look: int = 0
     looks: int = 0
     rows: tuple[GateRow, ...] = ()
+    trial: Saving | None = None
     promoted_s: float = 0.0
     tokens_mark: int = 0
 
@@ -97,6 +100,8 @@ class BanditState:
         flagged: of these, events of mixed versions.
         first_event_s: oldest event time; 0 before any.
         retired_changes: changes reported in domains that were forgotten.
+        presence: of every domain.
+        watched_s: when presence was looked at last.
     """
 
     domains: dict[str, DomainStatistics] = field(default_factory=dict)
@@ -112,6 +117,8 @@ class BanditState:
     learned_at_decision: int = 0
     paused: bool = False
     retired_changes: int = 0
+    presence: dict[str, Presence] = field(default_factory=dict)
+    watched_s: float = 0.0
 
     @property
     def changes(self) -> int:
@@ -150,6 +157,7 @@ class BanditState:
         if not named or now_s - named[oldest] < DOMAIN_SILENT_S:
             return False
         self.retired_changes += self.domains.pop(oldest).changes
+        self.presence.pop(oldest, None)
         return True
 
     def _total(self, event: AcceptanceEvent) -> None:

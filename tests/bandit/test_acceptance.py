@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from specblock.bandit.acceptance import OTHER, DecayedSum, DomainStatistics, Level, VersionStatistics
+from specblock.bandit.acceptance import EXACT, OTHER, DecayedSum, DomainStatistics, Level, VersionStatistics
 from specblock.bandit.codec import dumps, loads
 from specblock.bandit.config import DetectorConfig, PolicyConfig, StatisticsConfig
 from specblock.bandit.events import AcceptanceEvent
@@ -52,11 +52,13 @@ def test_pooled_statistics_halve_after_the_half_life_and_totals_do_not() -> None
     assert statistics.total_cycles == 20 and statistics.total_tokens == 48 and statistics.requests == 2
 
 
-def test_a_level_is_established_by_its_first_cycles_only() -> None:
+def test_a_level_is_established_by_its_first_cycles_and_gets_more_exact_for_a_while() -> None:
     level = Level()
     level.fill(60, 150, 100)
     assert level.acceptance(100) == 0
     level.fill(60, 150, 100)
+    assert level.acceptance(100) == 2.5
+    level.fill(EXACT * 100 - 120, 250 * EXACT - 300, 100)
     level.fill(1000, 1000, 100)
     assert level.acceptance(100) == 2.5
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from specblock.bandit.actions import CompareReport, PairedReplay, SwapReport
+from specblock.bandit.backoff import cooldown_left_s
 from specblock.bandit.config import Arm, CostConfig
 from specblock.bandit.decision import Charge
 from specblock.bandit.forecast import probed_gain
@@ -16,7 +17,7 @@ from specblock.bandit.gate import gate_rows, pooled_saving
 from specblock.bandit.ledger import Ledger, LedgerRecord
 from specblock.bandit.memory_stream import MemoryLog, MemoryStream
 from specblock.bandit.outside import Journal
-from specblock.bandit.policy import cooldown_left_s, decide, inputs_digest
+from specblock.bandit.policy import decide, inputs_digest
 from specblock.bandit.recovery import Recovery
 from specblock.bandit.replay import replay_decisions
 from specblock.bandit.service import BanditService
@@ -96,7 +97,7 @@ def test_interrupted_updates_back_off_too(tmp_path: Path) -> None:
         ledger.append(record)
         recovery.end(record, 10_000.0, "interrupted")
     assert state.policy.abandoned_in_row == 2
-    assert cooldown_left_s(10_000.0, state.policy, CONFIG, 0.3) == 240.0
+    assert cooldown_left_s(10_000.0, state.policy, CONFIG, (), 0.8) == 240.0
 
 
 def test_the_hourly_budget_survives_a_lost_snapshot(tmp_path: Path) -> None:
@@ -121,7 +122,7 @@ def test_the_budget_counts_interference_before_as_it_does_after() -> None:
 def test_two_conversations_that_agree_are_not_certainty() -> None:
     outcome = probed(0.1, se=0.0, conversations=2).probed
     assert outcome is not None
-    gain = probed_gain(HEAD, outcome.targets[0], checked(), outcome)
+    gain = probed_gain(HEAD, outcome.targets[0], checked(), outcome, CONFIG)
     assert gain.sd > 0.005
 
 

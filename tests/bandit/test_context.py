@@ -8,7 +8,7 @@ import pytest
 
 from specblock.bandit.actions import DomainWindows, WindowSummary
 from specblock.bandit.config import CostConfig, PolicyConfig, StatisticsConfig
-from specblock.bandit.context import base_s_per_token, build_context, reference_level
+from specblock.bandit.context import base_s_per_token, build_context, reference
 from specblock.bandit.decision import DRIFT, NONE, PolicyState
 from specblock.bandit.policy import attribute
 from specblock.bandit.state import BanditState
@@ -29,9 +29,9 @@ def feed(state: BanditState, count: int, tokens: int, **changes: object) -> None
 
 def test_drop_is_measured_against_the_versions_own_first_cycles() -> None:
     state = BanditState()
-    feed(state, 20, 30)
+    feed(state, 40, 30)
     feed(state, 10, 21)
-    (domain,) = build_context(state, WindowSummary(), "v1", 1030.0, CONFIG).domains
+    (domain,) = build_context(state, WindowSummary(), "v1", 1050.0, CONFIG).domains
     assert domain.acceptance == pytest.approx(2.1) and domain.reference == pytest.approx(3.0)
     assert domain.drop == pytest.approx(0.3) and domain.raw_drop == pytest.approx(0.3)
     assert domain.measurable
@@ -51,7 +51,7 @@ def test_a_new_domain_is_measured_against_the_others() -> None:
     feed(state, 10, 18, domain="manual")
     context = build_context(state, WindowSummary(), "v1", 1030.0, CONFIG)
     assert {d.domain: round(d.drop, 3) for d in context.domains} == {"default": 0.0, "manual": 0.4}
-    assert reference_level("manual", "greedy|1", state, "v1", CONFIG) == pytest.approx(3.0)
+    assert reference("manual", "greedy|1", state, "v1", CONFIG).acceptance(100) == pytest.approx(3.0)
 
 
 def test_the_level_of_training_stands_in_when_no_other_domain_says_anything() -> None:
@@ -64,7 +64,7 @@ def test_the_level_of_training_stands_in_when_no_other_domain_says_anything() ->
 
 def test_strata_without_a_reference_say_nothing() -> None:
     state = BanditState()
-    feed(state, 20, 30)
+    feed(state, 40, 30)
     feed(state, 9, 15, sampling_class="t1.0")
     (domain,) = build_context(state, WindowSummary(), "v1", 1030.0, CONFIG).domains
     assert domain.drop == pytest.approx(0.0) and domain.raw_drop > 0.4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -82,3 +83,8 @@ def test_anything_else_is_an_event_error(fields: dict[str, str]) -> None:
 def test_garbage_never_raises_anything_else(fields: dict[str, str]) -> None:
     with pytest.raises(EventError):
         decode(fields)
+
+
+@given(events())
+def test_the_bytes_are_those_of_the_dataclass_in_field_order(event: AcceptanceEvent) -> None:
+    assert encode(event)["data"] == json.dumps(asdict(event), separators=(",", ":"), allow_nan=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,10 @@ def test_a_fault_trains_nothing_until_parity_holds_again(tmp_path: Path) -> None
 
 
 def test_a_useless_update_is_abandoned_after_its_trial(tmp_path: Path) -> None:
-    world, service = make(tmp_path)
+    plain = small_policy()
+    # Only a trial that shows much of what is to come can say that nothing will.
+    telling = replace(plain.arm("head"), probe_gain_share=0.8, probe_gain_share_sd=0.05)
+    world, service = make(tmp_path, replace(plain, arms=(plain.arm("skip"), telling)))
     world.recovers["head"] = 0.0
     now_s = drive(world, service, 1000, 30)
     world.shift("python", 0.4)

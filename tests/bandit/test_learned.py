@@ -1,0 +1,76 @@
+"""What the rule learns of its arms: shares of trials, fading gains; and when it stops looking at a candidate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from specblock.bandit.cost import Belief
+from specblock.bandit.decision import ArmEvidence, PolicyState, Target
+from specblock.bandit.estimate import LinearEvidence, ShareEvidence
+from specblock.bandit.forecast import (
+    complete_value,
+    domain_gain,
+    faded,
+    gate_conversations,
+    gate_outlook,
+    shown_share,
+    told_drop,
+)
+from specblock.bandit.learning import learn_gain, learn_shown
+from tests.bandit.test_policy import CONFIG, CONTEXT, HEAD, checked, saving
+
+TARGET = Target(domain="python", share=1.0, drop=0.3, drop_se=0.02)
+
+
+def test_the_share_a_trial_shows_is_learned_from_pairs() -> None:
+    state = PolicyState()
+    before = shown_share(HEAD, state)
+    assert before.mean == pytest.approx(HEAD.probe_gain_share)
+    for _ in range(8):
+        state = learn_shown(state, HEAD, (TARGET,), saving(0.05, 0.004), saving(0.1, 0.004))
+    after = shown_share(HEAD, state)
+    assert after.mean == pytest.approx(0.5, abs=0.06) and after.sd < before.sd
+
+
+def test_an_update_that_gained_nothing_says_nothing_about_shares() -> None:
+    nothing = Belief(mean=0.01, sd=0.02)
+    assert ShareEvidence().observe(Belief(mean=0.01, sd=0.01), nothing) == ShareEvidence()
+
+
+def test_a_bad_gain_is_forgotten_in_time() -> None:
+    state = PolicyState()
+    fresh = domain_gain(HEAD, TARGET, state, CONFIG).mean
+    for _ in range(4):
+        state = learn_gain(state, HEAD, (TARGET,), saving(0.0), CONFIG, 1000.0)
+    soon, later = (
+        domain_gain(HEAD, TARGET, faded(state, 1000.0 + hours * 3600.0, CONFIG), CONFIG).mean for hours in (0, 24)
+    )
+    assert soon < 0.5 * fresh and later > 0.9 * fresh
+
+
+def test_a_drop_within_its_noise_is_none() -> None:
+    assert told_drop(TARGET, CONFIG) == 0.3
+    assert told_drop(replace(TARGET, drop=0.05, drop_se=0.03), CONFIG) == 0.0
+    assert told_drop(replace(TARGET, drop=0.02, drop_se=0.001), CONFIG) == 0.0
+
+
+def test_a_small_gain_is_dear_to_prove() -> None:
+    few, many, most = (gate_conversations(gain, CONFIG) for gain in (0.1, 0.02, 0.0))
+    assert CONFIG.gate.min_conversations == few < many < most == CONFIG.gate.max_conversations
+
+
+def test_the_gate_is_left_when_looking_on_costs_more_than_it_may_bring() -> None:
+    value = complete_value(HEAD, CONTEXT, checked(), CONFIG)
+    good = gate_outlook(value, saving(0.08, 0.02, 20), checked(), CONFIG)
+    bad = gate_outlook(value, saving(-0.02, 0.01, 60), checked(), CONFIG)
+    assert good[0] > good[1] and bad[0] < bad[1]
+
+
+def test_fading_scales_every_sum() -> None:
+    evidence = LinearEvidence().observe(0.3, 0.2, 0.03)
+    half = evidence.faded(0.5)
+    assert half.count == 1 and math.isclose(half.weight, evidence.weight / 2) and math.isclose(half.xy, evidence.xy / 2)
+    assert faded(PolicyState(arms={"head": ArmEvidence(gain=evidence)}), 0.0, CONFIG).arms["head"].gain == evidence
