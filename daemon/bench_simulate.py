@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from specblock.bandit.simulation.catalogue import Settings, policies, simulate
+from specblock.bandit.simulation.calibration import Calibration, calibration
+from specblock.bandit.simulation.catalogue import COST_AWARE, Settings, policies, simulate
 from specblock.bandit.simulation.curves import Curves, demo_curves, read_curves
 from specblock.bandit.simulation.run import Outcome
 from specblock.bandit.simulation.scenario import SCENARIOS, Scenario, scenario_named
-from specblock.bandit.simulation.table import lines, rows
+from specblock.bandit.simulation.table import MIN_GAIN, lines, rows
 from specblock.daemon.cli_replay import rule
 from specblock.daemon.config_loader import load_config
 from specblock.daemon.errors import ConfigError, ExitCode
@@ -55,6 +56,7 @@ def run(settings: SimulateSettings, as_json: bool, show: Show) -> int:
         raise ConfigError(str(error)) from None
     outcomes = [one for scenario in scenarios for one in _all(scenario, names, settings.seeds, chosen, show)]
     table = rows(outcomes)
+    found = calibration([z for outcome in outcomes if outcome.policy == COST_AWARE for z in outcome.surprises])
     if as_json:
         plain = {
             "modelled": True,
@@ -62,6 +64,7 @@ def run(settings: SimulateSettings, as_json: bool, show: Show) -> int:
             "duration_s": chosen.duration_s,
             "rate_per_s": chosen.rate_per_s,
             "curves": asdict(curves),
+            "calibration": None if found is None else asdict(found),
             "rows": [asdict(row) for row in table],
             "outcomes": [asdict(outcome) for outcome in outcomes],
         }
@@ -76,9 +79,22 @@ def run(settings: SimulateSettings, as_json: bool, show: Show) -> int:
         f"{settings.seeds} seed{'' if settings.seeds == 1 else 's'}, rule of {settings.config}, curves of {source}."
     )
     show(
-        "net counts every cost; regret is what is lost of the oracle's net, which knows the future and pays no trials."
+        "net counts every cost; regret is what is lost of the oracle's net, which knows the future and pays no trials; "
+        "saved is against never, with its standard error; missed is the share of the oracle's saving that is not had, "
+        f"where that saving exceeds {MIN_GAIN:.0%}."
     )
+    show(calibration_line(found))
     return ExitCode.OK
+
+
+def calibration_line(found: Calibration | None) -> str:
+    """How often the measured gain lay within the interval that had been stated."""
+    if found is None:
+        return "calibration: no update was trained to its end, so there is nothing to compare."
+    return (
+        f"calibration: {found.covered:.0%} of {found.pairs} gains measured at the gate lay within the "
+        f"{found.stated:.0%} interval predicted after the trial (mean deviation {found.bias:+.2f} standard deviations)."
+    )
 
 
 def _all(scenario: Scenario, names: Sequence[str], seeds: int, settings: Settings, show: Show) -> list[Outcome]:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from specblock.bandit.config import PolicyConfig
+from specblock.bandit.ledger import read_ledger
 from specblock.bandit.simulation.baselines import Always, DualAverage, EveryN, ModelFree, Never
+from specblock.bandit.simulation.calibration import surprises
 from specblock.bandit.simulation.curves import Curves
 from specblock.bandit.simulation.drafters import described_steps
 from specblock.bandit.simulation.oracle import Oracle
@@ -38,8 +40,8 @@ class Settings:
     curves: Curves
     duration_s: float = 7200.0
     rate_per_s: float = 1.6
-    tick_s: float = 10.0
-    decide_every_s: float = 30.0
+    tick_s: float = 20.0
+    decide_every_s: float = 60.0
     decide_every_events: int = 32
     every_n: tuple[int, int, int] = (80, 400, 1600)
 
@@ -101,6 +103,7 @@ def simulate(scenario: Scenario, policy: str, seed: int, settings: Settings, dir
         trainings=world.trainings,
         rollbacks=world.rollbacks,
         faults=driver.faults() if isinstance(driver, RealRule) else None,
+        surprises=surprises(read_ledger(driver.ledger_path)) if isinstance(driver, RealRule) else (),
     )
 
 

@@ -22,7 +22,7 @@ from specblock.bandit.simulation.scenario import START_S
 from specblock.bandit.simulation.world import World
 
 EPOCH_S = 60.0
-GRID = 33
+GRID = 21
 """Levels per kind of text."""
 
 

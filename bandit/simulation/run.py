@@ -32,6 +32,7 @@ class Outcome:
         trainings: updates begun, those that never served included.
         rollbacks: versions taken back.
         faults: decisions that reported a fault; None for policies that cannot.
+        surprises: see ``calibration.surprises``; empty for policies that predict nothing.
     """
 
     scenario: str
@@ -44,6 +45,7 @@ class Outcome:
     trainings: int
     rollbacks: int
     faults: int | None = None
+    surprises: tuple[float, ...] = ()
 
     @property
     def total_s(self) -> float:

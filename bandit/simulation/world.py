@@ -62,10 +62,9 @@ class World:
         cycles = self.serving.cycles[batch]
         broken = self.traffic.time_s[batch] >= self.traffic.fault_s
         if broken.any():
-            slower = whole_cycles(
-                self._tokens / self.serving.cycles * (1 - self.curves.fault_loss), self.traffic, self.curves
-            )
-            cycles = np.where(broken, slower[batch], cycles)
+            healthy = self._tokens / self.serving.cycles[self.served :]
+            slower = whole_cycles(healthy * (1 - self.curves.fault_loss), self.traffic, self.curves, self.served)
+            cycles = np.where(broken, slower[: until - self.served], cycles)
         self.live_cycles[batch] = cycles
         self.live_version.extend([self.serving.name] * (until - self.served))
         self.serving_s += float(cycles.sum()) * self.curves.cycle_s
@@ -139,7 +138,8 @@ class World:
         done, mix_K = fraction * described, self.mix(weights)
         levels_K = after_update(base.levels, arm.name, done, mix_K, luck, self.curves, self.known)
         progress = min(1.0, self.curves.progress(done))
-        child = child_version(name, base, levels_K, progress, [self.seed, 2, self.trainings], self.traffic, self.curves)
+        seed, first = [self.seed, 2, self.trainings], max(0, self.served - self.curves.kept_windows)
+        child = child_version(name, base, levels_K, progress, seed, self.traffic, self.curves, first)
         share = fraction - (self._done if resume else 0.0)
         self._done, self.versions[name] = fraction, child
         device_s = share * described * self.curves.arms[arm.name].train_s

@@ -92,9 +92,9 @@ def test_at_its_reference_nothing_is_trained_and_only_parity_checks_cost(tmp_pat
     aware, never = (outcome(tmp_path, "stationary", policy, chosen) for policy in (COST_AWARE, NEVER))
     assert aware.trainings == aware.updates == aware.faults == 0
     assert aware.serving_s == never.serving_s
-    rare = replace(POLICY, parity=replace(POLICY.parity, every_s=3600.0))
-    less = outcome(tmp_path, "stationary", COST_AWARE, settings(rare, duration_s=3000.0))
-    assert 0 < less.charged_s < aware.charged_s and 1 - less.net_tokens_per_s / never.net_tokens_per_s < 0.01
+    often = replace(POLICY, parity=replace(POLICY.parity, max_share=0.02))
+    more = outcome(tmp_path, "stationary", COST_AWARE, settings(often, duration_s=3000.0))
+    assert 0 < aware.charged_s < more.charged_s and 1 - aware.net_tokens_per_s / never.net_tokens_per_s < 0.005
 
 
 def test_with_absurd_costs_it_never_trains(tmp_path: Path) -> None:
@@ -149,9 +149,14 @@ def test_rows_average_over_seeds_against_each_seeds_oracle() -> None:
             faults=faults,
         )
 
-    table = rows([one("a", 0, 10.0, 3), one("a", 1, 0.0, 5), one(ORACLE, 0, 0.0), one(ORACLE, 1, 0.0)])
-    first, last = table
+    oracle = [one(ORACLE, 0, 0.0), one(ORACLE, 1, 0.0)]
+    nothing = [one(NEVER, 0, 10.0), one(NEVER, 1, 10.0)]
+    first, last, never = rows([one("a", 0, 10.0, 3), one("a", 1, 0.0, 5), *oracle, *nothing])
     assert (first.net_tokens_per_s, first.gross_tokens_per_s, first.updates, first.faults) == (75.0, 100.0, 0.5, 4.0)
     assert first.regret == pytest.approx(0.25) and last.regret == 0.0 and first.seeds == 2
-    shown = list(lines(table))
-    assert len(shown) == 3 and "25.0%" in shown[1] and shown[2].endswith("-")
+    assert (first.saved, last.saved, never.saved) == (0.25, 0.5, 0.0) and first.saved_se == pytest.approx(0.25)
+    assert (first.missed, last.missed, never.missed) == (0.5, 0.0, 1.0)
+    shown = list(lines([first, last]))
+    assert len(shown) == 3 and "25.0%" in shown[1] and shown[1].endswith("50%")
+    (equal, *_) = rows([one("a", 0, 0.2), one(ORACLE, 0, 0.0), one(NEVER, 0, 0.05)])
+    assert equal.missed is None and equal.saved < 0, "where the oracle saves next to nothing, nothing is missed"

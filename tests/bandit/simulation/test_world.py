@@ -58,11 +58,11 @@ def test_actions_are_charged_and_take_time_while_the_old_version_serves() -> Non
     served = world("abrupt")
     served.serve_until(START_S + 1000.0)
     report = served.train("d000000", FULL, BASE, 0.15, resume=False)
-    assert report.device_s == pytest.approx(0.15 * 200.0) and served.free_s == START_S + 1000.0 + report.device_s
-    assert served.charged_s == pytest.approx(charge_s(POLICY.cost, device_s=30.0, train_s=30.0))
+    assert report.device_s == pytest.approx(0.15 * 80.0) and served.free_s == START_S + 1000.0 + report.device_s
+    assert served.charged_s == pytest.approx(charge_s(POLICY.cost, device_s=12.0, train_s=12.0))
     rest = served.train("d000000", FULL, BASE, 1.0, resume=True)
-    assert rest.device_s == pytest.approx(0.85 * 200.0) and served.trainings == 1
-    assert report.positions + rest.positions == 40 * 512
+    assert rest.device_s == pytest.approx(0.85 * 80.0) and served.trainings == 1
+    assert report.positions + rest.positions == 24 * 512
     rows = served.compare(BASE, rest.candidate_version, START_S + 500.0).rows
     assert all(row.time_s > START_S + 500.0 for row in rows) and len(rows) <= CURVES.heldout_windows
     assert served.serving_version() == BASE
@@ -77,9 +77,9 @@ def test_actions_are_charged_and_take_time_while_the_old_version_serves() -> Non
 def test_an_arm_of_fewer_steps_costs_and_gives_less() -> None:
     served = world("abrupt")
     served.serve_until(START_S + 2000.0)
-    half = served.train("d000000", replace(FULL, steps=20), BASE, 1.0, resume=False)
+    half = served.train("d000000", replace(FULL, steps=12), BASE, 1.0, resume=False)
     whole = served.train("d000001", FULL, BASE, 1.0, resume=False)
-    assert half.device_s == whole.device_s / 2 == 100.0
+    assert half.device_s == whole.device_s / 2 == 40.0
     levels = [served.versions[report.candidate_version].levels[1] for report in (half, whole)]
     assert CURVES.kinds["cpp"].base < levels[0] < levels[1]
 
