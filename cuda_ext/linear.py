@@ -43,7 +43,7 @@ class PackedWeight:
         count, inputs, _ = self.panels.shape
         rows = self.panels.transpose(1, 2)
         if rows.dtype == torch.bfloat16:
-            rows = rows.unflatten(1, (PANEL // 2, 2)).transpose(1, 2)
+            rows = rows.reshape(count, PANEL // 2, 2, inputs).transpose(1, 2)
         return rows.reshape(count * PANEL, inputs)[: self.out_features].float()
 
 
