@@ -34,9 +34,8 @@ class PackedWeight:
 
     def __call__(self, x: Tensor) -> Tensor:
         """float32 [..., K] -> float32 [..., N]."""
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        result: Tensor = torch.ops.specblock.packed_linear(rows, self.panels, self.out_features)
-        return result.view(*x.shape[:-1], self.out_features)
+        result: Tensor = torch.ops.specblock.packed_linear(x.contiguous(), self.panels, self.out_features)
+        return result
 
     def unpacked(self) -> Tensor:
         """The matrix [N, K] in float32."""

@@ -39,14 +39,15 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
 def serves(*tensors: Tensor) -> bool:
     """Whether native operations take these: float32 on a CPU, no gradient wanted, and the library is there."""
     return (
-        all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors)
+        tensors[0].is_cpu
         and not torch.is_grad_enabled()
+        and all(t.dtype == torch.float32 for t in tensors)
         and native_available()
     )
 
 
 def _packed_linear_shape(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
-    return x.new_empty(x.shape[0], out_features)
+    return x.new_empty(*x.shape[:-1], out_features)
 
 
 def _tree_attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:

@@ -14,9 +14,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     The native operation gives a row the same bits whatever other rows there are.
     """
     if serves(x, weight):
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        result: Tensor = torch.ops.specblock.rms_norm(rows, weight, eps)
-        return result.view(x.shape)
+        result: Tensor = torch.ops.specblock.rms_norm(x.contiguous(), weight, eps)
+        return result
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * weight).to(x.dtype)

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <vector>
+
 #include "kernels.h"
 
 using torch::headeronly::ScalarType;
@@ -12,19 +14,21 @@ namespace {
 
 constexpr int64_t kMultiplyAddsPerThread = 1 << 16;  // less is not worth waking a thread for
 
-// x [M, K] float32, packed [panels, K, 16] bfloat16 or float32 -> [M, out_features] float32.
+// x [..., K] float32, packed [panels, K, 16] bfloat16 or float32 -> [..., out_features] float32.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features) {
   STD_TORCH_CHECK(x.is_cpu() && packed.is_cpu(), "packed_linear: tensors must be on the CPU");
-  STD_TORCH_CHECK(x.dim() == 2 && packed.dim() == 3, "packed_linear: expected x [M, K] and packed [panels, K, 16]");
+  STD_TORCH_CHECK(x.dim() >= 1 && packed.dim() == 3, "packed_linear: expected x [..., K] and packed [panels, K, 16]");
   STD_TORCH_CHECK(x.is_contiguous() && packed.is_contiguous(), "packed_linear: tensors must be contiguous");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "packed_linear: x must be float32");
   const bool narrow = packed.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(narrow || packed.scalar_type() == ScalarType::Float, "packed_linear: packed must be bfloat16 or float32");
-  const int64_t M = x.size(0), K = x.size(1), panels = packed.size(0);
+  const int64_t K = x.size(x.dim() - 1), M = K > 0 ? x.numel() / K : 0, panels = packed.size(0);
   STD_TORCH_CHECK(packed.size(1) == K && packed.size(2) == specblock::kPanel, "packed_linear: packed does not fit x");
   STD_TORCH_CHECK(out_features > (panels - 1) * specblock::kPanel && out_features <= panels * specblock::kPanel,
                   "packed_linear: out_features does not fit packed");
-  Tensor out = torch::stable::empty({M, out_features}, ScalarType::Float);
+  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
+  shape.back() = out_features;
+  Tensor out = torch::stable::empty(shape, ScalarType::Float);
   if (M == 0) return out;
   const auto* rows = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(out.mutable_data_ptr());
@@ -84,16 +88,17 @@ Tensor tree_attention(const Tensor& query, const Tensor& key, const Tensor& valu
   return out;
 }
 
-// x [M, K] float32, weight [K] float32 -> [M, K].
+// x [..., K] float32, weight [K] float32 -> [..., K].
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  STD_TORCH_CHECK(x.is_cpu() && weight.is_cpu() && x.dim() == 2 && weight.dim() == 1, "rms_norm: expected x [M, K], weight [K]");
+  STD_TORCH_CHECK(x.is_cpu() && weight.is_cpu() && x.dim() >= 1 && weight.dim() == 1, "rms_norm: expected x [..., K], weight [K]");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && weight.scalar_type() == ScalarType::Float,
                   "rms_norm: tensors must be float32");
-  STD_TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && weight.size(0) == x.size(1),
+  const int64_t K = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(x.is_contiguous() && weight.is_contiguous() && K > 0 && weight.size(0) == K,
                   "rms_norm: tensors must be contiguous and fit");
-  Tensor out = torch::stable::empty({x.size(0), x.size(1)}, ScalarType::Float);
+  Tensor out = torch::stable::empty(x.sizes(), ScalarType::Float);
   specblock::kernels().normalise(static_cast<const float*>(x.const_data_ptr()), static_cast<const float*>(weight.const_data_ptr()),
-                           static_cast<float*>(out.mutable_data_ptr()), x.size(0), x.size(1), static_cast<float>(eps));
+                           static_cast<float*>(out.mutable_data_ptr()), x.numel() / K, K, static_cast<float>(eps));
   return out;
 }
 
