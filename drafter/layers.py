@@ -59,6 +59,12 @@ class Linear(nn.Linear):
             self._packed = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1))
             self._packed_state = self._state()
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that one product reads."""
+        stored = [piece.panels for piece in self._packed] or [self.weight]
+        return sum(tensor.numel() * tensor.element_size() for tensor in stored)
+
     def _current(self) -> tuple[PackedWeight, ...]:
         if self._packed_state != self._state():  # new weights were loaded
             self.pack()

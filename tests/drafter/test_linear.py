@@ -34,3 +34,12 @@ def test_parts_add_up_to_the_whole(packed: bool) -> None:
         whole = linear(torch.cat(list(pieces), dim=-1))
         summed = torch.stack([linear.part(i, piece) for i, piece in enumerate(pieces)]).sum(dim=0)
     assert torch.allclose(whole, summed, atol=1e-5)
+
+
+def test_counts_the_bytes_it_reads() -> None:
+    linear = Linear(32, 48)
+    with torch.no_grad():
+        linear.weight.copy_(linear.weight.bfloat16())
+    assert linear.num_bytes == 4 * 32 * 48
+    linear.pack()
+    assert linear.num_bytes == 2 * 32 * 48
