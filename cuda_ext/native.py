@@ -31,6 +31,7 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("packed_linear", _packed_linear_shape),
         ("tree_attention", _tree_attention_shape),
         ("rms_norm", _rms_norm_shape),
+        ("philox_uniform", _philox_uniform_shape),
     ):
         torch.library.register_fake(f"specblock::{name}", shape)
     return True
@@ -57,3 +58,7 @@ def _tree_attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tenso
 
 def _rms_norm_shape(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
+
+
+def _philox_uniform_shape(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    return seed.new_empty(seed.shape[0], vocab_size, dtype=torch.float64)

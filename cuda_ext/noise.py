@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specblock.cuda_ext.native import native_available
+
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -57,6 +59,16 @@ def gumbel(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> T
 
     Source: design section 4.1; Gumbel-max trick (Maddison, Tarlow, Minka, NeurIPS 2014).
     """
+    if seed.is_cpu and native_available():
+        vectors = (v.contiguous() for v in (seed, choice, position))
+        uniform = torch.ops.specblock.philox_uniform(*vectors, vocab_size)
+    else:
+        uniform = philox_uniform(seed, choice, position, vocab_size)
+    return -torch.log(-torch.log(uniform))
+
+
+def philox_uniform(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """The reference: float64 [N, V] in (0, 1), a pure function of its arguments. See ``gumbel``."""
     blocks = torch.arange((vocab_size + 3) // 4, device=seed.device, dtype=torch.int64)
     seed, choice, position = seed[:, None], choice[:, None], position[:, None]
     words = philox4x32(
@@ -65,8 +77,7 @@ def gumbel(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> T
     )
     bits = torch.stack(words, dim=-1).flatten(1)[:, :vocab_size]
     # The centre of each of the 2**32 cells: never 0 or 1, so both logarithms are finite.
-    uniform = (bits.to(torch.float64) + 0.5) * 2.0**-32
-    return -torch.log(-torch.log(uniform))
+    return (bits.to(torch.float64) + 0.5) * 2.0**-32
 
 
 class NoiseWindow:

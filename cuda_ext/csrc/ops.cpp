@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "philox.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -102,16 +103,39 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return out;
 }
 
+// seed, choice, position int64 [N] -> float64 [N, vocab_size] in (0, 1).
+Tensor philox_uniform(const Tensor& seed, const Tensor& choice, const Tensor& position, int64_t vocab_size) {
+  for (const Tensor* t : {&seed, &choice, &position}) {
+    STD_TORCH_CHECK(t->is_cpu() && t->dim() == 1 && t->scalar_type() == ScalarType::Long && t->is_contiguous(),
+                    "philox_uniform: expected contiguous int64 vectors on the CPU");
+    STD_TORCH_CHECK(t->size(0) == seed.size(0), "philox_uniform: vectors must be of one length");
+  }
+  STD_TORCH_CHECK(vocab_size > 0, "philox_uniform: vocab_size must be positive");
+  const int64_t N = seed.size(0);
+  Tensor out = torch::stable::empty({N, vocab_size}, ScalarType::Double);
+  const auto* seeds = static_cast<const int64_t*>(seed.const_data_ptr());
+  const auto* choices = static_cast<const int64_t*>(choice.const_data_ptr());
+  const auto* positions = static_cast<const int64_t*>(position.const_data_ptr());
+  auto* to = static_cast<double*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, N, kMultiplyAddsPerThread / (16 * vocab_size) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++)
+      specblock::uniform_row(seeds[n], choices[n], positions[n], to + n * vocab_size, vocab_size);
+  });
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(specblock, m) {
   m.def("packed_linear(Tensor x, Tensor packed, int out_features) -> Tensor");
   m.def("tree_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor");
+  m.def("philox_uniform(Tensor seed, Tensor choice, Tensor position, int vocab_size) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
   m.impl("tree_attention", TORCH_BOX(&tree_attention));
+  m.impl("philox_uniform", TORCH_BOX(&philox_uniform));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
 }

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from specblock.cuda_ext import noise as module
+from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.noise import NoiseWindow, gumbel, philox4x32
 
 # Known answers published with Random123 (philox4x32-10).
@@ -110,3 +113,32 @@ def test_noise_of_many_new_requests_is_computed_in_bounded_passes(monkeypatch):
     parts.advance(*wanted)
     assert max(passes) <= 70 and sum(passes) == 6 * 5 * 16
     assert torch.equal(parts._rows, whole._rows)
+
+
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+@settings(max_examples=100, deadline=None)
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**31)), max_size=5
+    ),
+    vocab_size=st.integers(1, 70),
+)
+def test_the_native_numbers_are_those_of_the_reference(rows, vocab_size):
+    seed, choice, position = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    vectors = [v.contiguous() for v in (seed, choice, position)]
+    expected = module.philox_uniform(*vectors, vocab_size)
+    assert torch.equal(torch.ops.specblock.philox_uniform(*vectors, vocab_size), expected)
+    assert torch.equal(gumbel(seed, choice, position, vocab_size), -torch.log(-torch.log(expected)))
+
+
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+def test_the_native_numbers_refuse_what_does_not_fit():
+    one, two = torch.zeros(1).long(), torch.zeros(2).long()
+    for arguments, message in (
+        ((one, two, one, 5), "one length"),
+        ((one, one.int(), one, 5), "int64"),
+        ((one, one, one, 0), "positive"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.specblock.philox_uniform(*arguments)
+    torch.library.opcheck(torch.ops.specblock.philox_uniform.default, (two, two, two, 7))
