@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from specblock.cuda_ext.native import serves
 
-_NATIVE_ROWS = 64  # more rows (a prompt) are quicker in PyTorch's kernel, which is built for squares
+_NATIVE_ROWS = 256  # the largest tree; longer chunks of a prompt are quicker in PyTorch's kernel, built for squares
 
 
 def tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
@@ -18,8 +18,8 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
 
     Args:
         query: [B, heads, R, D].
-        key: [B, kv_heads, T, D], any strides but the last.
-        value: [B, kv_heads, T, D].
+        key: [B, kv_heads, T, D]; finite even where it is hidden.
+        value: [B, kv_heads, T, D]; finite even where it is hidden.
         mask: bool [B, R, T], what each row sees; at least one key per row.
         scale: of the scores; None is D^-0.5.
 
@@ -27,7 +27,8 @@ def tree_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scal
         [B, R, heads, D].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if query.shape[2] <= _NATIVE_ROWS and query.shape[-1] % 16 == 0 and serves(query, key, value):
+    aligned = query.shape[-1] % 16 == 0 and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+    if aligned and query.shape[2] <= _NATIVE_ROWS and serves(query, key, value):
         result: Tensor = torch.ops.specblock.tree_attention(query, key, value, mask, scale)
         return result
     return masked_attention(query, key, value, mask, scale)

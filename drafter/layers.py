@@ -23,7 +23,8 @@ class Linear(nn.Linear):
     """A linear map without bias, as every one in the drafter.
 
     Its input may be a concatenation of ``parts`` equally long pieces, each of which can be multiplied on its own:
-    ``W [a; b] = part(0, a) + part(1, b)``. After ``pack`` the native product serves, until the weight is written to.
+    ``W [a; b] = part(0, a) + part(1, b)``. After ``pack`` the native product serves; a weight that was written to,
+    moved or cast is noticed (writing through ``weight.data`` is not).
     """
 
     def __init__(self, in_features: int, out_features: int, parts: int = 1) -> None:
@@ -39,9 +40,9 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See ``__call__``."""
-        if not self._packed or torch.is_grad_enabled():
-            return F.linear(x, self.weight)
         pieces = self._current()
+        if not pieces:
+            return F.linear(x, self.weight)
         if len(pieces) == 1:
             return pieces[0](x)
         inputs = x.chunk(len(pieces), dim=-1)
@@ -49,15 +50,14 @@ class Linear(nn.Linear):
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """The contribution of one piece of the input: [..., in / parts] -> [..., out]."""
-        if not self._packed or torch.is_grad_enabled():
-            return F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
-        return self._current()[index](x)
+        pieces = self._current()
+        return pieces[index](x) if pieces else F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
 
     def pack(self) -> None:
         """From here on, outside of training, the native product serves where it can."""
-        if can_pack(self.weight):
-            self._packed = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1))
-            self._packed_state = self._state()
+        fits = can_pack(self.weight)
+        self._packed = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1)) if fits else ()
+        self._packed_state = self._state()
 
     @property
     def num_bytes(self) -> int:
@@ -66,12 +66,15 @@ class Linear(nn.Linear):
         return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
     def _current(self) -> tuple[PackedWeight, ...]:
+        if not self._packed or torch.is_grad_enabled():
+            return ()
         if self._packed_state != self._state():  # new weights were loaded
             self.pack()
         return self._packed
 
     def _state(self) -> tuple[int, int]:
-        return self.weight.data_ptr(), self.weight._version
+        # Tensors born in inference mode count no versions; nothing writes to such weights.
+        return self.weight.data_ptr(), -1 if self.weight.is_inference() else self.weight._version
 
 
 class RMSNorm(nn.Module):

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from specblock.cuda_ext.attention import tree_attention
 from specblock.cuda_ext.linear import can_pack, pack_linears
@@ -36,6 +37,7 @@ class NativeNorm(nn.Module):
 def use_native_layers(model: Any) -> bool:
     """Replaces what has a native counterpart; False if nothing has (another type or device, no library).
 
+    There is no way back: packed layers keep no ``nn.Linear`` weight, so the model can be neither trained nor saved.
     The caller must hold the result to the model's own forward.
     """
     if not can_pack(model.get_input_embeddings().weight):
@@ -46,6 +48,7 @@ def use_native_layers(model: Any) -> bool:
                 setattr(parent, name, NativeNorm(child))
     pack_linears(model)
     AttentionInterface.register(ATTENTION, _attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for the model's own forward, padding and chunks included
     model.config._attn_implementation = ATTENTION
     return True
 

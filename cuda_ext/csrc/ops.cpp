@@ -24,6 +24,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
   const bool narrow = packed.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(narrow || packed.scalar_type() == ScalarType::Float, "packed_linear: packed must be bfloat16 or float32");
   const int64_t K = x.size(x.dim() - 1), M = K > 0 ? x.numel() / K : 0, panels = packed.size(0);
+  STD_TORCH_CHECK(K > 0, "packed_linear: there are no inputs");
   STD_TORCH_CHECK(packed.size(1) == K && packed.size(2) == specblock::kPanel, "packed_linear: packed does not fit x");
   STD_TORCH_CHECK(out_features > (panels - 1) * specblock::kPanel && out_features <= panels * specblock::kPanel,
                   "packed_linear: out_features does not fit packed");
@@ -55,8 +56,8 @@ Tensor tree_attention(const Tensor& query, const Tensor& key, const Tensor& valu
                   "tree_attention: mask must be bool [B, R, T] on the CPU");
   const int64_t B = query.size(0), H = query.size(1), R = query.size(2), D = query.size(3);
   const int64_t G = key.size(1), T = key.size(2);
-  STD_TORCH_CHECK(D % 16 == 0, "tree_attention: head size must be a multiple of 16");
-  STD_TORCH_CHECK(key.size(0) == B && key.size(3) == D && G > 0 && H % G == 0, "tree_attention: key does not fit query");
+  STD_TORCH_CHECK(D > 0 && D % 16 == 0, "tree_attention: head size must be a multiple of 16");
+  STD_TORCH_CHECK(key.size(0) == B && key.size(3) == D && G > 0 && H > 0 && H % G == 0, "tree_attention: key does not fit query");
   STD_TORCH_CHECK(value.size(0) == B && value.size(1) == G && value.size(2) == T && value.size(3) == D,
                   "tree_attention: value does not fit key");
   STD_TORCH_CHECK(mask.size(0) == B && mask.size(1) == R && mask.size(2) == T && T > 0, "tree_attention: mask does not fit");

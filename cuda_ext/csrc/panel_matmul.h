@@ -31,8 +31,10 @@ SB_INLINE void load_row(const uint16_t* from, Float* to) {
   Words words;
   std::memcpy(&words, from, sizeof words);
   const Words low = words << 16, high = words & 0xffff0000u;
-  const Word both = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  std::memcpy(to, &both, sizeof both);
+  float both[16];
+  std::memcpy(both, &low, sizeof low);
+  std::memcpy(both + 8, &high, sizeof high);
+  to[0] = load(both);
 #else
   constexpr int kHalf = kPanel / L / 2;
   for (int c = 0; c < kHalf; c++) {

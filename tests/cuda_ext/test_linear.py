@@ -85,6 +85,7 @@ def test_refuses_what_does_not_fit() -> None:
     for x, panels, outputs, message in (
         (torch.ones(2, 21), packed.panels, 33, "does not fit x"),
         (torch.ones(2, 20), packed.panels, 49, "out_features"),
+        (torch.ones(2, 0), packed.panels[:, :0], 33, "no inputs"),
         (torch.ones(2, 20), packed.panels, 32, "out_features"),
         (torch.ones(2, 20, dtype=torch.float64), packed.panels, 33, "float32"),
         (torch.ones(20, 2).T, packed.panels, 33, "contiguous"),

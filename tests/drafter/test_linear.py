@@ -18,6 +18,18 @@ def test_packed_drafting_follows_new_weights() -> None:
             linear.weight.copy_(torch.randn(40, 24))  # a swap
 
 
+def test_a_cast_or_a_birth_in_inference_mode_is_noticed() -> None:
+    linear, x = Linear(24, 40), torch.randn(5, 24)
+    with torch.no_grad():
+        linear.pack()
+        linear.double()
+        assert torch.equal(linear(x.double()), x.double() @ linear.weight.T)
+    with torch.inference_mode():
+        born = Linear(24, 40)
+        born.pack()
+        assert torch.allclose(born(x), x @ born.weight.T, atol=1e-5)
+
+
 def test_training_sees_the_weight_itself() -> None:
     linear, x = Linear(24, 40), torch.randn(5, 24)
     linear.pack()

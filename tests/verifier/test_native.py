@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from specblock.cuda_ext.linear import PackedLinear
 from specblock.cuda_ext.native import native_available
+from specblock.verifier.loading import cache_argument
 from specblock.verifier.model import TargetModel
 from specblock.verifier.native import ATTENTION, NativeNorm
 from tests.verifier.helpers import decode, random_requests, random_trees, tiny_hf_model
@@ -63,6 +65,37 @@ def test_float32_text_is_the_same_with_any_trees_and_any_batch(family):
         assert decode(target, requests, 40, trees).tokens == expected
     for request, tokens in list(zip(requests, expected, strict=True))[:6]:
         assert decode(target, [request], 40).tokens == [tokens]
+
+
+def test_the_models_own_forward_knows_padding_and_chunks():
+    untouched = tiny_hf_model("llama", torch.float32, head_dim=16)
+    model = native_target("llama").transformers_model
+    tokens = torch.arange(24).view(2, 12)
+    padding = torch.ones(2, 12, dtype=torch.int64)
+    padding[1, :5] = 0
+    with torch.no_grad():
+        padded = [m(input_ids=tokens, attention_mask=padding).logits[:, 5:] for m in (untouched, model)]
+        assert torch.allclose(*padded, atol=1e-4)
+        chunks = []
+        for m in (untouched, model):
+            cache = {cache_argument(m): DynamicCache(config=m.config)}
+            m(input_ids=tokens[:, :8], use_cache=True, **cache)
+            chunks.append(m(input_ids=tokens[:, 8:], use_cache=True, **cache).logits)
+        assert torch.allclose(*chunks, atol=1e-4)
+
+
+@pytest.mark.parametrize("nodes", [8, 100, 255])
+def test_trees_of_every_size_leave_the_roots_bits_alone(nodes):
+    target = native_target("llama")
+    cache = target.new_cache(1, 300)
+    target.prefill(cache, cache.allocate(), list(range(20)))
+    alone = target.forward(cache, [0], torch.tensor([[7]]))
+    mask = torch.eye(nodes + 1, dtype=torch.bool)
+    mask[:, 0] = True
+    tokens = torch.arange(nodes + 1)[None] % VOCAB
+    tokens[0, 0] = 7
+    tree = target.forward(cache, [0], tokens, tree_mask=mask[None], depth=torch.tensor([[0] + [1] * nodes]))
+    assert torch.equal(tree.logits[:, :1], alone.logits)
 
 
 def test_other_types_keep_their_own_layers():
