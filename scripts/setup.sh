@@ -34,6 +34,7 @@ say "build tools"; "$VENV/bin/pip" install -q -U "setuptools>=77" wheel
 "$VENV/bin/python" -c 'import torch' 2>/dev/null || { say "installing $TORCH"; "$VENV/bin/pip" install -q "$TORCH"; }
 say "installing specblock and its dependencies"
 "$VENV/bin/pip" install -q --no-build-isolation ${CONSTRAINTS:+-c "$CONSTRAINTS"} -e ".[$EXTRAS]"
+[ -e cuda_ext/_C.abi3.so ] || say "the native operations could not be built: everything works, decoding on a CPU is slower"
 
 # Static tools cannot follow the editable import hook: give them a link farm (git-ignored).
 mkdir -p build/ns/specblock
