@@ -9,6 +9,7 @@ Legend: N outputs, K inputs, M rows, J = ceil(N / 16) panels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -80,10 +81,20 @@ class PackedLinear(nn.Module):
 
 def pack_linears(model: nn.Module) -> int:
     """Replaces every ``nn.Linear`` below ``model`` that ``can_pack`` accepts; returns how many."""
+
+    def packed(child: nn.Module) -> nn.Module | None:
+        return PackedLinear(child) if type(child) is nn.Linear and can_pack(child.weight) else None
+
+    return exchange(model, packed)
+
+
+def exchange(model: nn.Module, replacement: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Puts ``replacement(child)`` in the place of every module below ``model`` that has one; returns how many."""
     count = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear and can_pack(child.weight):
-                setattr(parent, name, PackedLinear(child))
+            new = replacement(child)
+            if new is not None:
+                setattr(parent, name, new)
                 count += 1
     return count

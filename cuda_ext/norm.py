@@ -16,6 +16,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if serves(x, weight):
         result: Tensor = torch.ops.specblock.rms_norm(x.contiguous(), weight, eps)
         return result
+    return reference_norm(x, weight, eps)
+
+
+def reference_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The reference, for every device and type."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (wide * weight).to(x.dtype)

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from specblock.cuda_ext.attention import masked_attention, tree_attention
 from specblock.cuda_ext.linear import pack
 from specblock.cuda_ext.native import native_available
-from specblock.cuda_ext.norm import rms_norm
+from specblock.cuda_ext.norm import reference_norm, rms_norm
 from specblock.daemon.facts import facts
 from specblock.daemon.models import load_target
 from specblock.verifier.model import TargetModel
@@ -128,11 +128,9 @@ def _attention_rows() -> list[KernelRow]:
 
 def _norm_rows() -> list[KernelRow]:
     x, weight = torch.randn(8, _HIDDEN), torch.randn(_HIDDEN)
-
-    def reference() -> object:
-        return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6) * weight
-
-    return [compare("norm", "8 rows", lambda: rms_norm(x, weight, 1e-6), reference)]
+    return [
+        compare("norm", "8 rows", lambda: rms_norm(x, weight, 1e-6), lambda: reference_norm(x, weight, 1e-6)),
+    ]
 
 
 def _forward_rows(model: str) -> list[KernelRow]:

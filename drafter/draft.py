@@ -31,7 +31,7 @@ from specblock.drafter.expand import (
 )
 from specblock.drafter.interface import Draft, NewPositions
 from specblock.drafter.kv_cache import DrafterCache
-from specblock.drafter.layers import take_rows
+from specblock.drafter.layers import rows_of, take_rows
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.plan import DraftPlan, FixedLimits, Limits
 from specblock.drafter.proposals import propose
@@ -110,8 +110,8 @@ class BlockDrafter:
         in_order = cache.in_order(slots)
         mask_BTS = torch.arange(end, device=base.device) <= row[:, :, None]  # causal over rows (method reference 1.6)
         newest = torch.tensor([max(0, count - 1) for count in new.counts], device=base.device)
-        newest_rows = newest[:, None] * width + torch.arange(width, device=base.device)
-        newest_mask = take_rows(mask_BTS, newest_rows)
+        newest_rows = rows_of(newest, num_positions, width)
+        newest_mask = mask_BTS if newest_rows is None else take_rows(mask_BTS, newest_rows)
 
         def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = cache.write(layer, slots_B, in_order, base * width, key, value, end)

@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from specblock.cuda_ext.attention import tree_attention
-from specblock.cuda_ext.linear import can_pack, pack_linears
+from specblock.cuda_ext.linear import can_pack, exchange, pack_linears
 from specblock.cuda_ext.norm import rms_norm
 
 ATTENTION = "specblock_tree"
@@ -42,10 +42,7 @@ def use_native_layers(model: Any) -> bool:
     """
     if not can_pack(model.get_input_embeddings().weight):
         return False
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child).__name__ in _PLAIN_NORMS:
-                setattr(parent, name, NativeNorm(child))
+    exchange(model, lambda child: NativeNorm(child) if type(child).__name__ in _PLAIN_NORMS else None)
     pack_linears(model)
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for the model's own forward, padding and chunks included
