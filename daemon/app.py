@@ -17,6 +17,7 @@ import typer
 
 from specblock.daemon import cli_read
 from specblock.daemon.breakeven_command import breakeven
+from specblock.daemon.cli_options import AsJson, ConfigFile, Overrides, progress
 from specblock.daemon.config_loader import load_config
 from specblock.daemon.environment import prepare_environment
 from specblock.daemon.errors import ExitCode, SpecblockError
@@ -35,12 +36,6 @@ drafter_app = typer.Typer(help="Stored versions of the drafter.", no_args_is_hel
 bench_app = typer.Typer(help="Measurements.", no_args_is_help=True)
 app.add_typer(drafter_app, name="drafter")
 app.add_typer(bench_app, name="bench")
-
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="Policy file (YAML).", metavar="FILE")]
-Overrides = Annotated[
-    list[str] | None, typer.Option("--set", help="Override one key, as in http.port=9000; repeatable.", metavar="K=V")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="JSON instead of text.")]
 
 
 def command(function: Callable[P, int]) -> Callable[P, None]:
@@ -217,7 +212,7 @@ def bench_speed(
 
     base = speed.SMALL if small else speed.SpeedSettings(per_domain=prompts)
     settings = replace(base, temperatures=tuple(temperature or base.temperatures), dtype=dtype, out=out)
-    return speed.run(settings, as_json, _progress(as_json))
+    return speed.run(settings, as_json, progress(as_json))
 
 
 @bench_app.command("tune")
@@ -232,7 +227,7 @@ def bench_tune(
     from specblock.daemon import bench_tune as tune
 
     settings = tune.TuneSettings(prompts=prompts, per_domain=per_domain, dtype=dtype, kinds=tuple(kind or ()))
-    return tune.run(settings, _progress(False))
+    return tune.run(settings, progress(False))
 
 
 @bench_app.command("kernels")
@@ -244,7 +239,7 @@ def bench_kernels(
     """Time native operations against the references they replace."""
     from specblock.daemon import bench_kernels as kernels
 
-    return kernels.run(target, as_json, _progress(as_json))
+    return kernels.run(target, as_json, progress(as_json))
 
 
 @bench_app.command("ablation")
@@ -260,7 +255,7 @@ def bench_ablation(
     from specblock.daemon import bench_ablation as ablation
 
     settings = ablation.AblationSettings(per_domain=prompts, temperature=temperature, dtype=dtype, out=out)
-    return ablation.run(settings, as_json, _progress(as_json))
+    return ablation.run(settings, as_json, progress(as_json))
 
 
 @bench_app.command("simulate")
@@ -279,7 +274,7 @@ def bench_simulate(
     settings = simulation.SimulateSettings(
         config=config, scenarios=tuple(scenario or ()), seeds=seeds, hours=hours, curves=curves
     )
-    return simulation.run(settings, as_json, _progress(as_json))
+    return simulation.run(settings, as_json, progress(as_json))
 
 
 bench_app.command("breakeven")(command(breakeven))
@@ -310,11 +305,6 @@ def version(as_json: AsJson = False) -> int:
     """Print the version."""
     found = installed_version("specblock")
     return emit({"version": found}) if as_json else _lines([found])
-
-
-def _progress(as_json: bool) -> Callable[[str], None]:
-    """Prints lines as they come; with --json everything but the object itself goes to the error stream."""
-    return lambda line: typer.echo(line, err=as_json and not line.startswith("{"))
 
 
 def _lines(lines: Any) -> int:

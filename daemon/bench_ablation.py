@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 
 from specblock.daemon import bench_rivals as rivals
-from specblock.daemon.bench_rows import Interval, WayName, acceptance_ratio, speed_ratio
+from specblock.daemon.bench_rows import WayName, acceptance_ratio, speed_ratio
 from specblock.daemon.bench_speed import DOMAINS, SEED, interleaved
 from specblock.daemon.bench_ways import Question, Run, Way, engine_way
 from specblock.daemon.collect import read_prompts
 from specblock.daemon.facts import facts
 from specblock.daemon.models import DTYPES, load_target, serving_dtype
+from specblock.daemon.resampling import Interval
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 

@@ -13,10 +13,11 @@ from specblock.bandit.config import PolicyConfig
 from specblock.bandit.parity import ParityEvidence
 from specblock.bandit.parity import judge as judge_parity
 from specblock.daemon.actors import newest_within
-from specblock.daemon.bench_breakeven_stage import Sizes, Stage, live_acceptance
+from specblock.daemon.bench_breakeven_stage import Sizes, Stage
 from specblock.daemon.breakeven import Update
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.messages import RequestStats
+from specblock.drafter.replay import acceptance_length
 from specblock.drafter.window import Window
 
 _PARITY_WINDOWS = 32
@@ -86,7 +87,7 @@ def _measured(bench: Stage, say: Say) -> Measured:
         stats += [one for _, one in live]
         say(
             f"{domain}: {len(train[domain])} conversations to train on, {len(live)} held out, acceptance "
-            f"{live_acceptance(held[domain]):.2f} ({time.perf_counter() - begin:.0f} s)"
+            f"{acceptance_length(held[domain]):.2f} ({time.perf_counter() - begin:.0f} s)"
         )
     served = _served(bench, cycle_s, train, held, stats)
     say(f"replay against live: {served.parity.verdict}, {served.parity.difference:+.2%}")
@@ -112,7 +113,7 @@ def _served(bench: Stage, cycle_s: float, train: ByDomain, held: ByDomain, stats
         version=bench.base,
         cycle_s=cycle_s,
         live_cycle_s=spent / max(1, sum(s.cycles for s in stats)),
-        acceptance={domain: live_acceptance(own) for domain, own in held.items()},
+        acceptance={domain: acceptance_length(own) for domain, own in held.items()},
         cycles={domain: sum(len(w.accepted) for w in own) for domain, own in held.items()},
         tokens_per_request={d: sum(w.num_generated for w in own) / len(own) for d, own in held.items()},
         num_train={domain: len(own) for domain, own in train.items()},

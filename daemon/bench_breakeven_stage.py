@@ -127,7 +127,7 @@ class Stage:
             final=final,
             stall_s=stall_s,
             publish_s=publish_s,
-            accepted=(live_acceptance(own), acceptance_length(again)),
+            accepted=(acceptance_length(own), acceptance_length(again)),
             served_as_judged=same / len(own),
         )
 
@@ -141,9 +141,3 @@ class Stage:
             top_k=self.config.windows.top_k,
             heldout=heldout,
         )
-
-
-def live_acceptance(windows: Sequence[Window]) -> float:
-    """Committed tokens per complete live cycle, bonus included."""
-    cycles = sum(len(w.accepted) for w in windows)
-    return sum(sum(w.accepted) + len(w.accepted) for w in windows) / cycles if cycles else 0.0

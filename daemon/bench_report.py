@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
 from matplotlib import pyplot
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1c2330}
-h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}svg{width:100%;height:auto}
-table{border-collapse:collapse;font-size:13px}td,th{padding:.2rem .7rem .2rem 0;text-align:right;
-border-bottom:1px solid #e4e7ec}td:first-child,th:first-child{text-align:left}code{background:#f3f4f6}
-tr.weak td{color:#8a8f98}"""
+from specblock.daemon.report_page import STYLE, inline_svg
+
+_STYLE = STYLE + "tr.weak td{color:#8a8f98}"
 _COLUMNS = (
     ("acceptance_length", "accept", "{:.2f}"),
     ("acceptance_length_before_repeat", "before repeat", "{:.2f}"),
@@ -102,9 +96,4 @@ def _plot(rows: list[dict[str, Any]]) -> str:
     axes.set_xlabel("tokens per second over plain decoding (95 % interval)")
     axes.legend(fontsize=8, loc="lower right")
     axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    pyplot.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return inline_svg(figure)

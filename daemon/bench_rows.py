@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from specblock.daemon.bench_ways import Run
+from specblock.daemon.resampling import Interval, interval_95, resampled
 
 _RESAMPLES = 2000
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +134,9 @@ def _pooled(kept: Sequence[Sequence[int]]) -> float:
 
 def _paired(base: Sequence[float], own: Sequence[float]) -> tuple[float, Interval]:
     sides = [np.asarray(side, dtype=np.float64) for side in (base, own)]
-    index = np.random.default_rng(0).integers(0, len(own), size=(_RESAMPLES, len(own)))
+    index = resampled(len(own), _RESAMPLES)
     draws = sides[0][index].sum(axis=1) / sides[1][index].sum(axis=1)
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return float(sides[0].sum() / sides[1].sum()), (float(low), float(high))
+    return float(sides[0].sum() / sides[1].sum()), interval_95(draws)
 
 
 def repeated_grams(tokens: Sequence[int], size: int) -> float:

@@ -16,13 +16,13 @@ from specblock.bandit.actions import CompareReport, TrainReport
 from specblock.bandit.config import GateConfig, HorizonConfig
 from specblock.bandit.cost import break_even_s
 from specblock.bandit.gate import Floats, GateRow, Saving, gate_rows, judge, pooled_saving
+from specblock.daemon.resampling import Interval, interval_95, resampled
 
 SCORED_CONVERSATIONS = 16
 """Conversations of the comparison whose seconds are told to the rule, as many as its own first guess is about. More are
 measured here only for a narrower interval, which no operator would pay for."""
 _RESAMPLES = 4000
 _FOR_EVER = HorizonConfig(cap_s=1e12)
-Interval = tuple[float, float]
 OpenInterval = tuple[float | None, float | None]
 """None: never."""
 
@@ -130,8 +130,7 @@ def own_rows(report: CompareReport, domain: str) -> list[GateRow]:
 def saving_draws(rows: Sequence[GateRow], seed: int) -> Floats:
     """Relative savings of resampled conversations; a conversation keeps its two costs together."""
     costs = np.array([(row.cost_old_s, row.cost_new_s) for row in rows], dtype=np.float64)
-    index = np.random.default_rng(seed).integers(0, len(rows), size=(_RESAMPLES, len(rows)))
-    sums = costs[index].sum(axis=1)
+    sums = costs[resampled(len(rows), _RESAMPLES, seed)].sum(axis=1)
     draws: Floats = 1 - sums[:, 1] / sums[:, 0]
     return draws
 
@@ -143,7 +142,7 @@ def break_even(gain: float, cost_s: float) -> float | None:
 
 def break_even_interval(draws: Floats, cost_s: float) -> OpenInterval:
     """95 % interval: the best gain gives its lower end; an upper end of None may never come."""
-    low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
+    low, high = interval_95(draws)
     return break_even(high, cost_s), break_even(low, cost_s)
 
 
@@ -164,7 +163,6 @@ def make_row(update: Update, traffic: Traffic, cost_s: float, gate: GateConfig, 
     saving, draws = update.saving(), saving_draws(rows, seed)
     verdict = judge(rows, traffic.s_per_token, gate)
     point, interval = break_even(saving.relative, cost_s), break_even_interval(draws, cost_s)
-    low, high = (float(q) for q in np.quantile(draws, [0.025, 0.975]))
     every = pooled_saving(gate_rows(update.final)).domains
     return BreakEvenRow(
         domain=update.domain,
@@ -173,7 +171,7 @@ def make_row(update: Update, traffic: Traffic, cost_s: float, gate: GateConfig, 
         acceptance_old=update.accepted[0],
         acceptance_new=update.accepted[1],
         saving=saving.relative,
-        saving_interval=(low, high),
+        saving_interval=interval_95(draws),
         loses=float(np.mean(draws <= 0)),
         trial_saving=update.saving(trial=True).relative,
         others={d.domain: d.saving for d in every if d.domain != update.domain},

@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from specblock.daemon.cli_options import AsJson, ConfigFile, progress
+
 
 def breakeven(
     prompts: Annotated[Path, typer.Option(help="Directory with DOMAIN.train.jsonl and DOMAIN.heldout.jsonl files.")],
-    config: Annotated[Path, typer.Option("--config", "-c", help="Policy file (YAML).", metavar="FILE")] = Path(
-        "configs/demo.yaml"
-    ),
+    config: ConfigFile = Path("configs/demo.yaml"),
     small: Annotated[bool, typer.Option("--small", help="32 conversations and 16 held out, 32 tokens.")] = False,
     conversations: Annotated[int | None, typer.Option(min=2, help="To train on, per kind; default 128.")] = None,
     heldout: Annotated[int | None, typer.Option(min=2, help="Held out, per kind; default 56.")] = None,
@@ -21,7 +21,7 @@ def breakeven(
     domain: Annotated[list[str] | None, typer.Option(help="Kind of text, repeatable; default: all four.")] = None,
     seed: Annotated[int, typer.Option(help="Of the prompts' choice, the text and the bootstrap.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Directory for breakeven.json and the page breakeven.html.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    as_json: AsJson = False,
 ) -> int:
     """Measure for how long a kind of text must stay until an update of the drafter pays."""
     from specblock.daemon import bench_breakeven as bench
@@ -34,5 +34,4 @@ def breakeven(
     if domain:
         sizes = replace(sizes, domains=tuple(domain))
     settings = bench.BreakEvenSettings(config=config, sizes=sizes, out=out)
-    # As the other measurements: with --json everything but the object itself goes to the error stream.
-    return bench.run(settings, as_json, lambda line: typer.echo(line, err=as_json and not line.startswith("{")))
+    return bench.run(settings, as_json, progress(as_json))

@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("svg")
 import numpy as np
 from matplotlib import pyplot
 
 from specblock.daemon.breakeven import net_s
 from specblock.daemon.breakeven_words import TRAIN, count, span, verb
+from specblock.daemon.report_page import STYLE, inline_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2rem auto;padding:0 1rem;color:#1c2330}
-h1{font-size:1.6rem}h2{font-size:1.15rem;margin-top:2rem}svg{width:100%;height:auto}
-table{border-collapse:collapse;font-size:13px}td,th{padding:.2rem .7rem .2rem 0;text-align:right;
-border-bottom:1px solid #e4e7ec}td:first-child,th:first-child{text-align:left}code{background:#f3f4f6}
-tr.never td{color:#8a8f98}td.train{color:#1a7f37}"""
+_STYLE = STYLE + "tr.never td{color:#8a8f98}td.train{color:#1a7f37}"
 _COLOURS = ("#1f6feb", "#bc4c00", "#1a7f37", "#8250df")
 _PHASES_S = np.geomspace(60.0, 172_800.0, 200)
 _TICKS_S = (60.0, 300.0, 900.0, 3600.0, 14_400.0, 86_400.0)
@@ -80,12 +73,7 @@ def _maps(rows: list[dict[str, Any]]) -> str:
         axes.set_ylabel("net device-seconds", fontsize=8)
     for axes in list(grid.flat)[len(domains) :]:
         axes.set_visible(False)
-    figure.tight_layout()
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg")
-    pyplot.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return inline_svg(figure)
 
 
 def _draw(axes: Axes, row: dict[str, Any], colour: str, place: int) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import html
-import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
-
-matplotlib.use("svg")
 from matplotlib import pyplot
 
 from specblock.bandit.explain import explain
 from specblock.daemon.demo_summary import Run
+from specblock.daemon.report_page import inline_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,12 +83,7 @@ def _plot(static: Run, adaptive: Run, what: str) -> str:
     axes.set_ylim(bottom=0 if what == "net" else 1)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.tight_layout()
-    out = io.StringIO()
-    figure.savefig(out, format="svg")
-    pyplot.close(figure)
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+    return inline_svg(figure)
 
 
 def _series(run: Run, what: str) -> tuple[list[int], list[float]]:

@@ -11,6 +11,7 @@ import numpy as np
 from specblock.bandit.ledger import LedgerRecord
 from specblock.daemon.demo_traffic import NEW_TOKENS, TEMPERATURE, TOP_P, Answer
 from specblock.daemon.facts import facts
+from specblock.daemon.resampling import interval_95, resampled
 
 DOMAINS = ("python", "cpp", "javascript")
 
@@ -45,16 +46,15 @@ def paired_gain(static: Run, adaptive: Run, domain: str, fresh: bool = True) -> 
         lengths = tokens[index].sum(axis=-2) / cycles[index].sum(axis=-2)
         return lengths[..., 1] / lengths[..., 0] - 1
 
-    draws = gain(np.random.default_rng(0).integers(0, len(pairs), size=(4000, len(pairs))))
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = interval_95(gain(resampled(len(pairs), 4000)))
     every = np.arange(len(pairs))
     return {
         "requests": len(pairs),
         "static_acceptance": float(tokens[:, 0].sum() / cycles[:, 0].sum()),
         "adaptive_acceptance": float(tokens[:, 1].sum() / cycles[:, 1].sum()),
         "gain": float(gain(every)),
-        "lower": float(low),
-        "upper": float(high),
+        "lower": low,
+        "upper": high,
     }
 
 

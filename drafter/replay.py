@@ -42,10 +42,10 @@ class Replay:
         return sum(self.accepted) + len(self.accepted)
 
 
-def acceptance_length(replays: Sequence[Replay]) -> float:
-    """Committed tokens per cycle, pooled over cycles, bonus included; 0 without cycles."""
-    cycles = sum(r.cycles for r in replays)
-    return sum(r.committed_tokens for r in replays) / cycles if cycles else 0.0
+def acceptance_length(walked: Sequence[Replay] | Sequence[Window]) -> float:
+    """Committed tokens per complete cycle, replayed or (of windows) live: pooled, bonus included; 0 without cycles."""
+    cycles = sum(len(one.accepted) for one in walked)
+    return (sum(sum(one.accepted) for one in walked) + cycles) / cycles if cycles else 0.0
 
 
 @torch.inference_mode()
