@@ -46,7 +46,7 @@ class Recovery:
     def end(self, record: LedgerRecord, now_s: float, why: str) -> None:
         """End an update whose newest stage is ``record``; an action it had begun is charged as expected."""
         if record.stage in LIVE:
-            self.finish(record, "settled", now_s, f"{why}; its realised gain was not measured", gained=True)
+            self.finish(record, "settled", now_s, f"{why}; its realised gain was not measured")
         elif record.stage in UNDOING and attempt(self._journal.actions.serving_version) != record.base_version:
             self.roll_back(record, now_s, why)
         else:
@@ -88,10 +88,12 @@ class Recovery:
         reason: str,
         *,
         charged_s: float | None = None,
-        gained: bool = False,
         numbers: dict[str, float] | None = None,
     ) -> None:
-        """Write the last stage and start the cool-down. ``charged_s`` defaults to what the begun action should cost."""
+        """Write the last stage and start the cool-down. ``charged_s`` defaults to what the begun action should cost.
+
+        An update that settles passed the gate, and nothing live spoke against it: it gained. No other did.
+        """
         state, config = self._journal.state, self._journal.config
         cost_s = record.expected_s if charged_s is None else charged_s
         self._journal.write(record.decision_id, stage, now_s, reason, charged_s=cost_s, numbers=numbers or {})
@@ -102,7 +104,7 @@ class Recovery:
             arm = next((arm for arm in config.arms if arm.name == record.arm), Arm(name=record.arm))
             since_s = pending.started_s if mine and pending is not None else now_s
             spent_s = math.fsum(c.device_s for c in state.policy.charges if c.time_s >= since_s)
-            state.policy = end_update(state.policy, arm, now_s, drop, gained=gained, spent_s=spent_s)
+            state.policy = end_update(state.policy, arm, now_s, drop, gained=stage == "settled", spent_s=spent_s)
         if mine:
             state.pending = None
 

@@ -82,7 +82,7 @@ def settle(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     assert record is not None
     if saving.conversations < 2:
         reason = "too few live conversations to measure its realised gain"
-        tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s, gained=True)
+        tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s)
         return True
     # What the gate saw are other conversations, often more of them, and as good a measurement.
     tools.learn(pending, pooled_saving((*pending.rows, *rows)), now_s)
@@ -96,8 +96,7 @@ def settle(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         f"it saved {saving.relative:+.1%} (standard error {saving.se:.1%}) on {saving.conversations} conversations "
         f"served live, {realised_s:+.1f} device-seconds so far; predicted were {pending.option.value.gain:+.1%}"
     )
-    # It passed the gate, and nothing live speaks against it.
-    tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s, gained=True, numbers=numbers)
+    tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s, numbers=numbers)
     tools.state.accrual = Accrual(
         decision_id=pending.decision_id,
         version=pending.new_version,
