@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +199,7 @@ def test_update_is_decided_trained_gated_swapped_and_survives_a_restart(start: C
 
     def served_by_an_update() -> str | None:
         nonlocal killed
-        for prompt in PROMPTS:
-            answer = daemon.ask(prompt)
+        for prompt, answer in zip(PROMPTS, clients.map(daemon.ask, PROMPTS), strict=True):
             text = answer["choices"][0]["text"]
             assert texts.setdefault(prompt, text) == text, "the text must not depend on the drafter"
         if not killed and daemon.status()["bandit"].get("learned", 0) > 8:
@@ -209,7 +209,8 @@ def test_update_is_decided_trained_gated_swapped_and_survives_a_restart(start: C
         version: str = daemon.ask(PROMPTS[0])["drafter_version"]
         return version if version != "v000000-base" else None
 
-    version = daemon.until(served_by_an_update, "a promoted update", 200.0)
+    with ThreadPoolExecutor(4) as clients:
+        version = daemon.until(served_by_an_update, "a promoted update", 200.0)
     assert killed
     before = daemon.ask(PROMPTS[1], 48)["metrics"]["speculative_decoding"]["mean_acceptance_length"]
     assert before > 1.5, "the promoted drafter must accept more than the untrained one"
