@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,10 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("tree_attention", _tree_attention_shape),
         ("rms_norm", _rms_norm_shape),
         ("philox_uniform", _philox_uniform_shape),
+        ("draft_top", _draft_top_shape),
+        ("choose", _choose_shape),
+        ("expand_chain", _expand_chain_shape),
+        ("grow_tree", _grow_tree_shape),
     ):
         torch.library.register_fake(f"specblock::{name}", shape)
     return True
@@ -62,3 +67,27 @@ def _rms_norm_shape(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _philox_uniform_shape(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     return seed.new_empty(seed.shape[0], vocab_size, dtype=torch.float64)
+
+
+def _draft_top_shape(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows, width, num_top = logits.shape[0], others[-2], others[-1]
+    index = logits.new_empty(rows, width, dtype=torch.int64)
+    return index, logits.new_empty(rows, width), logits.new_empty(rows, num_top)
+
+
+def _choose_shape(logits: Tensor, *others: object) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
+def _expand_chain_shape(token: Tensor, *others: object) -> tuple[Tensor, ...]:
+    flat = token.flatten(1)
+    integers = tuple(torch.empty_like(flat) for _ in range(5))
+    return *integers, flat.new_empty(flat.shape, dtype=torch.float32), flat.new_empty(flat.shape, dtype=torch.bool)
+
+
+def _grow_tree_shape(root_token: Tensor, token: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    batch, num_raw = token.shape
+    rows = min(others[-2], num_raw) + 1
+    integers = tuple(token.new_empty(batch, rows) for _ in range(5))
+    score, size = token.new_empty(batch, rows, dtype=torch.float32), token.new_empty(batch)
+    return *integers, score, size, torch.empty_like(token)

@@ -7,6 +7,8 @@ the request's seed, so the noise of one (seed, choice, position, token) never de
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,18 @@ def philox_uniform(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: i
     return (bits.to(torch.float64) + 0.5) * 2.0**-32
 
 
+@dataclass(frozen=True, slots=True)
+class NoiseRows:
+    """Some rows of a store of noise, not copied: ``storage`` float64 [X, V], ``index`` int64 [N]."""
+
+    storage: Tensor
+    index: Tensor
+
+    def rows(self) -> Tensor:
+        """float64 [N, V]: a copy."""
+        return self.storage[self.index]
+
+
 class NoiseWindow:
     """Gumbel rows of the next few positions of every slot, each computed once and used by drafter and verifier alike.
 
@@ -123,6 +137,7 @@ class NoiseWindow:
             slot_N, position_N, seed_N, choice_N = part.unbind(1)
             self._rows[slot_N, position_N % self._width] = gumbel(seed_N, choice_N, position_N, vocab_size)
 
-    def rows(self, slots: Tensor, positions: Tensor) -> Tensor:
-        """float64 [..., V]: noise rows for ``slots`` and ``positions`` (int64, broadcastable)."""
-        return self._rows[slots, positions % self._width]
+    def rows(self, slots: Tensor, positions: Tensor) -> NoiseRows:
+        """Noise rows for ``slots`` and ``positions`` (int64, broadcastable), flattened."""
+        index = slots * self._width + positions % self._width
+        return NoiseRows(self._rows.flatten(0, 1), index.flatten())

@@ -1,6 +1,7 @@
-"""Vectorised draft-tree operations; ``reference.py`` defines what each must return.
+"""Draft-tree operations; ``reference.py`` defines what each must return.
 
-No Python loop runs over nodes, and nothing here reads a value back from the device. Legend: B requests, M raw
+Growing a tree is native on CPUs. Everything else, and every device without a native operation, is vectorised: no Python
+loop runs over nodes, and nothing here reads a value back from the device. Legend: B requests, M raw
 candidates, R = budget + 1 rows, D tree depth.
 """
 
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.tree import Candidates, DraftTree, Offers
 
 _HASH_ROOT, _HASH_MULTIPLIER = 0x27D4EB2F165667C5, -7046029254386353131  # odd 64-bit constants (wrap-around product)
@@ -41,10 +43,6 @@ def grow_tree(
     others. The kept set is closed under parents because scores never increase along a path and ties go to the
     shallower node, then to the lower index.
 
-    A duplicate is found by one sort over 64-bit path hashes instead of a pass per level. A collision (about 1e-14 per
-    tree) could only drop a proposal: acceptance compares tokens with the target's own choice, so text never depends on
-    it.
-
     Args:
         root_token: int64 [B], the last committed token.
         candidates: raw proposals [B, M].
@@ -57,6 +55,24 @@ def grow_tree(
         A tree with R = min(budget, M) + 1 rows, and every candidate with the row that it was proposed behind.
 
     Source: method reference 4.3 (merge all levels, remove losers physically), 4.4.
+    """
+    if root_token.is_cpu and native_available():
+        c = candidates
+        fields = (root_token, c.token, c.parent, c.score, c.depth, c.block, c.slot, c.valid)
+        grown = torch.ops.specblock.grow_tree(*(field.contiguous() for field in fields), budget, merge)
+        token, parent, depth, block, slot, score, size, parent_row = grown
+        return DraftTree(token, parent, depth, score, block, slot, size), Offers(parent_row, c.token, c.rank)
+    return grow_tree_vectorised(root_token, candidates, budget, max_depth, merge)
+
+
+def grow_tree_vectorised(
+    root_token: Tensor, candidates: Candidates, budget: int, max_depth: int, merge: bool = True
+) -> tuple[DraftTree, Offers]:
+    """``grow_tree`` on any device.
+
+    A duplicate is found by one sort over 64-bit path hashes instead of a pass per level. A collision (about 1e-14 per
+    tree) could only drop a proposal: acceptance compares tokens with the target's own choice, so text never depends on
+    it.
     """
     batch, num_raw = candidates.token.shape
     keep = min(budget, num_raw)

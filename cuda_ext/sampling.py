@@ -108,6 +108,12 @@ class SamplingBatch:
             self.choice[index],
         )
 
+    def repeated(self, times: int) -> SamplingBatch:
+        """Every row ``times`` times in a row: N * times rows."""
+        if times == 1:
+            return self
+        return SamplingBatch(*(getattr(self, name).repeat_interleave(times) for name in self.__dataclass_fields__))
+
 
 def processed_log_probs(logits_NV: Tensor, sampling: SamplingBatch) -> Tensor:
     """Log-probabilities after temperature, top-k, top-p and min-p, in that order.

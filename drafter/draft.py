@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from specblock.cuda_ext.attention import tree_attention
-from specblock.cuda_ext.noise import NoiseWindow
+from specblock.cuda_ext.noise import NoiseRows, NoiseWindow
 from specblock.cuda_ext.ops import grow_tree
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.tree import Candidates
@@ -171,8 +171,8 @@ class BlockDrafter:
                 first_row = self._scratch_start(block - 1) if block > 1 else 0
                 leaves = choose_leaves(parts[-1], hidden_BnKH, leaves, score, offset, first_row, count)
                 hidden_BnKH = self._later_block(cache, slots, slots_B, leaves, block)
-            gumbel = self._noise_rows(noise, slots_B, root_index, leaves)
-            proposals = propose(self.model, self.settings, hidden_BnKH, gumbel, sampling, first=block == 0)
+            noise_rows = self._noise_rows(noise, slots_B, root_index, leaves)
+            proposals = propose(self.model, self.settings, hidden_BnKH, noise_rows, sampling, first=block == 0)
             if self.model.independent_slots:
                 parts.append(expand_product(proposals, leaves.valid[:, 0], self.settings.beam))
             else:
@@ -185,8 +185,8 @@ class BlockDrafter:
 
     def _noise_rows(
         self, noise: NoiseWindow | None, slots_B: Tensor, root_index: Tensor, leaves: Leaves
-    ) -> Tensor | None:
-        """Noise [B, n, K, V] at the positions that the leaves' slots predict."""
+    ) -> NoiseRows | None:
+        """Noise at the positions that the leaves' slots predict, B * n * K rows."""
         if noise is None:
             return None
         width = self.model.config.num_slots

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.tree import Candidates
 from specblock.drafter.proposals import Proposals
 
@@ -58,6 +59,24 @@ def expand_chain(proposals: Proposals, leaves: Leaves, offset: int, block: int) 
     Returns:
         [B, n * K * W] candidates, leaf-major, then slot, then rank.
     """
+    if proposals.token.is_cpu and native_available():
+        parent, depth, blocks, slot, rank, score, valid = torch.ops.specblock.expand_chain(
+            proposals.token,
+            proposals.log_prob,
+            proposals.fan_out,
+            leaves.node,
+            leaves.depth,
+            leaves.score,
+            leaves.valid,
+            offset,
+            block,
+        )
+        return Candidates(proposals.token.flatten(1), parent, score, depth, blocks, slot, rank, valid)
+    return expand_vectorised(proposals, leaves, offset, block)
+
+
+def expand_vectorised(proposals: Proposals, leaves: Leaves, offset: int, block: int) -> Candidates:
+    """``expand_chain`` on any device."""
     batch, num_leaves, width_k, width_w = proposals.token.shape
     device = proposals.token.device
     slot_K = torch.arange(width_k, device=device)

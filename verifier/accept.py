@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specblock.cuda_ext.choice import choose
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import find_child
-from specblock.cuda_ext.sampling import SamplingBatch, processed_log_probs
+from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.tree import DraftTree
 from specblock.verifier.history import ChoiceState, PathHistory
 
@@ -72,10 +73,11 @@ class TokenChooser:
             return logits_NV.argmax(dim=-1)
         row, member, slot, position = torch.tensor(drawn, device=logits_NV.device).unbind(1)
         everyone = len(drawn) == len(self._samples)
-        log_probs = processed_log_probs(
-            logits_NV if everyone else logits_NV[row], self._sampling if everyone else self._sampling.rows(member)
+        choice = choose(
+            logits_NV if everyone else logits_NV[row],
+            self._sampling if everyone else self._sampling.rows(member),
+            self._noise.rows(slot, position),
         )
-        choice = log_probs.add_(self._noise.rows(slot, position)).argmax(dim=-1)
         if len(drawn) == len(members):
             return choice
         return logits_NV.argmax(dim=-1).index_copy_(0, row, choice)

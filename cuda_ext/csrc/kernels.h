@@ -23,6 +23,21 @@ struct AttentionRows {
   float scale;
 };
 
+// What one call of draft_top() works on: the logits of one slot.
+struct DraftRow {
+  const float* logits;  // [size]
+  const double* noise;  // [at least size], or null: rank by the logits alone
+  const int64_t* ids;   // [size], where in `noise` each logit's token is; null: at its own index
+  int64_t size;
+  double temperature, top_p, min_p, scale;
+  int64_t top_k;
+  int64_t* token;       // [width], indices of the best
+  float* log_prob;      // [width]
+  int64_t width;
+  float* top;           // [num_top], the largest logits
+  int64_t num_top;
+};
+
 struct Kernels {
   // out[M, N] = x[M, K] times the panels begin .. end of a packed weight; see panel_matmul.h.
   void (*multiply_half)(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
@@ -31,6 +46,7 @@ struct Kernels {
                          int64_t begin, int64_t end);
   void (*attend)(const AttentionRows& rows);
   void (*normalise)(const float* x, const float* weight, float* out, int64_t rows, int64_t size, float eps);
+  void (*draft_top)(const DraftRow& row);
 };
 
 extern const Kernels kBaseline;

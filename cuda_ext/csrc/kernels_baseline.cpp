@@ -4,13 +4,15 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
 
 #define SB_LANES 4
+#include "draft_top.h"
 #include "panel_matmul.h"
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kBaseline = {multiply<uint16_t>, multiply<float>, attend, normalise};
+const specblock::Kernels specblock::kBaseline = {multiply<uint16_t>, multiply<float>, attend, normalise, draft_top};

@@ -1,6 +1,6 @@
 """Vectorised tree operations against the readable reference, on random trees."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from specblock.cuda_ext import reference
 from specblock.cuda_ext.ops import (
     NOT_OFFERED,
     ancestor_mask,
-    build_tree,
     commit_rows,
     find_child,
     follow_path,
     grow_tree,
+    grow_tree_vectorised,
     rank_of_choice,
 )
-from specblock.cuda_ext.tree import DraftTree, root_only
+from specblock.cuda_ext.tree import Candidates, DraftTree, Offers, root_only
 from tests.strategies import RawTree, random_candidates, raw_trees, to_candidates
 
 
@@ -29,7 +29,19 @@ def laid_out(tree: RawTree, budget: int) -> list[reference.Row]:
 def built(trees: list[RawTree], budget: int, padding: int = 0) -> tuple[DraftTree, int]:
     depth = max(max(tree.depths) for tree in trees)
     roots = torch.arange(len(trees)) + 100
-    return build_tree(roots, to_candidates(trees, padding), budget, depth), depth
+    return grown(roots, to_candidates(trees, padding), budget, depth)[0], depth
+
+
+def grown(
+    roots: torch.Tensor, candidates: Candidates, budget: int, depth: int, **how: bool
+) -> tuple[DraftTree, Offers]:
+    """What ``grow_tree`` and the vectorised operation both return."""
+    tree, offers = grow_tree(roots, candidates, budget, depth, **how)
+    other_tree, other_offers = grow_tree_vectorised(roots, candidates, budget, depth, **how)
+    for own, other in ((tree, other_tree), (offers, other_offers)):
+        for field in fields(own):
+            assert torch.equal(getattr(own, field.name), getattr(other, field.name)), field.name
+    return tree, offers
 
 
 def real_rows(tree: DraftTree, b: int) -> list[tuple[int, int, int, float]]:
@@ -111,7 +123,7 @@ def test_rank_of_choice_equals_reference_at_every_row(trees, budget, padding, se
     rank = torch.randint(0, 12, raw_candidates.token.shape, generator=torch.Generator().manual_seed(seed))
     candidates = replace(raw_candidates, rank=rank)
     depth = max(max(tree.depths) for tree in trees)
-    tree, offers = grow_tree(torch.arange(len(trees)), candidates, budget, depth)
+    tree, offers = grown(torch.arange(len(trees)), candidates, budget, depth)
     for b, raw in enumerate(trees):
         size = len(raw.tokens)
         for row in range(int(tree.size[b])):
@@ -129,12 +141,12 @@ def test_offers_name_the_surviving_parent_the_root_or_nothing():
     raw = RawTree([7, 7, 3, 4, 3, 9, 5], [-1, -1, 0, 1, 1, 2, -1], [-2.0, -1.0, -3.0, -1.5, -2.5, -3.5, -9.0])
     candidates = to_candidates([raw], padding=1)
     # Rows: 1 is token 7 (candidate 1 won), 2 is token 4, 3 is token 3 (candidate 4 won); candidates 5 and 6 are pruned.
-    _, offers = grow_tree(torch.tensor([0]), candidates, 3, 3)
+    _, offers = grown(torch.tensor([0]), candidates, 3, 3)
     assert offers.parent_row.tolist() == [[0, 0, 1, 1, 1, 3, 0, -1]]
-    _, offers = grow_tree(torch.tensor([0]), candidates, 2, 3)
+    _, offers = grown(torch.tensor([0]), candidates, 2, 3)
     assert offers.parent_row.tolist() == [[0, 0, 1, 1, 1, -1, 0, -1]]
     # Unmerged, candidates 1, 3 and 0 are kept, and each 7 has its own children.
-    tree, offers = grow_tree(torch.tensor([0]), candidates, 3, 3, merge=False)
+    tree, offers = grown(torch.tensor([0]), candidates, 3, 3, merge=False)
     assert tree.token[0].tolist() == [0, 7, 7, 4]
     assert offers.parent_row.tolist() == [[0, 0, 2, 1, 1, -1, 0, -1]]
 
@@ -143,7 +155,7 @@ def test_large_random_trees_hold_every_invariant():
     generator = torch.Generator().manual_seed(0)
     for budget in (1, 40, 400):
         candidates = random_candidates(generator, 6, 300, 50, 9)
-        tree = build_tree(torch.arange(6), candidates, budget, 9)
+        tree, _ = grown(torch.arange(6), candidates, budget, 9)
         tree.check()
         for b in range(6):
             raw = RawTree(candidates.token[b].tolist(), candidates.parent[b].tolist(), candidates.score[b].tolist())

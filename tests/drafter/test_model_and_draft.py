@@ -187,19 +187,19 @@ def test_draft_vocabulary_maps_to_target_ids() -> None:
 def test_shared_noise_with_the_targets_own_law_accepts_the_first_token() -> None:
     """If q equals p, arg-max(log q + Gumbel) is the target's choice, so rank 1 of slot 0 must always hit."""
     from specblock.cuda_ext.noise import gumbel
+    from specblock.cuda_ext.ranking import perturbed
     from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
-    from specblock.drafter.proposals import perturbed
 
     params = [SamplingParams(temperature=0.9, top_p=0.9, seed=i) for i in range(200)]
     batch = SamplingBatch.of(params)
-    logits = torch.randn(200, 1, 1, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
+    logits = torch.randn(200, VOCAB, generator=torch.Generator().manual_seed(1)) * 3
     zero = torch.zeros(200, dtype=torch.int64)
     noise = gumbel(batch.seed, zero, zero + 7, VOCAB)
     from specblock.cuda_ext.sampling import processed_log_probs
 
-    target = (processed_log_probs(logits[:, 0, 0], batch) + noise).argmax(-1)
+    target = (processed_log_probs(logits, batch) + noise).argmax(-1)
     top = logits.topk(20, dim=-1).values
-    drafted = perturbed(logits, top, noise.float()[:, None, None], batch, 0.5).argmax(-1)[:, 0, 0]
+    drafted = perturbed(logits, top, noise.float(), batch, 0.5).argmax(-1)
     assert (target == drafted).float().mean() > 0.99
 
 

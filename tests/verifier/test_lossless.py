@@ -121,7 +121,7 @@ def ratio_rule(logits, tree, states, noise, slots, first_position, sampling=None
         while True:
             position = first_position[b] + len(path)
             own = int(chooser.choose([b], logits[b, row][None], [position]))
-            gumbel_V = noise.rows(torch.tensor(slots[b]), torch.tensor(position))
+            gumbel_V = noise.rows(torch.tensor(slots[b]), torch.tensor(position)).rows()[0]
             children = ((tree.parent[b] == row) & (tree.depth[b] > 0)).nonzero().flatten().tolist()
             probs = logits[b, row].double().softmax(-1)
             ratio = probs * len(probs)

@@ -1,0 +1,43 @@
+"""The target's choice: arg-max of processed log-probability plus Gumbel noise.
+
+Legend: N rows, V vocabulary. Source: design section 4.1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.noise import NoiseRows
+from specblock.cuda_ext.sampling import SamplingBatch, processed_log_probs
+
+
+def choose(logits_NV: Tensor, sampling: SamplingBatch, noise: NoiseRows) -> Tensor:
+    """The chosen token of every row.
+
+    Args:
+        logits_NV: [N, V], any float type, penalties and biases already applied.
+        sampling: parameters of the N rows; temperature 0 is the arg-max, the lowest id of equals.
+        noise: float64 Gumbel noise of the N rows.
+
+    Returns:
+        int64 [N].
+    """
+    if logits_NV.is_cpu and logits_NV.dtype in (torch.float32, torch.float64) and native_available():
+        chosen: Tensor = torch.ops.specblock.choose(
+            logits_NV.contiguous(),
+            noise.storage,
+            noise.index,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            sampling.min_p,
+        )
+        return chosen
+    return choose_reference(logits_NV, sampling, noise)
+
+
+def choose_reference(logits_NV: Tensor, sampling: SamplingBatch, noise: NoiseRows) -> Tensor:
+    """The readable definition of ``choose``, for any device and float type."""
+    return processed_log_probs(logits_NV, sampling).add_(noise.rows()).argmax(dim=-1)
