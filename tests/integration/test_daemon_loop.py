@@ -35,6 +35,8 @@ from specblock.verifier.model import TargetModel
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(280)]
 
 ROOT = Path(__file__).parents[2]
+# The first parity check looks at eight conversations and wants 200 cycles; one with less is repeated a minute later.
+TOKENS = 28
 PROMPTS = ["import os", "def main(", "class A:", "for i in", "return x", "if a ==", "# note", "x = [1"]
 
 
@@ -120,7 +122,7 @@ http: {{port: {self.port}, drain_deadline_s: 5}}
         self.until(lambda: self.http.get("/health").status_code == 200, "readiness")
         return self
 
-    def ask(self, prompt: str, tokens: int = 24) -> dict[str, Any]:
+    def ask(self, prompt: str, tokens: int = TOKENS) -> dict[str, Any]:
         answer = self.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": tokens, "temperature": 0})
         assert answer.status_code == 200, answer.text
         result: dict[str, Any] = answer.json()
