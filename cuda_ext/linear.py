@@ -38,6 +38,25 @@ class PackedWeight:
         result: Tensor = torch.ops.specblock.packed_linear(x.contiguous(), self.panels, self.out_features)
         return result
 
+    def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor], norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
+        """The product as attention heads, normalised and rotated.
+
+        Args:
+            x: float32 [B, T, K].
+            rotary: cos and sin, float32 [B, T, D] (or broadcastable to it), half-split layout.
+            norm: float32 [D], weight of a root-mean-square norm over each head, applied first.
+            eps: of the norm.
+
+        Returns:
+            float32 [B, N / D, T, D], a transposed view.
+        """
+        batch, rows, _ = x.shape
+        cos, sin = (table.expand(batch, rows, -1).reshape(batch * rows, -1) for table in rotary)
+        flat: Tensor = torch.ops.specblock.rotary_linear(
+            x.contiguous(), self.panels, self.out_features, cos, sin, norm, eps
+        )
+        return flat.view(batch, rows, -1, cos.shape[-1]).transpose(1, 2)
+
     def unpacked(self) -> Tensor:
         """The matrix [N, K] in float32."""
         count, inputs, _ = self.panels.shape
@@ -45,6 +64,14 @@ class PackedWeight:
         if rows.dtype == torch.bfloat16:
             rows = rows.reshape(count, PANEL // 2, 2, inputs).transpose(1, 2)
         return rows.reshape(count * PANEL, inputs)[: self.out_features].float()
+
+
+def swiglu(x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight) -> Tensor:
+    """``down(silu(gate(x)) * up(x))``: float32 [..., K] -> float32 [..., N]."""
+    result: Tensor = torch.ops.specblock.swiglu(
+        x.contiguous(), gate.panels, up.panels, down.panels, gate.out_features, down.out_features
+    )
+    return result
 
 
 def can_pack(weight: Tensor) -> bool:

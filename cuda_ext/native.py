@@ -31,6 +31,8 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
     for name, shape in (
         ("packed_linear", _packed_linear_shape),
         ("tree_attention", _tree_attention_shape),
+        ("swiglu", _swiglu_shape),
+        ("rotary_linear", _rotary_linear_shape),
         ("rms_norm", _rms_norm_shape),
         ("philox_uniform", _philox_uniform_shape),
         ("draft_top", _draft_top_shape),
@@ -53,6 +55,14 @@ def serves(*tensors: Tensor) -> bool:
 
 
 def _packed_linear_shape(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _swiglu_shape(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, inner: int, out_features: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+def _rotary_linear_shape(x: Tensor, packed: Tensor, out_features: int, *others: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 

@@ -16,16 +16,24 @@ import torch
 from torch.nn import functional as F
 
 from specblock.cuda_ext.attention import masked_attention, tree_attention
+from specblock.cuda_ext.choice import choose, choose_reference
 from specblock.cuda_ext.linear import pack
 from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.noise import NoiseRows, NoiseWindow
 from specblock.cuda_ext.norm import reference_norm, rms_norm
+from specblock.cuda_ext.ops import grow_tree, grow_tree_vectorised
+from specblock.cuda_ext.ranking import best_tokens, ranked_reference
+from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.daemon.facts import facts
 from specblock.daemon.models import load_target
+from specblock.drafter.expand import expand_chain, expand_vectorised, root_leaf
+from specblock.drafter.proposals import Proposals
 from specblock.verifier.model import TargetModel
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _PREFIX_TOKENS = (128, 512, 2048)
 _ROUNDS = 31
+_SLOTS, _FAN_OUT, _VOCABULARY = 4, 10, 4096
 _HIDDEN, _INNER, _HEADS, _KV_HEADS, _HEAD_SIZE, _LAYERS = 512, 1408, 8, 4, 64, 12
 
 Call = Callable[[], object]
@@ -55,7 +63,7 @@ def run(model: str, as_json: bool, say: Callable[[str], None]) -> int:
         return 4
     torch.set_num_threads(1)
     with torch.inference_mode():
-        rows = [*_linear_rows(), *_attention_rows(), *_norm_rows(), *_forward_rows(model)]
+        rows = [*_linear_rows(), *_attention_rows(), *_norm_rows(), *_cycle_rows(), *_forward_rows(model)]
     known = facts(dtype="float32", rounds=_ROUNDS)
     say(
         json.dumps({"facts": known, "rows": [asdict(row) for row in rows]}, indent=2) if as_json else table(known, rows)
@@ -131,6 +139,35 @@ def _norm_rows() -> list[KernelRow]:
     return [
         compare("norm", "8 rows", lambda: rms_norm(x, weight, 1e-6), lambda: reference_norm(x, weight, 1e-6)),
     ]
+
+
+def _cycle_rows() -> list[KernelRow]:
+    """What a cycle does beside its forwards, for one request: rank a block's drafts, grow the tree, choose."""
+    params = SamplingParams(temperature=1.0, top_p=0.95)
+    window = NoiseWindow(1, _SLOTS, _VOCABULARY)
+    window.advance([0], [0], [7], [0])
+    slots, one = SamplingBatch.of([params] * _SLOTS), SamplingBatch.of([params])
+    noise = window.rows(torch.zeros(_SLOTS, dtype=torch.int64), torch.arange(_SLOTS))
+    first = NoiseRows(noise.storage, noise.index[:1])
+    logits = torch.randn(_SLOTS, _VOCABULARY) * 3
+    wanted = (1.4, _FAN_OUT, 20)
+    best = best_tokens(logits, noise, None, slots, *wanted)
+    shape = (1, 1, _SLOTS, _FAN_OUT)
+    proposals = Proposals(best.index.view(shape), best.log_prob.view(shape), torch.full(shape[:-1], _FAN_OUT))
+    leaf = root_leaf(torch.zeros(1, 1, _SLOTS, 8), torch.ones(1, dtype=torch.bool), _SLOTS)
+    candidates = expand_chain(proposals, leaf, 0, 0)
+    root = torch.zeros(1, dtype=torch.int64)
+    of_block, size = f"{_SLOTS} slots, {_VOCABULARY} tokens", f"{_SLOTS * _FAN_OUT} candidates"
+    return [
+        compare("best drafts", of_block, lambda: best_tokens(logits, noise, None, slots, *wanted),
+                lambda: ranked_reference(logits, noise, None, slots, *wanted)),
+        compare("expansion", size, lambda: expand_chain(proposals, leaf, 0, 0),
+                lambda: expand_vectorised(proposals, leaf, 0, 0)),
+        compare("merge, prune, lay out", size, lambda: grow_tree(root, candidates, 8, _SLOTS),
+                lambda: grow_tree_vectorised(root, candidates, 8, _SLOTS)),
+        compare("the target's choice", f"1 row, {_VOCABULARY} tokens", lambda: choose(logits[:1], one, first),
+                lambda: choose_reference(logits[:1], one, first)),
+    ]  # fmt: skip
 
 
 def _forward_rows(model: str) -> list[KernelRow]:

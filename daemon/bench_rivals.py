@@ -23,6 +23,7 @@ from specblock.verifier.model import TargetModel
 
 RIVALS, DEMO_DRAFTER = Path("models/rivals"), Path("models/demo-drafter")
 TUNED = "tuned.json"
+SHIPPED = "specblock_shipped"
 KINDS = ("specblock", "eagle3", "parallel")
 LARGEST = {
     "specblock": DraftSettings(blocks=2, leaf_cap=16, node_budget=63),
@@ -87,11 +88,23 @@ def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[
         largest = BlockDrafter(network, replace(LARGEST[kind], noise_scale=best.noise_scale))
         planner = profiled_planner(target, largest, slots=1, seed=0)
         yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planner)
+    if DEMO_DRAFTER.is_dir():
+        yield from _shipped(target, load_network(target, DEMO_DRAFTER), tuned)
+
+
+def _shipped(
+    target: TargetModel, network: DraftNetwork, tuned: dict[str, DraftSettings]
+) -> Iterator[tuple[WayName, Way]]:
+    """What `make run` serves with, trained twelve times as long as the rivals: it compares no kinds."""
+    small = tuned.get("specblock", published_settings("specblock"))
+    yield WayName(SHIPPED, True, "fixed"), engine_way(target, BlockDrafter(network, small))
+    largest = BlockDrafter(network, replace(LARGEST["specblock"], noise_scale=small.noise_scale))
+    yield WayName(SHIPPED, True, "cost_chosen"), engine_way(target, largest, profiled_planner(target, largest, 1, 0))
 
 
 def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:
     """Bytes that one block and every further one of a way's drafter read; zero without weights."""
-    kind = name.drafter.removesuffix("_tuned").removesuffix("_published")
+    kind = name.drafter.removesuffix("_tuned").removesuffix("_published").removesuffix("_shipped")
     if kind not in found:
         return 0, 0
     first, both = (weight_bytes_per_cycle(found[kind], blocks) for blocks in (1, 2))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specblock.cuda_ext.linear import PackedWeight, can_pack, pack
+from specblock.cuda_ext.linear import PackedWeight, can_pack, pack, swiglu
 from specblock.cuda_ext.norm import rms_norm
 from specblock.drafter.config import DrafterConfig
 
@@ -65,6 +65,11 @@ class Linear(nn.Linear):
         stored = [piece.panels for piece in self._packed] or [self.weight]
         return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
+    def packed_weight(self) -> PackedWeight | None:
+        """The whole weight for the native product; None where PyTorch's serves."""
+        pieces = self._current()
+        return pieces[0] if len(pieces) == 1 else None
+
     def _current(self) -> tuple[PackedWeight, ...]:
         if not self._packed or torch.is_grad_enabled():
             return ()
@@ -109,16 +114,23 @@ class Attention(nn.Module):
         With ``asking`` int64 [B, A], rows, only those look for something: the result is [B, A, H].
         """
 
-        def heads(projected: Tensor) -> Tensor:
-            return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
-
-        key = rotate(heads(self.k_proj(x_BTH)), rotary)
-        value = heads(self.v_proj(x_BTH))
+        key = self._rotated(self.k_proj, x_BTH, rotary)
+        value = self._heads(self.v_proj(x_BTH))
         if asking is not None:
             cos, sin = (take_rows(table[:, 0], asking)[:, None] for table in rotary)
             x_BTH, rotary = take_rows(x_BTH, asking), (cos, sin)
-        query = rotate(heads(self.q_proj(x_BTH)), rotary)
+        query = self._rotated(self.q_proj, x_BTH, rotary)
         return self.o_proj(attend(layer, query, key, value).flatten(2))
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
+
+    def _rotated(self, projection: Linear, x_BTH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        packed = projection.packed_weight()
+        if packed is None:
+            return rotate(self._heads(projection(x_BTH)), rotary)
+        cos, sin = rotary
+        return packed.heads(x_BTH, (cos[:, 0], sin[:, 0]))
 
 
 class MLP(nn.Module):
@@ -132,6 +144,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., H] -> [..., H]."""
+        gate, up, down = (p.packed_weight() for p in (self.gate_proj, self.up_proj, self.down_proj))
+        if gate is not None and up is not None and down is not None:
+            return swiglu(x, gate, up, down)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

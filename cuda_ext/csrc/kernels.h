@@ -47,6 +47,7 @@ struct Kernels {
   void (*attend)(const AttentionRows& rows);
   void (*normalise)(const float* x, const float* weight, float* out, int64_t rows, int64_t size, float eps);
   void (*draft_top)(const DraftRow& row);
+  void (*gate)(float* gate, const float* up, int64_t size);
 };
 
 extern const Kernels kBaseline;

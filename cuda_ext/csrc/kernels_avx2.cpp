@@ -13,9 +13,10 @@
 #pragma GCC target("avx2,fma")
 #define SB_LANES 8
 #include "draft_top.h"
+#include "gate.h"
 #include "panel_matmul.h"
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kAvx2 = {multiply<uint16_t>, multiply<float>, attend, normalise, draft_top};
+const specblock::Kernels specblock::kAvx2 = {multiply<uint16_t>, multiply<float>, attend, normalise, draft_top, gate};
 #endif

@@ -13,9 +13,10 @@
 #pragma GCC target("avx512f,avx2,fma")
 #define SB_LANES 16
 #include "draft_top.h"
+#include "gate.h"
 #include "panel_matmul.h"
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kAvx512 = {multiply<uint16_t>, multiply<float>, attend, normalise, draft_top};
+const specblock::Kernels specblock::kAvx512 = {multiply<uint16_t>, multiply<float>, attend, normalise, draft_top, gate};
 #endif

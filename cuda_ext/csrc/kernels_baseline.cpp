@@ -11,8 +11,9 @@
 
 #define SB_LANES 4
 #include "draft_top.h"
+#include "gate.h"
 #include "panel_matmul.h"
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kBaseline = {multiply<uint16_t>, multiply<float>, attend, normalise, draft_top};
+const specblock::Kernels specblock::kBaseline = {multiply<uint16_t>, multiply<float>, attend, normalise, draft_top, gate};

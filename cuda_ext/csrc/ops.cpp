@@ -3,10 +3,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
 #include "philox.h"
+#include "rotary.h"
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -42,6 +44,45 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
     else
       specblock::kernels().multiply_float(rows, static_cast<const float*>(weights), to, M, K, out_features, begin, end);
   });
+  return out;
+}
+
+// silu(x times gate) * (x times up), times down: [..., K] -> [..., out_features].
+Tensor swiglu(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t inner, int64_t out_features) {
+  Tensor middle = packed_linear(x, gate, inner);
+  const Tensor other = packed_linear(x, up, inner);
+  auto* to = static_cast<float*>(middle.mutable_data_ptr());
+  const auto* by = static_cast<const float*>(other.const_data_ptr());
+  torch::stable::parallel_for(0, middle.numel(), kMultiplyAddsPerThread, [&](int64_t begin, int64_t end) {
+    specblock::kernels().gate(to + begin, by + begin, end - begin);
+  });
+  return packed_linear(middle, down, out_features);
+}
+
+// x times packed, every head of `head_dim` outputs normalised (with a norm) and rotated by cos and sin float32 [M, head_dim]
+// in the half-split layout: [..., K] -> [..., out_features].
+Tensor rotary_linear(const Tensor& x, const Tensor& packed, int64_t out_features, const Tensor& cos, const Tensor& sin,
+                     std::optional<Tensor> norm, double eps) {
+  Tensor out = packed_linear(x, packed, out_features);
+  const int64_t D = cos.dim() == 2 ? cos.size(1) : 0, M = out_features > 0 ? out.numel() / out_features : 0;
+  STD_TORCH_CHECK(D > 0 && D % 2 == 0 && out_features % D == 0, "rotary_linear: heads do not fit the outputs");
+  for (const Tensor* t : {&cos, &sin})
+    STD_TORCH_CHECK(t->is_cpu() && t->is_contiguous() && t->dim() == 2 && t->size(0) == M && t->size(1) == D &&
+                        t->scalar_type() == ScalarType::Float,
+                    "rotary_linear: cos and sin must be float32 [rows, head size]");
+  auto* to = static_cast<float*>(out.mutable_data_ptr());
+  if (norm) {
+    STD_TORCH_CHECK(norm->is_cpu() && norm->is_contiguous() && norm->dim() == 1 && norm->size(0) == D &&
+                        norm->scalar_type() == ScalarType::Float,
+                    "rotary_linear: the norm must be float32 [head size]");
+    specblock::kernels().normalise(to, static_cast<const float*>(norm->const_data_ptr()), to, out.numel() / D, D,
+                                   static_cast<float>(eps));
+  }
+  const auto* cosine = static_cast<const float*>(cos.const_data_ptr());
+  const auto* sine = static_cast<const float*>(sin.const_data_ptr());
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t head = 0; head < out_features / D; head++)
+      specblock::rotate(to + m * out_features + head * D, cosine + m * D, sine + m * D, D);
   return out;
 }
 
@@ -131,6 +172,8 @@ STABLE_TORCH_LIBRARY(specblock, m) {
   m.def("packed_linear(Tensor x, Tensor packed, int out_features) -> Tensor");
   m.def("tree_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor");
   m.def("philox_uniform(Tensor seed, Tensor choice, Tensor position, int vocab_size) -> Tensor");
+  m.def("swiglu(Tensor x, Tensor gate, Tensor up, Tensor down, int inner, int out_features) -> Tensor");
+  m.def("rotary_linear(Tensor x, Tensor packed, int out_features, Tensor cos, Tensor sin, Tensor? norm, float eps) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }
 
@@ -138,5 +181,7 @@ STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) {
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
   m.impl("tree_attention", TORCH_BOX(&tree_attention));
   m.impl("philox_uniform", TORCH_BOX(&philox_uniform));
+  m.impl("swiglu", TORCH_BOX(&swiglu));
+  m.impl("rotary_linear", TORCH_BOX(&rotary_linear));
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
 }

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from specblock.cuda_ext.linear import PackedLinear, can_pack, pack, pack_linears
+from specblock.cuda_ext.linear import PackedLinear, can_pack, pack, pack_linears, swiglu
 from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.norm import reference_norm
 
 needs_native = pytest.mark.skipif(not native_available(), reason="native operations were not built")
 
@@ -126,3 +127,44 @@ def test_a_missing_or_broken_library_is_said_once(tmp_path: Path, caplog: pytest
             assert not native_available(path)
             assert not native_available(path)
     assert [("not built" in m, "cannot be loaded" in m) for m in caplog.messages] == [(True, False), (False, True)]
+
+
+@needs_native
+@pytest.mark.parametrize("seed", range(12))
+def test_swiglu_and_heads_are_what_they_say(seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden, inner, size = 32, 17 + 7 * seed, 16
+    gate, up = torch.randn(2, inner, hidden, generator=generator)
+    down, heads = torch.randn(hidden, inner, generator=generator), torch.randn(3 * size, hidden, generator=generator)
+    x = torch.randn(2, 1 + seed % 5, hidden, generator=generator)
+    mixed = torch.nn.functional.silu(x @ gate.T) * (x @ up.T) @ down.T
+    assert torch.allclose(swiglu(x, pack(gate), pack(up), pack(down)), mixed, rtol=1e-4, atol=1e-3)
+    angle = torch.rand(2, x.shape[1], size // 2, generator=generator) * 6
+    rotary = (torch.cat([angle, angle], dim=-1).cos(), torch.cat([angle, angle], dim=-1).sin())
+    weight = torch.rand(size, generator=generator)
+    for norm in (None, weight):
+        plain = (x @ heads.T).view(2, -1, 3, size)
+        plain = plain if norm is None else reference_norm(plain, norm, 1e-6)
+        left, right = plain.chunk(2, dim=-1)
+        expected = plain * rotary[0][:, :, None] + torch.cat([-right, left], dim=-1) * rotary[1][:, :, None]
+        found = pack(heads).heads(x, rotary, norm, 1e-6)
+        assert torch.allclose(found, expected.transpose(1, 2), rtol=1e-4, atol=1e-4)
+
+
+@needs_native
+def test_a_row_of_swiglu_and_heads_has_the_same_bits_alone():
+    gate, up, down, heads = torch.randn(21, 16), torch.randn(21, 16), torch.randn(16, 21), torch.randn(32, 16)
+    packed = [pack(w) for w in (gate, up, down)]
+    x, table = torch.randn(1, 9, 16), torch.rand(2, 1, 9, 16)
+    together, rotated = swiglu(x, *packed), pack(heads).heads(x, (table[0], table[1]))
+    for row in range(9):
+        one = slice(row, row + 1)
+        assert torch.equal(swiglu(x[:, one], *packed), together[:, one])
+        assert torch.equal(pack(heads).heads(x[:, one], (table[0][:, one], table[1][:, one])), rotated[:, :, one])
+
+
+@needs_native
+def test_heads_that_do_not_fit_are_refused():
+    packed, table = pack(torch.randn(32, 16)), torch.zeros(1, 2, 24)
+    with pytest.raises(RuntimeError, match="heads do not fit"):
+        packed.heads(torch.zeros(1, 2, 16), (table, table))

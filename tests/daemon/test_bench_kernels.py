@@ -35,5 +35,7 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     assert run("models/demo-target", True, said.append) == 0
     found = json.loads(said[-1])
-    assert {row["operation"] for row in found["rows"]} >= {"tree attention", "norm", "target forward"}
+    assert {row["operation"] for row in found["rows"]} >= {
+        "tree attention", "norm", "target forward", "best drafts", "expansion", "the target's choice",
+    }  # fmt: skip
     assert found["facts"]["native_kernels"]
