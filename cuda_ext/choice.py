@@ -24,9 +24,11 @@ def choose(logits_NV: Tensor, sampling: SamplingBatch, noise: NoiseRows) -> Tens
     Returns:
         int64 [N].
     """
-    if logits_NV.is_cpu and logits_NV.dtype in (torch.float32, torch.float64) and native_available():
+    if logits_NV.is_cpu and native_available():
+        # Widening is exact. A type of its own would make rows depend on whether a neighbour's penalties widened them.
+        wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
         chosen: Tensor = torch.ops.specblock.choose(
-            logits_NV.contiguous(),
+            wide.contiguous(),
             noise.storage,
             noise.index,
             sampling.temperature,

@@ -51,7 +51,7 @@ class PackedWeight:
             float32 [B, N / D, T, D], a transposed view.
         """
         batch, rows, _ = x.shape
-        cos, sin = (table.expand(batch, rows, -1).reshape(batch * rows, -1) for table in rotary)
+        cos, sin = (table.expand(batch, rows, -1).reshape(batch * rows, -1).contiguous() for table in rotary)
         flat: Tensor = torch.ops.specblock.rotary_linear(
             x.contiguous(), self.panels, self.out_features, cos, sin, norm, eps
         )

@@ -13,6 +13,7 @@ import torch
 from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, WayName
 from specblock.daemon.bench_ways import Way, engine_way, transformers_way
 from specblock.daemon.cost_profile import profiled_planner
+from specblock.daemon.errors import IncompatibleError
 from specblock.daemon.models import load_network, load_target
 from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
@@ -43,6 +44,16 @@ def networks(target: TargetModel, directory: Path = RIVALS) -> dict[str, DraftNe
     return {kind: load_network(target, place) for kind, place in places.items() if place.is_dir()}
 
 
+def shipped(target: TargetModel, directory: Path = RIVALS) -> DraftNetwork | None:
+    """The demo drafter, where it fits this target and does not stand in already."""
+    if not ((directory / "specblock").is_dir() and DEMO_DRAFTER.is_dir()):
+        return None
+    try:
+        return load_network(target, DEMO_DRAFTER)
+    except IncompatibleError:
+        return None
+
+
 def tuned_settings(directory: Path = RIVALS) -> dict[str, DraftSettings]:
     """The best fixed trees that ``bench tune`` found on this kind of machine, by kind."""
     path = directory / TUNED
@@ -59,7 +70,9 @@ def settings_json(settings: DraftSettings) -> dict[str, Any]:
     return asdict(settings)
 
 
-def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[WayName, Way]]:
+def ways(
+    target: TargetModel, found: dict[str, DraftNetwork], demo: DraftNetwork | None = None
+) -> Iterator[tuple[WayName, Way]]:
     """Every way of answering, named; the order is that of the table."""
     yield PLAIN, engine_way(target, None)
     untouched = load_target(target.model_name, target.dtype, str(target.device), native=False)
@@ -88,8 +101,8 @@ def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[
         largest = BlockDrafter(network, replace(LARGEST[kind], noise_scale=best.noise_scale))
         planner = profiled_planner(target, largest, slots=1, seed=0)
         yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planner)
-    if DEMO_DRAFTER.is_dir():
-        yield from _shipped(target, load_network(target, DEMO_DRAFTER), tuned)
+    if demo is not None:
+        yield from _shipped(target, demo, tuned)
 
 
 def _shipped(

@@ -29,6 +29,7 @@ from specblock.drafter.expand import (
     extendable,
     root_leaf,
 )
+from specblock.drafter.fan_out import FanOutRule
 from specblock.drafter.interface import Draft, NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.layers import rows_of, take_rows
@@ -45,6 +46,7 @@ class BlockDrafter:
         self.model = model.pack()
         self.settings = settings
         self._fixed = FixedLimits(settings)
+        self._fan_out = FanOutRule.of(settings, self.device)
 
     @property
     def max_depth(self) -> int:
@@ -172,7 +174,9 @@ class BlockDrafter:
                 leaves = choose_leaves(parts[-1], hidden_BnKH, leaves, score, offset, first_row, count)
                 hidden_BnKH = self._later_block(cache, slots, slots_B, leaves, block)
             noise_rows = self._noise_rows(noise, slots_B, root_index, leaves)
-            proposals = propose(self.model, self.settings, hidden_BnKH, noise_rows, sampling, first=block == 0)
+            proposals = propose(
+                self.model, self.settings, self._fan_out, hidden_BnKH, noise_rows, sampling, first=block == 0
+            )
             if self.model.independent_slots:
                 parts.append(expand_product(proposals, leaves.valid[:, 0], self.settings.beam))
             else:

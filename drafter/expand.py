@@ -60,16 +60,10 @@ def expand_chain(proposals: Proposals, leaves: Leaves, offset: int, block: int) 
         [B, n * K * W] candidates, leaf-major, then slot, then rank.
     """
     if proposals.token.is_cpu and native_available():
+        of_slots = (proposals.token, proposals.log_prob, proposals.fan_out)
+        of_leaves = (leaves.node, leaves.depth, leaves.score, leaves.valid)
         parent, depth, blocks, slot, rank, score, valid = torch.ops.specblock.expand_chain(
-            proposals.token,
-            proposals.log_prob,
-            proposals.fan_out,
-            leaves.node,
-            leaves.depth,
-            leaves.score,
-            leaves.valid,
-            offset,
-            block,
+            *(tensor.contiguous() for tensor in (*of_slots, *of_leaves)), offset, block
         )
         return Candidates(proposals.token.flatten(1), parent, score, depth, blocks, slot, rank, valid)
     return expand_vectorised(proposals, leaves, offset, block)

@@ -15,6 +15,7 @@ from specblock.cuda_ext.noise import NoiseRows
 from specblock.cuda_ext.ranking import best_tokens
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.drafter.config import DraftSettings
+from specblock.drafter.fan_out import FanOutRule
 from specblock.drafter.model import RANK_TOP, rank_features
 from specblock.drafter.network import DraftNetwork
 
@@ -31,6 +32,7 @@ class Proposals:
 def propose(
     network: DraftNetwork,
     settings: DraftSettings,
+    rule: FanOutRule,
     hidden_BnKH: Tensor,
     noise: NoiseRows | None,
     sampling: SamplingBatch,
@@ -40,7 +42,8 @@ def propose(
 
     Args:
         network: the drafter's network.
-        settings: fan-outs and noise.
+        settings: widths and noise.
+        rule: fan-outs where the rank head decides.
         hidden_BnKH: u of the slots.
         noise: the target's noise at the slots' positions, B * n * K rows, or None to rank by log q alone.
         sampling: parameters of the B requests.
@@ -67,23 +70,7 @@ def propose(
         top = best.top.view(*logits.shape[:-1], -1)
         padded = torch.nn.functional.pad(top, (0, RANK_TOP - top.shape[-1]), value=-1e4)
         rank = network.rank_logits(normed, rank_features(padded)).argmax(dim=-1)
-        fan_out = ranked_fan_out(settings, rank, log_prob[..., 0].exp(), first)
+        fan_out = rule.fan_out(rank, log_prob[..., 0].exp(), first)
     else:
         fan_out = torch.full(log_prob.shape[:-1], width, device=log_prob.device)
     return Proposals(token.view_as(log_prob), log_prob, fan_out)
-
-
-def ranked_fan_out(settings: DraftSettings, rank_BnK: Tensor, greedy_p_BnK: Tensor, first: bool) -> Tensor:
-    """Tokens kept per slot, the greedy one included; 0 from the first slot that gives up onward."""
-    table = torch.tensor(settings.fan_out, device=rank_BnK.device)
-    fan_out = table[rank_BnK]
-    open_slots = fan_out > 0
-    for limit, cap in reversed(settings.other_caps):
-        fan_out = torch.where(greedy_p_BnK >= limit, fan_out.clamp(max=cap), fan_out)
-    if first:
-        slot_0 = torch.full_like(fan_out[..., 0], settings.beam)
-        for limit, cap in reversed(settings.first_caps):
-            slot_0 = torch.where(greedy_p_BnK[..., 0] >= limit, min(cap, settings.beam), slot_0)
-        fan_out = torch.cat([slot_0[..., None], fan_out[..., 1:]], dim=-1)
-        open_slots = torch.cat([torch.ones_like(open_slots[..., :1]), open_slots[..., 1:]], dim=-1)
-    return fan_out * torch.cumprod(open_slots.to(fan_out.dtype), dim=-1)

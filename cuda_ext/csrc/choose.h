@@ -30,7 +30,12 @@ class Choice {
     if (filters.temperature == 0) return std::max_element(logits, logits + size) - logits;  // the lowest id of equals
     scaled_.resize(size);
     weight_.resize(size);
-    for (int64_t i = 0; i < size; i++) scaled_[i] = static_cast<double>(logits[i]) / filters.temperature;
+    bool numbers = true;
+    for (int64_t i = 0; i < size; i++) {
+      scaled_[i] = static_cast<double>(logits[i]) / filters.temperature;
+      numbers &= scaled_[i] == scaled_[i];
+    }
+    if (!numbers) return 0;  // as the definition, in which one NaN makes every log-probability one
     const double largest = *std::max_element(scaled_.begin(), scaled_.end());
     const bool nucleus = filters.top_p < 1;
     const int64_t top_k = filters.top_k < size ? filters.top_k : 0;

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specblock.cuda_ext.choice import choose, choose_reference
+from specblock.cuda_ext.linear import pack, swiglu
 from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.noise import NoiseRows, gumbel
+from specblock.cuda_ext.ranking import best_tokens
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="the native library was not built")
@@ -91,3 +93,38 @@ def test_rows_outside_the_noise_are_refused():
             choose(logits, batch, NoiseRows(storage, torch.tensor([index])))
     with pytest.raises(RuntimeError, match="does not fit"):
         choose(torch.zeros(1, 5), batch, NoiseRows(storage, torch.tensor([0])))
+
+
+def test_one_nan_makes_every_log_probability_one():
+    logits = torch.tensor([[1.0, float("nan"), 2.0]])
+    noise = NoiseRows(torch.zeros(1, 3, dtype=torch.float64), torch.tensor([0]))
+    for params in (SamplingParams(), SamplingParams(top_p=0.5, top_k=2), SamplingParams(temperature=0.7, min_p=0.1)):
+        batch = SamplingBatch.of([params])
+        assert choose(logits, batch, noise).tolist() == choose_reference(logits, batch, noise).tolist()
+
+
+def test_a_bfloat16_row_is_chosen_alike_beside_a_row_that_penalties_widened():
+    # Nine equal logits and a nucleus that ends exactly among them: the edge is a matter of the last bit.
+    row = torch.full((1, 40), -30.0)
+    row[0, :9] = 3.0
+    noise = NoiseRows(torch.zeros(1, 40, dtype=torch.float64), torch.tensor([0]))
+    noise.storage[0, 3] = 9.0
+    batch = SamplingBatch.of([SamplingParams(top_p=1 / 3)])
+    narrow = choose(row.to(torch.bfloat16), batch, noise)
+    assert torch.equal(narrow, choose(row.double(), batch, noise)) and torch.equal(narrow, choose(row, batch, noise))
+
+
+def test_the_number_of_threads_changes_nothing():
+    params = [SamplingParams(temperature=0.8, top_p=0.9, seed=seed) for seed in range(5)]
+    batch, noise = drawn(params, 20_011, 1, 3.0)
+    logits = torch.randn(5, 20_011, generator=torch.Generator().manual_seed(1)) * 3
+    gate, up, down = (pack(torch.randn(shape, generator=torch.Generator().manual_seed(2)))
+                      for shape in ((1009, 8), (1009, 8), (8, 1009)))  # fmt: skip
+    x = torch.randn(201, 8, generator=torch.Generator().manual_seed(3))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        best = best_tokens(logits, noise, None, batch, 1.0, 8, 20)
+        results.append((choose(logits, batch, noise), best.index, best.log_prob, best.top, swiglu(x, gate, up, down)))
+    torch.set_num_threads(1)
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))

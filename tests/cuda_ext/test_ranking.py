@@ -35,21 +35,32 @@ def test_it_ranks_as_defined(params, vocab_size, width, noisy, partial, seed):
     expected = ranked_reference(logits, noise, ids, batch, 1.4, *wanted)
     assert torch.equal(found.top, expected.top)
     kept = expected.log_prob.isfinite()
-    # A nucleus that ends within rounding of top_p may keep one token more or less: the two then differ honestly.
-    if not torch.equal(kept, found.log_prob.isfinite()) and noisy:
-        assert _edge_within_rounding(logits, batch)
-        return
+    agree = (kept == found.log_prob.isfinite()).all(dim=-1)
+    for row in (~agree).nonzero().flatten().tolist():
+        # A nucleus that ends within rounding of top_p may keep one token more or less; nothing else may.
+        assert noisy and _ends_within_rounding(logits[row], params[row])
+    kept = kept & agree[:, None]
     assert torch.allclose(found.log_prob[kept], expected.log_prob[kept], atol=2e-5)
-    # Scores that are a rounding apart may change places; any other order would be wrong.
-    differs = kept & (found.index != expected.index)
-    assert (found.log_prob - expected.log_prob)[differs].abs().le(2e-5).all()
-    assert not differs.any() or differs.sum() >= 2
+    # Scores that are a rounding apart may change places, so a place is held by a token of the same score.
+    score = _scores(logits, noise, ids, batch)
+    assert torch.allclose(score.gather(1, found.index)[kept], score.gather(1, expected.index)[kept], atol=2e-5)
 
 
-def _edge_within_rounding(logits: torch.Tensor, batch: SamplingBatch) -> bool:
-    temperature = torch.where(batch.temperature == 0, 1.0, batch.temperature)[:, None]
-    probs = (logits / temperature).softmax(dim=-1).sort(dim=-1, descending=True).values
-    return bool((probs.cumsum(dim=-1) - batch.top_p[:, None]).abs().min() < 1e-4)
+def _scores(logits: torch.Tensor, noise: NoiseRows | None, ids: torch.Tensor | None, batch: SamplingBatch):
+    """What tokens are ranked by, before any is filtered away."""
+    if noise is None:
+        return logits
+    gumbel_NV = (noise.rows() if ids is None else noise.rows()[:, ids]).float()
+    greedy = (batch.temperature == 0)[:, None]
+    temperature = torch.where(greedy, 1.0, batch.temperature.float()[:, None])
+    return torch.where(greedy, logits, (logits / temperature + gumbel_NV) / 1.4)
+
+
+def _ends_within_rounding(logits_V: torch.Tensor, params: SamplingParams) -> bool:
+    if params.temperature == 0 or params.top_p >= 1:
+        return False
+    probs = (logits_V / params.temperature).softmax(dim=-1).sort(descending=True).values
+    return bool((probs.cumsum(dim=-1) - params.top_p).abs().min() < 1e-5)
 
 
 def test_equal_logits_come_in_the_order_of_their_ids_and_rows_do_not_depend_on_the_batch():

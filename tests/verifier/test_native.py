@@ -8,7 +8,7 @@ from specblock.cuda_ext.linear import PackedLinear
 from specblock.cuda_ext.native import native_available
 from specblock.verifier.loading import cache_argument
 from specblock.verifier.model import TargetModel
-from specblock.verifier.native import ATTENTION, NativeNorm
+from specblock.verifier.native import ATTENTION, NativeAttention, NativeMLP, NativeNorm
 from tests.verifier.helpers import decode, random_requests, random_trees, tiny_hf_model
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="native operations were not built")
@@ -21,12 +21,23 @@ def native_target(family: str, **changes) -> TargetModel:
     return TargetModel.from_model(model, native=True)
 
 
+def with_uneven_norms(model):
+    """Norm weights that are not all one, so that none can be left out or taken for another."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "norm" in name:
+                weight.copy_(0.5 + torch.rand(weight.shape, generator=generator))
+    return model
+
+
 @BOTH
 def test_the_model_stays_the_model(family):
-    untouched = tiny_hf_model(family, torch.float32, head_dim=16)
-    target = native_target(family)
+    untouched = with_uneven_norms(tiny_hf_model(family, torch.float32, head_dim=16))
+    target = TargetModel.from_model(with_uneven_norms(tiny_hf_model(family, torch.float32, head_dim=16)), native=True)
     kinds = [type(module) for module in target.transformers_model.modules()]
     assert target.native and kinds.count(PackedLinear) == 4 * 7 + 1 and NativeNorm in kinds
+    assert kinds.count(NativeAttention) == kinds.count(NativeMLP) == 4
     assert target.transformers_model.config._attn_implementation == ATTENTION
     tokens = torch.arange(20)[None]
     cache = target.new_cache(1, 64)
@@ -102,3 +113,23 @@ def test_other_types_keep_their_own_layers():
     model = tiny_hf_model("llama", torch.float64)
     target = TargetModel.from_model(model, native=True)
     assert not target.native and model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}, {"hidden_act": "gelu"}])
+def test_layers_with_more_than_a_native_one_has_keep_their_own_code(changes):
+    untouched = tiny_hf_model("llama", torch.float32, head_dim=16, **changes)
+    model = tiny_hf_model("llama", torch.float32, head_dim=16, **changes)
+    with torch.no_grad():
+        for one in (untouched, model):
+            torch.manual_seed(3)
+            for name, weight in one.named_parameters():
+                if name.endswith("bias"):
+                    weight.copy_(torch.randn(weight.shape))
+    target = TargetModel.from_model(model, native=True)
+    kinds = [type(module) for module in target.transformers_model.modules()]
+    assert (NativeAttention in kinds) == ("attention_bias" not in changes)
+    assert (NativeMLP in kinds) == ("attention_bias" in changes)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        expected = untouched(input_ids=tokens).logits
+    assert torch.allclose(target.forward(target.new_cache(1, 64), [0], tokens).logits, expected, atol=1e-4)
