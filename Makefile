@@ -29,10 +29,10 @@ demo-fault: setup  ## the same daemon with a planted cache fault: reported, noth
 	@$(BIN)/specblockd demo --fault --out build/demo-fault
 
 test: setup  ## set up and run every test that needs no GPU
-	$(BIN)/python -m pytest -m "not gpu" -n 2 --dist loadgroup
+	@bash scripts/test.sh $(BIN)/python
 
 test-fast: setup  ## unit tests only: no Ray, no Redis
-	$(BIN)/python -m pytest -m "not gpu and not integration" -n 2
+	$(BIN)/python -m pytest -m "not gpu and not integration"
 
 lint: setup  ## ruff: style, imports, banned bare names
 	$(BIN)/ruff check .

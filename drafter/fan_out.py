@@ -61,10 +61,12 @@ class FanOutRule:
             greedy_p_BnK: float32, probability of its best token.
             first: these are slots of block 1.
         """
-        wanted = self.table[rank_BnK]
+        wanted, greedy_p_BnK = self.table[rank_BnK], greedy_p_BnK.contiguous()
         open_slots = wanted > 0
         kept = torch.minimum(wanted, self.caps[torch.bucketize(greedy_p_BnK, self.limits, right=True)])
         if first:
-            kept[..., 0] = self.first_fan_out[torch.bucketize(greedy_p_BnK[..., 0], self.first_limits, right=True)]
+            kept[..., 0] = self.first_fan_out[
+                torch.bucketize(greedy_p_BnK[..., 0].contiguous(), self.first_limits, right=True)
+            ]
             open_slots[..., 0] = True
         return kept * torch.cumprod(open_slots.to(kept.dtype), dim=-1)

@@ -1,16 +1,5 @@
-from pathlib import Path
-
 import pytest
 import torch
-
-INTEGRATION = Path(__file__).parent / "integration"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Daemons share one process of ``make test`` and run one after the other, beside the unit tests in another."""
-    for item in items:
-        if item.path.is_relative_to(INTEGRATION):
-            item.add_marker(pytest.mark.xdist_group("integration"))
 
 
 @pytest.fixture(autouse=True)
