@@ -27,15 +27,7 @@ def choose(logits_NV: Tensor, sampling: SamplingBatch, noise: NoiseRows) -> Tens
     if logits_NV.is_cpu and native_available():
         # Widening is exact. A type of its own would make rows depend on whether a neighbour's penalties widened them.
         wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
-        chosen: Tensor = torch.ops.specblock.choose(
-            wide.contiguous(),
-            noise.storage,
-            noise.index,
-            sampling.temperature,
-            sampling.top_p,
-            sampling.top_k,
-            sampling.min_p,
-        )
+        chosen: Tensor = torch.ops.specblock.choose(wide.contiguous(), noise.storage, noise.index, *sampling.law)
         return chosen
     return choose_reference(logits_NV, sampling, noise)
 

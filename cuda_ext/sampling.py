@@ -99,14 +99,12 @@ class SamplingBatch:
 
     def rows(self, index: Tensor) -> SamplingBatch:
         """The batch for rows ``index`` (int64 [M], repeats allowed)."""
-        return SamplingBatch(
-            self.temperature[index],
-            self.top_p[index],
-            self.top_k[index],
-            self.min_p[index],
-            self.seed[index],
-            self.choice[index],
-        )
+        return SamplingBatch(*(getattr(self, name)[index] for name in self.__dataclass_fields__))
+
+    @property
+    def law(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What shapes the distribution, in the order of the native operations: temperature, top_p, top_k, min_p."""
+        return self.temperature, self.top_p, self.top_k, self.min_p
 
     def repeated(self, times: int) -> SamplingBatch:
         """Every row ``times`` times in a row: N * times rows."""

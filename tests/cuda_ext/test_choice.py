@@ -26,7 +26,7 @@ filters = st.builds(
 )
 
 
-def drawn(params: list[SamplingParams], vocab_size: int, seed: int, spread: float) -> tuple[SamplingBatch, NoiseRows]:
+def drawn(params: list[SamplingParams], vocab_size: int, seed: int) -> tuple[SamplingBatch, NoiseRows]:
     batch = SamplingBatch.of(params)
     rows = gumbel(batch.seed, batch.choice, torch.arange(len(params)) + seed, vocab_size)
     order = torch.randperm(len(params), generator=torch.Generator().manual_seed(seed))
@@ -44,7 +44,7 @@ def drawn(params: list[SamplingParams], vocab_size: int, seed: int, spread: floa
 def test_choices_are_those_of_the_definition(params, vocab_size, seed, spread, wide):
     logits = torch.randn(len(params), vocab_size, generator=torch.Generator().manual_seed(seed)) * spread
     logits = logits.double() if wide else logits
-    batch, noise = drawn(params, vocab_size, seed, spread)
+    batch, noise = drawn(params, vocab_size, seed)
     assert torch.equal(choose(logits, batch, noise), choose_reference(logits, batch, noise))
 
 
@@ -59,14 +59,14 @@ uneven = st.builds(
 def test_equal_logits_are_taken_in_the_order_of_their_ids(params, levels, seed):
     # Few distinct logits: nearly every edge of top-k and top-p lies among equals.
     logits = torch.randint(0, levels, (len(params), 50), generator=torch.Generator().manual_seed(seed)).float()
-    batch, noise = drawn(params, 50, seed, 1.0)
+    batch, noise = drawn(params, 50, seed)
     assert torch.equal(choose(logits, batch, noise), choose_reference(logits, batch, noise))
 
 
 def test_a_row_does_not_depend_on_the_batch():
     params = [SamplingParams(temperature=0.8, top_p=0.9, top_k=k, seed=k) for k in range(12)]
     logits = torch.randn(12, 300, generator=torch.Generator().manual_seed(0)) * 3
-    batch, noise = drawn(params, 300, 3, 3.0)
+    batch, noise = drawn(params, 300, 3)
     together = choose(logits, batch, noise)
     for row in range(12):
         one = torch.tensor([row])
@@ -116,7 +116,7 @@ def test_a_bfloat16_row_is_chosen_alike_beside_a_row_that_penalties_widened():
 
 def test_the_number_of_threads_changes_nothing():
     params = [SamplingParams(temperature=0.8, top_p=0.9, seed=seed) for seed in range(5)]
-    batch, noise = drawn(params, 20_011, 1, 3.0)
+    batch, noise = drawn(params, 20_011, 1)
     logits = torch.randn(5, 20_011, generator=torch.Generator().manual_seed(1)) * 3
     gate, up, down = (pack(torch.randn(shape, generator=torch.Generator().manual_seed(2)))
                       for shape in ((1009, 8), (1009, 8), (8, 1009)))  # fmt: skip
