@@ -12,6 +12,7 @@ from specblock.bandit.config_checks import at_least, fraction, not_negative, pos
 from specblock.bandit.config_rules import (
     CostConfig,
     DetectorConfig,
+    ExploreConfig,
     GateConfig,
     HorizonConfig,
     ParityConfig,
@@ -23,6 +24,7 @@ __all__ = [
     "Arm",
     "CostConfig",
     "DetectorConfig",
+    "ExploreConfig",
     "GateConfig",
     "HorizonConfig",
     "ParityConfig",
@@ -66,6 +68,7 @@ class PolicyConfig:
     """Acceptance length the drafter reached in training; 0: unknown."""
     cost: CostConfig = field(default_factory=CostConfig)
     horizon: HorizonConfig = field(default_factory=HorizonConfig)
+    explore: ExploreConfig = field(default_factory=ExploreConfig)
     detector: DetectorConfig = field(default_factory=DetectorConfig)
     parity: ParityConfig = field(default_factory=ParityConfig)
     gate: GateConfig = field(default_factory=GateConfig)

@@ -1,4 +1,4 @@
-"""Sections of the decision rule's configuration: cost, horizon, detector, parity, gate and statistics."""
+"""Sections of the decision rule's configuration: cost, horizon, exploration, detector, parity, gate and statistics."""
 
 from __future__ import annotations
 
@@ -48,6 +48,19 @@ class HorizonConfig:
         positive(path, hazard_prior_changes=self.hazard_prior_changes, hazard_prior_s=self.hazard_prior_s)
         positive(path, cap_s=self.cap_s)
         not_negative(path, discount_per_s=self.discount_per_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExploreConfig:
+    """Micro-profiles of arms that are expected to pay, but not surely enough."""
+
+    every_s: float = 7200.0
+    """An arm that stays near the margin is tried about this often; 0: never."""
+    seed: int = 0
+    """Of the draws; give each of several daemons its own."""
+
+    def __post_init__(self) -> None:
+        not_negative("policy.explore", every_s=self.every_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,9 +23,14 @@ WINDOW_SILENT_S = 3600.0
 
 
 def build_context(
-    state: BanditState, windows: WindowSummary, serving_version: str, now_s: float, config: PolicyConfig
+    state: BanditState,
+    windows: WindowSummary,
+    serving_version: str,
+    now_s: float,
+    config: PolicyConfig,
+    since_s: float = 0.0,
 ) -> DecisionContext:
-    """What a decision at ``now_s`` reads."""
+    """What a decision at ``now_s``, ``since_s`` after the one before, reads."""
     flow = _flow(state, now_s, config)
     total = math.fsum(flow.values())
     available = {window.domain: window for window in windows.domains}
@@ -39,6 +44,7 @@ def build_context(
         busy_devices=min(total, config.cost.serving_devices),
         num_changes=state.changes,
         observed_s=max(now_s - state.first_event_s, 0.0) if state.first_event_s else 0.0,
+        since_s=since_s,
     )
 
 

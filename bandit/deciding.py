@@ -57,12 +57,13 @@ class Decider:
         serving = attempt(self._actions.serving_version)
         close_accrual(self.state, self._ledger, serving, now_s)
         windows = attempt(self._actions.windows)
+        since_s = max(now_s - self.state.last_decision_s, 0.0) if self.state.last_decision_s else 0.0
         self.state.last_decision_s = now_s
         self.state.learned_at_decision = self.state.learned
         error = ""
         # A parity check is a decision of its own; the second decision has its result to go by.
         for _ in range(2):
-            context = build_context(self.state, windows, serving, now_s, self._policy)
+            context = build_context(self.state, windows, serving, now_s, self._policy, since_s)
             known = self.state.policy
             decision_id = f"d{known.decisions:06d}"
             decision, self.state.policy = decide(context, known, self._policy)
@@ -98,6 +99,7 @@ class Decider:
                 base_version=context.serving_version,
                 expected_s=charge_s(self._policy.cost, device_s=expected_s),
                 options=decision.options,
+                probability=decision.probability,
                 inputs_sha256=inputs_digest(context, known, self._policy),
                 context=context,
                 policy_state=known if uncounted != self._last_known else None,

@@ -87,6 +87,7 @@ class DecisionContext:
         busy_devices: serving devices busy with speculative cycles, on average.
         num_changes: changes of acceptance reported by the detectors so far.
         observed_s: length of the observation.
+        since_s: since the decision before; 0 if there was none.
         probed: None at rest.
     """
 
@@ -96,6 +97,7 @@ class DecisionContext:
     busy_devices: float
     num_changes: int
     observed_s: float
+    since_s: float = 0.0
     probed: Probed | None = None
 
 
@@ -118,6 +120,7 @@ class Decision:
         reason: in words.
         options: one per training arm, or the one arm that was measured.
         targets: domains that the arm is expected to help.
+        probability: of this action in this context; below 1 only near the margin, where the rule explores.
     """
 
     action: str
@@ -126,6 +129,7 @@ class Decision:
     reason: str
     options: tuple[Option, ...] = ()
     targets: tuple[Target, ...] = ()
+    probability: float = 1.0
 
     def option(self) -> Option | None:
         """The chosen arm's option."""

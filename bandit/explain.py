@@ -17,7 +17,8 @@ def explain(record: LedgerRecord) -> str:
 
 def _decided(record: LedgerRecord) -> str:
     if record.action == PROBE:
-        return f"Trying {record.arm} on {record.base_version}: {_sentence(record.reason)}{_terms(record.option())}"
+        opening = "Trying" if record.probability == 1 else f"By chance ({record.probability:.1%}) trying"
+        return f"{opening} {record.arm} on {record.base_version}: {_sentence(record.reason)}{_terms(record.option())}"
     if record.action == CHECK:
         return f"Checking live acceptance against exact replay: {_sentence(record.reason)}"
     if record.verdict == FAULT:

@@ -43,6 +43,7 @@ class LedgerRecord:
         expected_s: device-seconds that the action about to start is expected to cost; charged if it is interrupted.
         charged_s: device-seconds spent since the previous record of this decision, weighted by the prices.
         options: predicted net values.
+        probability: that the rule takes this action on these inputs; below 1 where it explores.
         numbers: measurements, names with units.
         inputs_sha256: of (context, policy state, configuration); the same inputs give the same decision.
         context: everything the decision read.
@@ -61,6 +62,7 @@ class LedgerRecord:
     expected_s: float = 0.0
     charged_s: float = 0.0
     options: tuple[Option, ...] = ()
+    probability: float = 1.0
     numbers: dict[str, float] = field(default_factory=dict)
     inputs_sha256: str = ""
     context: DecisionContext | None = None
@@ -81,6 +83,7 @@ class Balance:
         realised_s: measured savings so far.
         decisions: records of stage "decided".
         skips: of these, skips.
+        explored: trials of arms near the margin, by chance.
         promoted: updates that went live.
         rolled_back: of these, taken back.
     """
@@ -90,6 +93,7 @@ class Balance:
     realised_s: float = 0.0
     decisions: int = 0
     skips: int = 0
+    explored: int = 0
     promoted: int = 0
     rolled_back: int = 0
 
@@ -108,6 +112,7 @@ class Balance:
             realised_s=self.realised_s + record.numbers.get("realised_s", 0.0),
             decisions=self.decisions + (record.stage == DECIDED),
             skips=self.skips + (record.stage == DECIDED and record.action not in (CHECK, PROBE)),
+            explored=self.explored + (record.action == PROBE and record.stage == DECIDED and record.probability < 1),
             promoted=self.promoted + promoted,
             rolled_back=self.rolled_back + (record.stage == "rolled_back"),
         )

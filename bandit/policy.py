@@ -10,6 +10,7 @@ import functools
 import math
 from dataclasses import replace
 
+from specblock.bandit.attribution import attribute, parity_of
 from specblock.bandit.backoff import cooldown_left_s
 from specblock.bandit.codec import digest, dumps
 from specblock.bandit.config import Arm, PolicyConfig
@@ -17,11 +18,8 @@ from specblock.bandit.decision import (
     ABANDON,
     CHECK,
     CONTINUE,
-    DRIFT,
     FAULT,
     HOUR_S,
-    LOAD,
-    NONE,
     PROBE,
     SKIP,
     Decision,
@@ -31,6 +29,7 @@ from specblock.bandit.decision import (
     Probed,
     Target,
 )
+from specblock.bandit.exploring import draw, explore_probability, near_margin
 from specblock.bandit.forecast import (
     complete_value,
     domain_weights,
@@ -39,7 +38,6 @@ from specblock.bandit.forecast import (
     score_s,
     targets,
 )
-from specblock.bandit.parity import ParityEvidence
 
 MIN_PROBED = 2
 """Held-out conversations without which a micro-profile has measured nothing."""
@@ -78,57 +76,48 @@ def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig)
     verdict, evidence = attribute(context, state, config)
     reached = targets(context, config)
     options = tuple(_option(arm, reached, context, state, config) for arm in config.arms if arm.steps > 0)
-    best = max((o for o in options if not o.blocked), key=lambda o: o.value.net_lower, default=None)
-    plain = Decision(action=SKIP, verdict=verdict, reason="", options=options, targets=reached)
-    wanted = best is not None and best.value.net_lower > 0
-    if check := _check_wanted(context, state, config, wanted):
+    free = [option for option in options if not option.blocked]
+    best = max(free, key=lambda o: o.value.net_lower, default=None)
+    chosen = best if best is not None and best.value.net_lower > 0 else None
+    plain = Decision(action=SKIP, verdict=verdict, reason=evidence, options=options, targets=reached)
+    usual = _act(chosen, best, plain, context, state, config)
+    narrow = max((o for o in free if near_margin(o.value)), key=lambda o: o.value.net, default=None)
+    if chosen is not None or narrow is None:
+        return usual
+    explored = _act(narrow, best, plain, context, state, config)
+    chance = explore_probability(context.since_s, config.explore)
+    if explored.action == usual.action:
+        return usual
+    # A parity check is a decision of its own at the same time: the one after it draws the same number.
+    if draw(context.now_s, config.explore) < chance:
+        return replace(explored, probability=chance)
+    return replace(usual, probability=1 - chance)
+
+
+def _act(
+    chosen: Option | None,
+    best: Option | None,
+    plain: Decision,
+    context: DecisionContext,
+    state: PolicyState,
+    config: PolicyConfig,
+) -> Decision:
+    """What is done about an arm that shall be tried (None: none), unless something comes first."""
+    evidence = plain.reason
+    if check := _check_wanted(context, state, config, chosen is not None):
         return replace(plain, action=CHECK, reason=check)
-    if verdict == FAULT:
-        return replace(plain, reason=evidence)
+    if plain.verdict == FAULT:
+        return plain
     if context.num_changes > state.changes_attributed:
         return replace(
             plain, reason=f"{evidence}; acceptance changed, the parity check on it is not due or has no data"
         )
-    if best is None or not wanted:
-        return replace(plain, reason=f"{evidence}; {_why_not(options, best)}")
+    if chosen is None:
+        return replace(plain, reason=f"{evidence}; {_why_not(plain.options, best)}")
     parity = parity_of(context, state)
     if parity is None or parity.verdict != "ok":
         return replace(plain, reason=f"{evidence}; an update would pay, but parity has too few conversations to judge")
-    return replace(plain, action=PROBE, arm=best.value.arm, reason=f"{evidence}; {_why(best)}")
-
-
-def attribute(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> tuple[str, str]:
-    """The verdict on acceptance, and its evidence in words."""
-    parity = parity_of(context, state)
-    if parity is not None and parity.verdict == "broken":
-        return FAULT, (
-            f"live acceptance differs from exact replay of {context.serving_version} by {parity.difference:+.1%} "
-            f"(interval {parity.lower:+.1%} to {parity.upper:+.1%}, {parity.conversations} conversations): "
-            "something is broken, training would not repair it"
-        )
-    measurable = [domain for domain in context.domains if domain.measurable]
-    floor = config.min_drop
-    if fallen := [d for d in measurable if d.drop > max(floor, config.drop_z * d.drop_se)]:
-        worst = max(fallen, key=lambda d: d.share * d.drop)
-        return DRIFT, (
-            f"acceptance of {worst.domain} is {worst.acceptance:.2f}, {worst.drop:.0%} below its reference "
-            f"{worst.reference:.2f}"
-        )
-    if shifted := [d for d in measurable if d.raw_drop > max(floor, config.drop_z * d.drop_se)]:
-        worst = max(shifted, key=lambda d: d.share * d.raw_drop)
-        return LOAD, (
-            f"acceptance of {worst.domain} is {worst.raw_drop:.0%} lower, but not within the same sampling class and "
-            "load: the mix changed, not the drafter's fit"
-        )
-    if not measurable:
-        return NONE, "too little recent traffic to judge acceptance"
-    return NONE, "acceptance is at its reference"
-
-
-def parity_of(context: DecisionContext, state: PolicyState) -> ParityEvidence | None:
-    """The newest parity evidence, if it is about the version that serves."""
-    record = state.parity
-    return record.evidence if record is not None and record.version == context.serving_version else None
+    return replace(plain, action=PROBE, arm=chosen.value.arm, reason=f"{evidence}; {_why(chosen)}")
 
 
 def _check_wanted(context: DecisionContext, state: PolicyState, config: PolicyConfig, wanted: bool) -> str:
@@ -220,9 +209,12 @@ def _after_probe(context: DecisionContext, probed: Probed, state: PolicyState, c
 def _why(best: Option) -> str:
     value = best.value
     pays = "never" if value.break_even_s is None else f"after {value.break_even_s:.0f} s"
+    surely = f"net at least {value.net_lower:.1f}"
+    if near_margin(value):
+        surely = f"net {value.net:.1f}, but perhaps as little as {value.net_lower:.1f}: a trial will tell"
     return (
         f"{value.arm} is expected to save {value.gain:.1%} of serving time: {value.benefit:.1f} device-s over the "
-        f"horizon for {value.cost:.1f}, net at least {value.net_lower:.1f}, paid back {pays}"
+        f"horizon for {value.cost:.1f}, {surely}, paid back {pays}"
     )
 
 

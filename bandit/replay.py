@@ -84,6 +84,7 @@ def _why_not(record: LedgerRecord, state: PolicyState | None, config: PolicyConf
         "arm": (record.arm, decision.arm),
         "reason": (record.reason, decision.reason),
         "predicted values": (record.options, decision.options),
+        "probability": (record.probability, decision.probability),
     }
     # After a micro-profile the record still names the decision it belongs to; reason and values are the new one's.
     compared = (

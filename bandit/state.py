@@ -93,7 +93,7 @@ class Accrual:
 
 @dataclass(slots=True)
 class BanditState:
-    """The whole state. Needs no generator state: nothing the policy does is random.
+    """The whole state. Needs no generator state: what the policy draws depends on the time of the decision only.
 
     Attributes:
         learned: events learned (flagged ones included).

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 
 from specblock.bandit.actions import DomainWindows, WindowSummary
+from specblock.bandit.attribution import attribute
 from specblock.bandit.config import CostConfig, PolicyConfig, StatisticsConfig
 from specblock.bandit.context import base_s_per_token, build_context, reference
 from specblock.bandit.decision import DRIFT, NONE, PolicyState
-from specblock.bandit.policy import attribute
 from specblock.bandit.state import BanditState
 from tests.bandit.test_acceptance import EVENT
 

@@ -53,3 +53,8 @@ def test_every_stage_has_words_of_its_own_and_its_charge(stage: str) -> None:
     assert words.startswith("d000017: ") and "because of this." in words
     assert words.endswith("Charged 1.25 device-seconds.")
     assert not words.removeprefix("d000017: ").startswith(stage.partition("-")[0] + " "), "not just the stage's name"
+
+
+def test_a_trial_by_chance_says_so() -> None:
+    words = explain(replace(decided(0.3), probability=0.004))
+    assert words.startswith("d000017: By chance (0.4%) trying full on v1")
