@@ -6,7 +6,7 @@ import math
 
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.gate import gate_rows, pooled_saving
-from specblock.bandit.simulation.world import World
+from specblock.bandit.simulation.served import ServedWorld
 
 FAST_REQUESTS, SLOW_REQUESTS = 64, 1024
 """Time constants of the two moving averages."""
@@ -23,7 +23,7 @@ DISCOUNT = 1 - 1 / 50
 class Baseline:
     """What all baselines share: train an arm, put it live, keep to the arm's cool-down."""
 
-    def __init__(self, world: World, policy: PolicyConfig) -> None:
+    def __init__(self, world: ServedWorld, policy: PolicyConfig) -> None:
         self.world, self.policy = world, policy
         self._decisions = 0
         self._training: tuple[str, Arm] | None = None
@@ -43,7 +43,7 @@ class Baseline:
             return
         if name := self.choose(now_s):
             arm = self.policy.arm(name)
-            report = self.world.train(f"d{self._decisions:06d}", arm, self.world.serving_version(), 1.0, resume=False)
+            report = self.world.train(f"d{self._decisions:06d}", arm, self.world.serving_version(), 1.0, False, {})
             self._decisions += 1
             self._training = report.candidate_version, arm
 
@@ -73,7 +73,7 @@ class Never(Baseline):
 class Always(Baseline):
     """Trains one arm whenever its cool-down allows it, without a gate."""
 
-    def __init__(self, world: World, policy: PolicyConfig, arm: str) -> None:
+    def __init__(self, world: ServedWorld, policy: PolicyConfig, arm: str) -> None:
         super().__init__(world, policy)
         self._arm = arm
 
@@ -85,7 +85,7 @@ class Always(Baseline):
 class EveryN(Baseline):
     """Trains one arm every ``requests`` requests, without a gate."""
 
-    def __init__(self, world: World, policy: PolicyConfig, arm: str, requests: int) -> None:
+    def __init__(self, world: ServedWorld, policy: PolicyConfig, arm: str, requests: int) -> None:
         super().__init__(world, policy)
         self._arm, self._requests, self._due = arm, requests, requests
 
@@ -104,7 +104,7 @@ class DualAverage(Baseline):
     waits for the next one. The drop is the policy's ``min_drop``.
     """
 
-    def __init__(self, world: World, policy: PolicyConfig, arm: str) -> None:
+    def __init__(self, world: ServedWorld, policy: PolicyConfig, arm: str) -> None:
         super().__init__(world, policy)
         self._arm = arm
         self._seen = 0
@@ -128,8 +128,8 @@ class DualAverage(Baseline):
 
     def _average(self) -> None:
         world = self.world
-        for cycles in world.live_cycles[self._seen : world.served].tolist():
-            acceptance = world.curves.request_tokens / cycles
+        for number in range(self._seen, world.served):
+            acceptance = world.acceptance(number)
             self._slow = self._slow or acceptance
             self._fast = self._fast or acceptance
             self._fast += (acceptance - self._fast) / FAST_REQUESTS
@@ -145,7 +145,7 @@ class ModelFree(Baseline):
     Source: Garivier and Moulines, On upper-confidence bound policies for non-stationary bandits (arXiv 0805.3415).
     """
 
-    def __init__(self, world: World, policy: PolicyConfig) -> None:
+    def __init__(self, world: ServedWorld, policy: PolicyConfig) -> None:
         super().__init__(world, policy)
         self._arms = ["", *(arm.name for arm in policy.arms if arm.steps > 0)]
         self._plays, self._rewards = [0.0] * len(self._arms), [0.0] * len(self._arms)

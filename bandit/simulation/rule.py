@@ -12,11 +12,8 @@ from specblock.bandit.events import AcceptanceEvent
 from specblock.bandit.ledger import DECIDED, read_ledger
 from specblock.bandit.memory_stream import MemoryLog, MemoryStream
 from specblock.bandit.service import BanditService
-from specblock.bandit.simulation.world import World
+from specblock.bandit.simulation.served import ServedWorld
 from specblock.bandit.stream_types import StreamEntry
-
-DRAFT_SHARE = 0.25
-"""Share of a cycle that drafting takes (README.md: 7.5 of 28.7 ms); nothing in the rule depends on it."""
 
 
 class RealRule:
@@ -33,7 +30,7 @@ class RealRule:
 
     def __init__(
         self,
-        world: World,
+        world: ServedWorld,
         policy: PolicyConfig,
         directory: Path,
         *,
@@ -81,31 +78,6 @@ class RealRule:
         return self._events.pop(entry.fields["event"])
 
     def _tell(self, number: int) -> None:
-        world = self._world
-        cycles, tokens = int(world.live_cycles[number]), world.curves.request_tokens
-        device_s = cycles * world.curves.cycle_s
-        event = AcceptanceEvent(
-            incarnation="simulation",
-            sequence=number,
-            time_s=float(world.traffic.time_s[number]),
-            request_id=f"c{number}",
-            engine="engine-0",
-            drafter_version=world.live_version[number],
-            domain=world.traffic.domains[world.traffic.domain[number]],
-            cycles=cycles,
-            committed_tokens=tokens,
-            accepted_histogram=histogram(cycles, tokens),
-            draft_s=DRAFT_SHARE * device_s,
-            verify_s=(1 - DRAFT_SHARE) * device_s,
-            other_s=0.0,
-            draft_nodes=7 * cycles,
-        )
         # Writing and reading the wire format (tested where it lives) would be a third of a run.
-        self._events[f"{number}"] = event
+        self._events[f"{number}"] = self._world.event(number)
         self._stream.append({"event": f"{number}"})
-
-
-def histogram(cycles: int, tokens: int) -> tuple[int, ...]:
-    """Accepted draft tokens of ``cycles`` that commit ``tokens`` as evenly as whole numbers can."""
-    each, more = divmod(tokens, cycles)
-    return (*(0,) * (each - 1), cycles - more, more)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from specblock.bandit.simulation.scenario import START_S
-from specblock.bandit.simulation.world import World
+from specblock.bandit.simulation.served import ServedWorld
 
 
 class Driver(Protocol):
@@ -63,15 +62,12 @@ class Outcome:
         return self.tokens / self.serving_s if self.serving_s > 0 else 0.0
 
 
-def drive(world: World, driver: Driver, tick_s: float) -> None:
+def drive(world: ServedWorld, driver: Driver, tick_s: float) -> None:
     """Serve the whole traffic and let ``driver`` look at the world every ``tick_s``, when it is not busy acting."""
     now_s = START_S
-    while now_s < world.traffic.end_s:
-        now_s = min(max(now_s + tick_s, world.free_s), world.traffic.end_s)
+    while now_s < world.end_s:
+        now_s = min(max(now_s + tick_s, world.free_s), world.end_s)
         world.serve_until(now_s)
-        if now_s < world.traffic.end_s:
+        if now_s < world.end_s:
             driver.step(now_s)
     driver.close()
-
-
-DriverOf = Callable[[World], Driver]

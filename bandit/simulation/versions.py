@@ -71,3 +71,9 @@ def whole_cycles(acceptance_N: Floats, traffic: Traffic, curves: Curves, first: 
     tokens = curves.request_tokens
     cycles_N = np.floor(tokens / acceptance_N + traffic.dither[first:]).astype(np.int64)
     return np.clip(cycles_N, math.ceil(tokens / LONGEST_ACCEPTED), tokens)
+
+
+def histogram(cycles: int, tokens: int) -> tuple[int, ...]:
+    """Accepted draft tokens of ``cycles`` that commit ``tokens`` as evenly as whole numbers can."""
+    each, more = divmod(tokens, cycles)
+    return (*(0,) * (each - 1), cycles - more, more)

@@ -20,12 +20,15 @@ from specblock.bandit.actions import (
 )
 from specblock.bandit.config import Arm, CostConfig
 from specblock.bandit.cost import charge_s
+from specblock.bandit.events import AcceptanceEvent
 from specblock.bandit.simulation.curves import Curves
 from specblock.bandit.simulation.drafters import Floats, Levels, after_update, described_steps, training_mix
 from specblock.bandit.simulation.scenario import START_S, Traffic
-from specblock.bandit.simulation.versions import Version, base_version, child_version, whole_cycles
+from specblock.bandit.simulation.versions import Version, base_version, child_version, histogram, whole_cycles
 
 BASE = "v0"
+DRAFT_SHARE = 0.25
+"""Share of a cycle that drafting takes (README.md: 7.5 of 28.7 ms); nothing in the rule depends on it."""
 NOTHING: Mapping[str, float] = MappingProxyType({})
 """An update that is meant for no domain in particular."""
 
@@ -76,6 +79,36 @@ class World:
     def tokens(self) -> int:
         """Tokens committed so far."""
         return self.served * self._tokens
+
+    @property
+    def end_s(self) -> float:
+        """When the traffic ends."""
+        return self.traffic.end_s
+
+    def acceptance(self, number: int) -> float:
+        """Acceptance length of a request that was served."""
+        return self._tokens / int(self.live_cycles[number])
+
+    def event(self, number: int) -> AcceptanceEvent:
+        """What an engine would have reported of it."""
+        cycles = int(self.live_cycles[number])
+        device_s = cycles * self.curves.cycle_s
+        return AcceptanceEvent(
+            incarnation="simulation",
+            sequence=number,
+            time_s=float(self.traffic.time_s[number]),
+            request_id=f"c{number}",
+            engine="engine-0",
+            drafter_version=self.live_version[number],
+            domain=self.traffic.domains[self.traffic.domain[number]],
+            cycles=cycles,
+            committed_tokens=self._tokens,
+            accepted_histogram=histogram(cycles, self._tokens),
+            draft_s=DRAFT_SHARE * device_s,
+            verify_s=(1 - DRAFT_SHARE) * device_s,
+            other_s=0.0,
+            draft_nodes=7 * cycles,
+        )
 
     def mix(self, weights: Mapping[str, float]) -> Floats:
         """Shares of the kinds of text in the training set of an update that is meant for ``weights``."""

@@ -14,9 +14,10 @@ from specblock.bandit.ledger import read_ledger
 from specblock.bandit.parity import judge
 from specblock.bandit.replay import reproductions
 from specblock.bandit.simulation.curves import Curves
-from specblock.bandit.simulation.rule import RealRule, histogram
+from specblock.bandit.simulation.rule import RealRule
 from specblock.bandit.simulation.run import drive
 from specblock.bandit.simulation.scenario import START_S, make_traffic, scenario_named
+from specblock.bandit.simulation.versions import histogram
 from specblock.bandit.simulation.world import BASE, World
 from tests.bandit.simulation.small import CURVES, POLICY, cheap
 
