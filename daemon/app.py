@@ -22,6 +22,7 @@ from specblock.daemon.config_loader import load_config
 from specblock.daemon.environment import prepare_environment
 from specblock.daemon.errors import ExitCode, SpecblockError
 from specblock.daemon.logs import configure_logging
+from specblock.daemon.shift_command import STORIES, shift_command
 
 P = ParamSpec("P")
 DEFAULT_CONFIG = Path("configs/local.yaml")
@@ -278,6 +279,8 @@ def bench_simulate(
 
 
 bench_app.command("breakeven")(command(breakeven))
+for _story in STORIES:
+    bench_app.command(_story)(command(shift_command(_story)))
 
 
 @app.command()

@@ -18,10 +18,7 @@ from specblock.bandit.actions import (
 from specblock.bandit.config import Arm
 from specblock.daemon.engine_host import SwapResult
 from specblock.daemon.messages import EngineStatus
-
-_PARITY_WINDOWS = 32
-_HELDOUT_WINDOWS = 128
-_TRAIN_WINDOWS = 1024
+from specblock.daemon.windows import HELDOUT_WINDOWS, PARITY_WINDOWS, TRAIN_WINDOWS
 
 
 class RayActions:
@@ -48,7 +45,7 @@ class RayActions:
 
     def parity(self, version: str) -> ParityReport:
         """Replays ``version`` on the newest conversations that it served live."""
-        windows = self._engine.pull_windows.remote(None, None, version, _PARITY_WINDOWS)
+        windows = self._engine.pull_windows.remote(None, None, version, PARITY_WINDOWS)
         report: ParityReport = self._get(self._trainer.parity.remote(version, windows))
         return report
 
@@ -62,7 +59,7 @@ class RayActions:
         weights: Mapping[str, float],
     ) -> TrainReport:
         """Trains on the newest windows of the training side of the split, above all on those it is meant for."""
-        windows = self._engine.pull_windows.remote(False, None, None, _TRAIN_WINDOWS, self._train_positions)
+        windows = self._engine.pull_windows.remote(False, None, None, TRAIN_WINDOWS, self._train_positions)
         report: TrainReport = self._get(
             self._trainer.train.remote(decision_id, arm, base_version, fraction, resume, windows, dict(weights))
         )
@@ -70,7 +67,7 @@ class RayActions:
 
     def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
         """Paired replay on the held-out side, newer than ``after_time_s``."""
-        windows = self._engine.pull_windows.remote(True, after_time_s, None, _HELDOUT_WINDOWS)
+        windows = self._engine.pull_windows.remote(True, after_time_s, None, HELDOUT_WINDOWS)
         status: EngineStatus = self._get(self._engine.status.remote())
         cycle_s = (status.draft_s + status.verify_s + status.other_s) / max(1, status.cycles)
         report: CompareReport = self._get(self._trainer.compare.remote(old_version, new_version, windows, cycle_s))

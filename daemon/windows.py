@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 from specblock.drafter.window import Window
 
+PARITY_WINDOWS, HELDOUT_WINDOWS, TRAIN_WINDOWS = 32, 128, 1024
+"""The newest windows that a parity check, a comparison of two versions and an update take at most."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WindowLimits:

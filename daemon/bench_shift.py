@@ -1,0 +1,239 @@
+"""``specblockd bench shift | stationary | fault``: every policy on the same traffic, with real drafters and training.
+
+Recorded text arrives in simulated time; see ``shift_world``. All policies pay the same prices, and each starts from the
+same base drafter in a registry of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specblock.bandit.config import PolicyConfig
+from specblock.bandit.simulation.baselines import Always, DualAverage, EveryN, Never
+from specblock.bandit.simulation.rule import RealRule
+from specblock.bandit.simulation.run import Driver, drive
+from specblock.daemon.bench_breakeven_stage import Sizes, Stage
+from specblock.daemon.cli_replay import rule
+from specblock.daemon.config import NOTHING_TO_ADAPT, DaemonConfig
+from specblock.daemon.config_loader import load_config
+from specblock.daemon.errors import ConfigError, DependencyError
+from specblock.daemon.facts import facts
+from specblock.daemon.models import settle_dtype
+from specblock.daemon.shift_recording import Pools, record, requests_per_s
+from specblock.daemon.shift_rows import PolicyRun, ShiftRow, lines, shift_rows
+from specblock.daemon.shift_traffic import PhasePlan, ShiftTraffic, make_shift
+from specblock.daemon.shift_world import RecordedWorld
+
+STATIC, COST_AWARE = "static", "cost_aware"
+PHASES = {
+    "shift": ("python", "cpp", "javascript", "manual") * 2,
+    "stationary": ("python",) * 4,
+    "fault": ("python",) * 3,
+}
+"""Kinds of text, phase by phase."""
+FAULT_AT = 1 / 3
+TICK_S = 20.0
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShiftSettings:
+    """What to run.
+
+    Attributes:
+        config: policy file of the decision rule, with the models.
+        story: shift, stationary or fault.
+        sizes: recorded conversations per kind of text.
+        policies: names; empty: all of :func:`policies`.
+        phases: kinds of text, one after the other; empty: the story's.
+        hours: simulated length of a phase.
+        busy: share of the device's time that serving takes with the base drafter.
+        seeds: runs, with traffic of their own.
+        out: directory for the JSON and the page; None writes neither.
+    """
+
+    config: Path
+    story: str
+    sizes: Sizes
+    policies: tuple[str, ...] = ()
+    phases: tuple[str, ...] = ()
+    hours: float = 2.0
+    busy: float = 0.65
+    seeds: int = 1
+    out: Path | None = None
+
+
+Builder = Callable[[RecordedWorld, Path], Driver]
+
+
+def policies(rules: PolicyConfig, requests_per_phase: int, config: DaemonConfig) -> dict[str, Builder]:
+    """Every policy by name, in the order of the table; schedules train the last arm, the most thorough one.
+
+    Args:
+        rules: arms, prices and cool-downs of every policy.
+        requests_per_phase: on average; schedules that train every N requests take a quarter, one and four of it.
+        config: pace of the real rule.
+    """
+    trained = [arm.name for arm in rules.arms if arm.steps > 0]
+    full, pace = trained[-1], config.adaptation
+    every = {f"every_{n}": _every(rules, full, n) for n in _schedules(requests_per_phase)}
+    return {
+        STATIC: lambda world, directory: Never(world, rules),
+        **{f"always_{name}": _always(rules, name) for name in trained},
+        **every,
+        "dual_ema": lambda world, directory: DualAverage(world, rules, full),
+        COST_AWARE: lambda world, directory: RealRule(
+            world,
+            rules,
+            directory,
+            decide_every_s=pace.decide_every_s,
+            decide_every_events=pace.decide_every_events,
+        ),
+    }
+
+
+def small_policies(requests_per_phase: int) -> tuple[str, ...]:
+    """The four of a small run."""
+    return (STATIC, f"every_{_schedules(requests_per_phase)[1]}", "dual_ema", COST_AWARE)
+
+
+def run(settings: ShiftSettings, small: bool, as_json: bool, say: Say) -> int:
+    """Records, runs every policy, prints; returns the exit code.
+
+    Raises:
+        ConfigError: there is nothing to adapt, or a policy's name is wrong.
+        DependencyError: a file of prompts is missing.
+    """
+    config = settle_dtype(load_config(settings.config))
+    if not config.drafter.has_weights:
+        raise ConfigError(f"drafter.kind: {config.drafter.kind} cannot be updated: {NOTHING_TO_ADAPT}")
+    phases = settings.phases or PHASES[settings.story]
+    sizes = replace(settings.sizes, domains=tuple(dict.fromkeys(phases)))
+    for name in (f"{domain}.{side}.jsonl" for domain in sizes.domains for side in ("train", "heldout")):
+        if not (sizes.prompts / name).is_file():
+            raise DependencyError(f"{sizes.prompts / name}: no such file of prompts")
+    torch.set_num_threads(config.trainer.threads)
+    # Before measuring: what ran is the code of now, whatever is committed meanwhile.
+    known = _facts(settings, config, phases)
+    rules = rule(config)
+    with tempfile.TemporaryDirectory(prefix="specblock-shift-") as state:
+        pools, cycle_s = record(config, rules, sizes, Path(state) / "recording", say)
+        rate = requests_per_s(pools, cycle_s, settings.busy)
+        requests = round(rate * settings.hours * 3600)
+        builders = policies(rules, requests, config)
+        names = settings.policies or (small_policies(requests) if small else tuple(builders))
+        if unknown := [name for name in names if name not in builders]:
+            raise ConfigError(f"no policy is called {unknown[0]!r}; there are {', '.join(builders)}")
+        plan = PhasePlan(
+            domains=phases,
+            phase_s=settings.hours * 3600,
+            requests_per_s=rate,
+            heldout_fraction=config.windows.heldout_fraction,
+            fault_at=FAULT_AT if settings.story == "fault" else 2.0,
+        )
+        traffic = {seed: _traffic(replace(plan, seed=seed), pools) for seed in range(settings.seeds)}
+        say(f"{rate:.2f} requests a second, {requests} in each phase of {settings.hours:g} h: {', '.join(phases)}")
+        runs = []
+        for seed, own in traffic.items():
+            for name in names:
+                bench = Stage(config, rules, sizes, Path(state) / f"{name}-{seed}")
+                try:
+                    world = RecordedWorld(bench, pools, own, rules.cost, cycle_s)
+                    runs.append(_one(name, seed, builders[name], world, Path(state) / f"{name}-{seed}-bandit"))
+                finally:
+                    bench.host.close()
+                say(_line(runs[-1]))
+    rows = shift_rows(runs, traffic, STATIC) if STATIC in names else []
+    result = {"facts": known | {"cycle_s": cycle_s, "requests_per_s": rate}, "rows": [asdict(row) for row in rows]}
+    if settings.out is not None:
+        settings.out.mkdir(parents=True, exist_ok=True)
+        (settings.out / f"{settings.story}.json").write_text(json.dumps(result, indent=2) + "\n")
+    for line in [json.dumps(result, indent=2)] if as_json else _table(rows):
+        say(line)
+    return 0
+
+
+def _traffic(plan: PhasePlan, pools: Pools) -> ShiftTraffic:
+    held, train = ({domain: len(own) for domain, own in side.items()} for side in (pools.heldout, pools.train))
+    return make_shift(plan, held, train)
+
+
+def _one(name: str, seed: int, build: Builder, world: RecordedWorld, directory: Path) -> PolicyRun:
+    directory.mkdir()
+    begin = time.perf_counter()
+    driver = build(world, directory)
+    drive(world, driver, TICK_S)
+    return PolicyRun(
+        policy=name,
+        seed=seed,
+        tokens=world.tokens,
+        request_s=world.request_s[: world.served],
+        cycles=world.cycles[: world.served],
+        committed=world.committed[: world.served],
+        charged_s=world.charged_s,
+        updates=world.updates,
+        trainings=world.trainings,
+        rollbacks=world.rollbacks,
+        faults=driver.faults() if isinstance(driver, RealRule) else None,
+        wall_s=time.perf_counter() - begin,
+    )
+
+
+def _line(one: PolicyRun) -> str:
+    return (
+        f"{one.policy} (seed {one.seed}): {one.tokens / one.total_s:.1f} net tokens/s, acceptance "
+        f"{one.committed.sum() / one.cycles.sum():.2f}, {one.updates} updates of {one.trainings} trainings, charged "
+        f"{one.charged_s:.0f} device-s, {one.wall_s:.0f} s"
+    )
+
+
+def _table(rows: Sequence[ShiftRow]) -> list[str]:
+    return [
+        *lines(rows),
+        "",
+        "net counts every cost; x static: net tokens per device-second over those of doing nothing; recovery: requests "
+        "after a shift until acceptance is back at 95 % of the phase's best plateau. Text, drafters, training, scoring "
+        "and swaps are real; time is simulated, and a cycle takes what the cost curve measured.",
+    ]
+
+
+def _facts(settings: ShiftSettings, config: DaemonConfig, phases: Sequence[str]) -> dict[str, Any]:
+    sizes = settings.sizes
+    return dict(
+        facts(
+            config.target.device,
+            dtype=config.target.dtype,
+            config=str(settings.config),
+            story=settings.story,
+            phases=" ".join(phases),
+            phase_hours=settings.hours,
+            busy=settings.busy,
+            seeds=settings.seeds,
+            conversations=sizes.conversations,
+            heldout=sizes.heldout,
+            new_tokens=sizes.tokens,
+            temperature=sizes.temperature,
+            top_p=sizes.top_p,
+            seed=sizes.seed,
+        )
+    )
+
+
+def _schedules(requests_per_phase: int) -> tuple[int, int, int]:
+    return max(1, requests_per_phase // 4), requests_per_phase, 4 * requests_per_phase
+
+
+def _always(rules: PolicyConfig, arm: str) -> Builder:
+    return lambda world, directory: Always(world, rules, arm)
+
+
+def _every(rules: PolicyConfig, arm: str, requests: int) -> Builder:
+    return lambda world, directory: EveryN(world, rules, arm, requests)

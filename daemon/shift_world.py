@@ -1,0 +1,226 @@
+"""A world for ``bench shift``: recorded text in simulated time, real drafters, real training, exact replay.
+
+The text of every request is known beforehand, because it never depends on the drafter. What a version would have
+accepted on it is replayed by the drafter that would serve, once per version and conversation; a cycle takes what the
+cost curve says. Training, scoring and swaps run for real and take the seconds that they take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from specblock.bandit.actions import CompareReport, DomainWindows, ParityReport, SwapReport, TrainReport, WindowSummary
+from specblock.bandit.config import Arm, CostConfig
+from specblock.bandit.cost import charge_s
+from specblock.bandit.events import AcceptanceEvent
+from specblock.daemon.actors import newest_within
+from specblock.daemon.bench_breakeven_stage import Stage
+from specblock.daemon.demo_fault import DesynchronisedDrafter
+from specblock.daemon.shift_recording import Accepted, Pools
+from specblock.daemon.shift_traffic import START_S, ShiftTraffic
+from specblock.daemon.windows import HELDOUT_WINDOWS, PARITY_WINDOWS, TRAIN_WINDOWS, WindowLimits, WindowStore
+from specblock.drafter.replay import replay
+
+_DRAFT_SHARE = 0.25  # of a cycle; nothing in the rule depends on it
+
+
+class RecordedWorld:
+    """Implements ``ServedWorld``.
+
+    Args:
+        bench: target, trainer and engine of this run alone, serving its base version.
+        pools: recorded conversations.
+        traffic: every request of the run.
+        cost: prices, the policy's own; applied to what was really used.
+        cycle_s: device-seconds of one cycle of one request.
+    """
+
+    def __init__(
+        self,
+        bench: Stage,
+        pools: Pools,
+        traffic: ShiftTraffic,
+        cost: CostConfig,
+        cycle_s: float,
+    ) -> None:
+        self._bench, self._pools, self.traffic, self._cost, self._cycle_s = bench, pools, traffic, cost, cycle_s
+        limits = bench.config.windows
+        self._store = WindowStore(
+            WindowLimits(
+                budget_bytes=limits.budget_bytes,
+                per_domain_quota=limits.per_domain_quota,
+                max_window_tokens=limits.max_window_tokens,
+                ttl_s=limits.ttl_s,
+            ),
+            lambda: self.now_s,
+        )
+        self._walked: dict[tuple[str, bool, str], Sequence[Accepted]] = {
+            (bench.base, False, domain): walked for domain, walked in pools.base.items()
+        }
+        self._serving = bench.base
+        self.now_s = self.free_s = START_S
+        self.served = self.trainings = self.updates = self.rollbacks = 0
+        self.serving_s = self.charged_s = 0.0
+        self.tokens = 0
+        size = len(traffic.time_s)
+        self.cycles: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
+        self.committed: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
+        self.request_s: NDArray[np.float64] = np.zeros(size)
+        self._versions: list[str] = []
+        self._accepted: list[Accepted] = []
+        self.on_request: Callable[[int], None] = lambda number: None
+
+    @property
+    def end_s(self) -> float:
+        """When the traffic ends."""
+        return self.traffic.end_s
+
+    def serve_until(self, now_s: float) -> None:
+        """Serve everything that arrives before ``now_s`` with the version that serves now."""
+        first, until = self.served, int(np.searchsorted(self.traffic.time_s, now_s))
+        for number in range(first, until):
+            self._serve(number)
+        self.now_s, self.served = now_s, until
+        for number in range(first, until):
+            self.on_request(number)
+
+    def acceptance(self, number: int) -> float:
+        """Acceptance length of a request that was served."""
+        return float(self.committed[number] / self.cycles[number])
+
+    def event(self, number: int) -> AcceptanceEvent:
+        """What an engine would have reported of it."""
+        cycles = int(self.cycles[number])
+        device_s = cycles * self._cycle_s
+        return AcceptanceEvent(
+            incarnation="recorded",
+            sequence=number,
+            time_s=float(self.traffic.time_s[number]),
+            request_id=f"r{number}",
+            engine="engine-0",
+            drafter_version=self._versions[number],
+            domain=self._domain(number),
+            cycles=cycles,
+            committed_tokens=int(self.committed[number]),
+            accepted_histogram=tuple(np.bincount(self._accepted[number]).tolist()),
+            draft_s=_DRAFT_SHARE * device_s,
+            verify_s=(1 - _DRAFT_SHARE) * device_s,
+            other_s=0.0,
+            draft_nodes=self._bench.settings.node_budget * cycles,
+        )
+
+    def windows(self) -> WindowSummary:
+        """Conversations kept now, per domain."""
+        return WindowSummary(
+            domains=tuple(
+                DomainWindows(
+                    domain=c.domain,
+                    num_train=c.num_train,
+                    num_heldout=c.num_heldout,
+                    train_positions=c.train_positions,
+                )
+                for c in self._store.summary()
+            )
+        )
+
+    def parity(self, version: str) -> ParityReport:
+        """Live cycles beside replayed ones, on the newest conversations that ``version`` served."""
+        report = self._bench.trainer.parity(version, self._store.pull(version=version)[-PARITY_WINDOWS:])
+        self._spend(report.device_s)
+        return report
+
+    def train(
+        self,
+        decision_id: str,
+        arm: Arm,
+        base_version: str,
+        fraction: float,
+        resume: bool,
+        weights: Mapping[str, float],
+    ) -> TrainReport:
+        """Trains on the newest conversations of the training side."""
+        if not resume:
+            self.trainings += 1
+        kept = self._store.pull(heldout=False)[-TRAIN_WINDOWS:]
+        windows = newest_within(kept, self._bench.config.trainer.max_positions)
+        report = self._bench.trainer.train(decision_id, arm, base_version, fraction, resume, windows, weights)
+        self._spend(report.device_s, report.train_s)
+        return report
+
+    def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
+        """Replays both versions on the newest held-out conversations."""
+        windows = self._store.pull(heldout=True, after_time_s=after_time_s)[-HELDOUT_WINDOWS:]
+        report = self._bench.trainer.compare(old_version, new_version, windows, self._cycle_s)
+        self._spend(report.device_s)
+        return report
+
+    def promote(self, decision_id: str, candidate_version: str) -> SwapReport:
+        """Stores the candidate and swaps it into the engine."""
+        version = self._bench.trainer.store(candidate_version, decision_id)
+        self.updates += 1
+        report = self._swap(version)
+        self._bench.trainer.discard(candidate_version)
+        return report
+
+    def rollback(self, decision_id: str, to_version: str) -> SwapReport:
+        """Swaps an earlier version back in."""
+        self.rollbacks += 1
+        return self._swap(to_version)
+
+    def discard(self, candidate_version: str) -> None:
+        """Forgets a candidate."""
+        self._bench.trainer.discard(candidate_version)
+
+    def serving_version(self) -> str:
+        """Name of what serves."""
+        return self._serving
+
+    def _serve(self, number: int) -> None:
+        traffic, domain = self.traffic, self._domain(number)
+        broken = bool(traffic.time_s[number] >= traffic.fault_s)
+        chosen = int(traffic.served[number])
+        window, accepted = self._pools.heldout[domain][chosen], self._walk(domain, broken)[chosen]
+        cycles, committed = len(accepted), sum(accepted) + len(accepted)
+        self.cycles[number], self.committed[number] = cycles, committed
+        # The cycle that the end cut is left out of both, and taken to be as good as the others.
+        self.request_s[number] = self._cycle_s * cycles * window.num_generated / committed
+        self.serving_s += float(self.request_s[number])
+        self.tokens += window.num_generated
+        self._versions.append(self._serving)
+        self._accepted.append(accepted)
+        time_s, kept = float(traffic.time_s[number]), int(traffic.kept[number])
+        if kept < 0:
+            self._store.add(replace(window, time_s=time_s, drafter_version=self._serving, accepted=accepted, plans=()))
+        else:
+            other = self._pools.train[domain][kept]
+            self._store.add(replace(other, time_s=time_s, drafter_version="", accepted=(), plans=()))
+
+    def _walk(self, domain: str, broken: bool) -> Sequence[Accepted]:
+        """Accepted drafts of what serves now on every held-out conversation of a domain."""
+        key = (self._serving, broken, domain)
+        if key not in self._walked:
+            bench = self._bench
+            # A new one each time: a slipped cache starts with whatever its slot saw last.
+            drafter = DesynchronisedDrafter(bench.drafter.model, bench.settings) if broken else bench.drafter
+            bare = [replace(window, plans=()) for window in self._pools.heldout[domain]]
+            self._walked[key] = [one.accepted for one in replay(drafter, bare)]
+        return self._walked[key]
+
+    def _domain(self, number: int) -> str:
+        name: str = self.traffic.domains[int(self.traffic.domain[number])]
+        return name
+
+    def _swap(self, version: str) -> SwapReport:
+        result = self._bench.host.swap(version, self._bench.trainer.weights(version))
+        self._bench.trainer.registry.promote(version)
+        self._serving = version
+        self.charged_s += charge_s(self._cost, stall_s=result.stall_s)
+        return SwapReport(ok=True, stall_s=result.stall_s, detail="", version=version)
+
+    def _spend(self, device_s: float, train_s: float = 0.0) -> None:
+        self.charged_s += charge_s(self._cost, device_s=device_s, train_s=train_s)
+        self.free_s = max(self.free_s, self.now_s) + device_s
