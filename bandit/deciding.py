@@ -123,4 +123,5 @@ def _pending(decision_id: str, decision: Decision, context: DecisionContext) -> 
         targets=decision.targets,
         scale_s=base_s_per_token(context),
         option=option,
+        explored=decision.probability < 1,
     )

@@ -141,14 +141,20 @@ def gate_outlook(value: NetValue, saving: Saving, state: PolicyState, config: Po
         config: the gate's limits.
     """
     measured = {d.domain: d for d in saving.domains if d.conversations > 1}
-    gain = 0.0
-    for domain in value.domains:
-        found, belief = measured.get(domain.domain), Belief(mean=domain.mean, sd=domain.sd)
-        gain += domain.share * (update_belief(belief, found.saving, found.se) if found else belief).mean
+    believed = {d.domain: Belief(mean=d.mean, sd=d.sd) for d in value.domains}
+    for name, found in measured.items():
+        # Looked at again and again, the measurement alone would sooner or later look bad by chance and end it there.
+        before = believed.get(name)
+        after = update_belief(before, found.saving, found.se) if before else Belief(mean=found.saving, sd=found.se)
+        believed[name] = after
+    gain = math.fsum(domain.share * believed[domain.domain].mean for domain in value.domains)
     # Only a saving on the conversations as they arrive can pass, and only one that the last look could still tell.
+    arriving = {name: found.conversations / saving.conversations for name, found in measured.items()}
+    mean = math.fsum(share * believed[name].mean for name, share in arriving.items())
+    sd = math.hypot(*(share * believed[name].sd for name, share in arriving.items()))
     least = LOOK_WIDTH * PAIRED_SD / math.sqrt(config.gate.max_conversations)
-    chance = NormalDist().cdf((saving.relative - least) / max(saving.se, 1e-6))
-    more = max(gate_conversations(saving.relative, config) - saving.conversations, config.gate.min_conversations)
+    chance = NormalDist().cdf((mean - least) / max(sd, 1e-6))
+    more = max(gate_conversations(mean, config) - saving.conversations, config.gate.min_conversations)
     more = min(more, max(config.gate.max_conversations - saving.conversations, 0))
     benefit_s = chance * gain * value.busy_devices * value.horizon_value_s
     return benefit_s, config.cost.price * more * pair_s(state, config).mean

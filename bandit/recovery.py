@@ -99,7 +99,9 @@ class Recovery:
         self._journal.write(record.decision_id, stage, now_s, reason, charged_s=cost_s, numbers=numbers or {})
         pending = state.pending
         mine = pending is not None and pending.decision_id == record.decision_id
-        if record.action == PROBE:
+        # A trial by chance keeps a pace of its own: that it found nothing must not put off an update that would pay.
+        by_chance = mine and pending is not None and pending.explored and pending.stage == "probing"
+        if record.action == PROBE and not by_chance:
             drop = mean_drop(pending.targets) if mine and pending is not None else UNKNOWN_DROP
             arm = next((arm for arm in config.arms if arm.name == record.arm), Arm(name=record.arm))
             since_s = pending.started_s if mine and pending is not None else now_s

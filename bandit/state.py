@@ -52,6 +52,7 @@ class PendingUpdate:
         trial: what the micro-profile measured.
         promoted_s: time of the promotion.
         tokens_mark: tokens the new version had served by then.
+        explored: it was tried by chance.
     """
 
     decision_id: str
@@ -74,6 +75,7 @@ class PendingUpdate:
     trial: Saving | None = None
     promoted_s: float = 0.0
     tokens_mark: int = 0
+    explored: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

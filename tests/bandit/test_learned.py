@@ -69,6 +69,19 @@ def test_the_gate_is_left_when_looking_on_costs_more_than_it_may_bring() -> None
     assert good[0] > good[1] and bad[0] < bad[1]
 
 
+def test_one_unlucky_look_does_not_end_what_was_expected_to_pay() -> None:
+    value = complete_value(HEAD, CONTEXT, checked(), CONFIG)
+    sure = replace(value, domains=tuple(replace(d, mean=0.08, sd=0.02) for d in value.domains))
+    doubted = replace(value, domains=tuple(replace(d, mean=0.0, sd=0.02) for d in value.domains))
+    unlucky = saving(0.005, 0.02, 20)
+    brings, costs = gate_outlook(sure, unlucky, checked(), CONFIG)
+    doubts, more = gate_outlook(doubted, unlucky, checked(), CONFIG)
+    assert brings > costs and doubts < more
+    # Enough of it is believed whatever had been expected.
+    brings, costs = gate_outlook(sure, saving(-0.02, 0.005, 300), checked(), CONFIG)
+    assert brings < costs
+
+
 def test_fading_scales_every_sum() -> None:
     evidence = LinearEvidence().observe(0.3, 0.2, 0.03)
     half = evidence.faded(0.5)
