@@ -54,13 +54,15 @@ class HorizonConfig:
 class ExploreConfig:
     """Micro-profiles of arms that are expected to pay, but not surely enough."""
 
-    every_s: float = 7200.0
-    """An arm that stays near the margin is tried about this often; 0: never."""
+    every_s: float = 6 * 3600.0
+    """An arm that stays near the margin is tried about this often, at least a minute; 0: never."""
     seed: int = 0
     """Of the draws; give each of several daemons its own."""
 
     def __post_init__(self) -> None:
         not_negative("policy.explore", every_s=self.every_s)
+        # Below that, what is meant as a chance would be a certainty.
+        require(self.every_s == 0 or self.every_s >= 60, "policy.explore.every_s", "0 or at least 60", self.every_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,7 +79,7 @@ def policies(rules: PolicyConfig, requests_per_phase: int, config: DaemonConfig)
 
     Args:
         rules: arms, prices and cool-downs of every policy.
-        requests_per_phase: on average; schedules that train every N requests take a quarter, one and four of it.
+        requests_per_phase: on average; schedules that train every N requests take 0.3, 0.7 and 2.3 of it.
         config: pace of the real rule.
     """
     trained = [arm.name for arm in rules.arms if arm.steps > 0]
@@ -227,8 +227,9 @@ def _facts(settings: ShiftSettings, config: DaemonConfig, phases: Sequence[str])
     )
 
 
-def _schedules(requests_per_phase: int) -> tuple[int, int, int]:
-    return max(1, requests_per_phase // 4), requests_per_phase, 4 * requests_per_phase
+def _schedules(requests_per_phase: int) -> tuple[int, ...]:
+    # No multiples of a phase: a schedule does not know when text changes, so its updates must fall anywhere in a phase.
+    return tuple(max(1, round(share * requests_per_phase)) for share in (0.3, 0.7, 2.3))
 
 
 def _always(rules: PolicyConfig, arm: str) -> Builder:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +14,12 @@ from hypothesis import strategies as st
 from specblock.bandit.config import CostConfig, ExploreConfig, PolicyConfig
 from specblock.bandit.decision import CHECK, FAULT, PROBE, SKIP, Decision, PolicyState
 from specblock.bandit.exploring import MOST_SINCE_S, draw, explore_probability, near_margin
+from specblock.bandit.ledger import Balance
 from specblock.bandit.policy import decide
+from specblock.bandit.replay import reproductions
 from tests.bandit.test_policy import CONFIG, CONTEXT, checked
+from tests.bandit.test_service import drive, make, records
+from tests.bandit.world import small_policy
 
 EXPLORING = replace(CONFIG, explore=ExploreConfig(every_s=120.0, seed=3))
 BROKEN = replace(checked().parity.evidence, verdict="broken")  # type: ignore[union-attr]
@@ -67,10 +73,12 @@ def test_inverse_probabilities_give_an_unbiased_count() -> None:
     ids=["fault", "unattributed change", "cooling down"],
 )
 def test_nothing_is_tried_where_something_comes_first(state: PolicyState, num_changes: int) -> None:
-    eager = replace(NEAR, explore=ExploreConfig(every_s=1e-3))
-    decision, _ = decide(replace(CONTEXT, since_s=30.0, num_changes=num_changes), state, eager)
-    assert decision.action != PROBE and decision.probability == 1.0
-    assert (decision.verdict == FAULT) == (state.parity.evidence.verdict == "broken")  # type: ignore[union-attr]
+    eager = replace(NEAR, explore=ExploreConfig(every_s=60.0))
+    for time_s in 10_000.0 + np.arange(100) / 100:
+        context = replace(CONTEXT, now_s=float(time_s), since_s=60.0, num_changes=num_changes)
+        decision, _ = decide(context, state, eager)
+        assert decision.action != PROBE and decision.probability == 1.0
+        assert (decision.verdict == FAULT) == (state.parity.evidence.verdict == "broken")  # type: ignore[union-attr]
 
 
 def test_a_trial_is_preceded_by_a_parity_check_of_the_same_probability_and_draw() -> None:
@@ -110,3 +118,26 @@ def test_draws_are_uniform_and_differ_by_seed() -> None:
     ordered = np.sort(one)
     assert np.abs(ordered - (np.arange(len(ordered)) + 0.5) / len(ordered)).max() < 1.95 / len(ordered) ** 0.5
     assert abs(np.corrcoef(one, other)[0, 1]) < 0.03
+
+
+def test_a_trial_by_chance_is_on_record_replays_and_puts_nothing_off(tmp_path: Path) -> None:
+    plain = small_policy()
+    # A bound that nothing passes, tried every minute, and telling at once that there is nothing to win.
+    telling = replace(plain.arm("head"), probe_gain_share=0.8, probe_gain_share_sd=0.05)
+    policy = replace(
+        plain,
+        arms=(plain.arm("skip"), telling),
+        confidence=0.9999,
+        explore=ExploreConfig(every_s=60.0),
+    )
+    world, service = make(tmp_path, policy)
+    world.recovers["head"] = 0.0
+    now_s = drive(world, service, 1000, 30)
+    world.shift("python", 0.4)
+    drive(world, service, now_s, 90)
+    tried = [r for r in records(tmp_path) if r.stage == "decided" and r.action == PROBE]
+    assert tried and all(0 < r.probability < 1 for r in tried) and all(r.options[0].value.net_lower <= 0 for r in tried)
+    assert any(r.stage == "abandoned" for r in records(tmp_path))
+    assert service.state.policy.abandoned_in_row == 0 and service.state.policy.wasted_s == 0
+    assert [r for r in reproductions(records(tmp_path), policy) if not r.reproduced] == []
+    assert functools.reduce(Balance.add, records(tmp_path), Balance()).explored == len(tried)
