@@ -20,7 +20,7 @@ from specblock.bandit.decision import (
     Probed,
 )
 from specblock.bandit.estimate import GAIN_NOISE_SD
-from specblock.bandit.learning import learn_score, learn_stall, learn_training
+from specblock.bandit.learning import learn_pairs, learn_score, learn_stall, learn_training
 from specblock.bandit.parity import ParityEvidence
 from specblock.bandit.policy import decide
 from specblock.daemon.breakeven import Update
@@ -113,6 +113,8 @@ def informed(config: PolicyConfig, updates: Sequence[Update]) -> tuple[PolicyCon
         for share, report in zip(shares, reports, strict=True):
             state = learn_training(state, known, share, report)
         state = learn_stall(learn_score(state, update.score_s), update.stall_s)
+        for report in (update.trial, update.final):
+            state = learn_pairs(state, len(report.rows), report.device_s)
     scores = [u.score_s for u in updates]
     stalls = [u.stall_s for u in updates]
     cost = replace(config.cost, prior_score_s=sum(scores) / len(scores), prior_stall_s=sum(stalls) / len(stalls))
