@@ -16,10 +16,8 @@ from typing import Any
 
 import torch
 
-from specblock.bandit.config import PolicyConfig
-from specblock.bandit.simulation.baselines import Always, DualAverage, EveryN, Never
 from specblock.bandit.simulation.rule import RealRule
-from specblock.bandit.simulation.run import Driver, drive
+from specblock.bandit.simulation.run import drive
 from specblock.daemon.bench_breakeven_stage import Sizes, Stage
 from specblock.daemon.cli_replay import rule
 from specblock.daemon.config import NOTHING_TO_ADAPT, DaemonConfig
@@ -27,12 +25,13 @@ from specblock.daemon.config_loader import load_config
 from specblock.daemon.errors import ConfigError, DependencyError
 from specblock.daemon.facts import facts
 from specblock.daemon.models import settle_dtype
+from specblock.daemon.shift_curves import curves
+from specblock.daemon.shift_policies import STATIC, Builder, policies, small_policies
 from specblock.daemon.shift_recording import Pools, record, requests_per_s
 from specblock.daemon.shift_rows import PolicyRun, ShiftRow, lines, shift_rows
 from specblock.daemon.shift_traffic import PhasePlan, ShiftTraffic, make_shift
 from specblock.daemon.shift_world import RecordedWorld
 
-STATIC, COST_AWARE = "static", "cost_aware"
 PHASES = {
     "shift": ("python", "cpp", "javascript", "manual") * 2,
     "stationary": ("python",) * 4,
@@ -71,40 +70,6 @@ class ShiftSettings:
     out: Path | None = None
 
 
-Builder = Callable[[RecordedWorld, Path], Driver]
-
-
-def policies(rules: PolicyConfig, requests_per_phase: int, config: DaemonConfig) -> dict[str, Builder]:
-    """Every policy by name, in the order of the table; schedules train the last arm, the most thorough one.
-
-    Args:
-        rules: arms, prices and cool-downs of every policy.
-        requests_per_phase: on average; schedules that train every N requests take 0.3, 0.7 and 2.3 of it.
-        config: pace of the real rule.
-    """
-    trained = [arm.name for arm in rules.arms if arm.steps > 0]
-    full, pace = trained[-1], config.adaptation
-    every = {f"every_{n}": _every(rules, full, n) for n in _schedules(requests_per_phase)}
-    return {
-        STATIC: lambda world, directory: Never(world, rules),
-        **{f"always_{name}": _always(rules, name) for name in trained},
-        **every,
-        "dual_ema": lambda world, directory: DualAverage(world, rules, full),
-        COST_AWARE: lambda world, directory: RealRule(
-            world,
-            rules,
-            directory,
-            decide_every_s=pace.decide_every_s,
-            decide_every_events=pace.decide_every_events,
-        ),
-    }
-
-
-def small_policies(requests_per_phase: int) -> tuple[str, ...]:
-    """The four of a small run."""
-    return (STATIC, f"every_{_schedules(requests_per_phase)[1]}", "dual_ema", COST_AWARE)
-
-
 def run(settings: ShiftSettings, small: bool, as_json: bool, say: Say) -> int:
     """Records, runs every policy, prints; returns the exit code.
 
@@ -120,6 +85,8 @@ def run(settings: ShiftSettings, small: bool, as_json: bool, say: Say) -> int:
     for name in (f"{domain}.{side}.jsonl" for domain in sizes.domains for side in ("train", "heldout")):
         if not (sizes.prompts / name).is_file():
             raise DependencyError(f"{sizes.prompts / name}: no such file of prompts")
+    if settings.policies and STATIC not in settings.policies:
+        raise ConfigError(f"policies are compared with {STATIC}: name it too")
     torch.set_num_threads(config.trainer.threads)
     # Before measuring: what ran is the code of now, whatever is committed meanwhile.
     known = _facts(settings, config, phases)
@@ -151,14 +118,34 @@ def run(settings: ShiftSettings, small: bool, as_json: bool, say: Say) -> int:
                 finally:
                     bench.host.close()
                 say(_line(runs[-1]))
-    rows = shift_rows(runs, traffic, STATIC) if STATIC in names else []
-    result = {"facts": known | {"cycle_s": cycle_s, "requests_per_s": rate}, "rows": [asdict(row) for row in rows]}
+    result = _result(settings, phases, runs, traffic, known | {"cycle_s": cycle_s, "requests_per_s": rate})
     if settings.out is not None:
+        from specblock.daemon.shift_report import write_shift_report
+
         settings.out.mkdir(parents=True, exist_ok=True)
         (settings.out / f"{settings.story}.json").write_text(json.dumps(result, indent=2) + "\n")
-    for line in [json.dumps(result, indent=2)] if as_json else _table(rows):
+        say(f"page: {write_shift_report(settings.out / f'{settings.story}.html', result)}")
+    for line in [json.dumps(result, indent=2)] if as_json else _table(shift_rows(runs, traffic, STATIC)):
         say(line)
     return 0
+
+
+def _result(
+    settings: ShiftSettings,
+    phases: Sequence[str],
+    runs: Sequence[PolicyRun],
+    traffic: dict[int, ShiftTraffic],
+    known: dict[str, Any],
+) -> dict[str, Any]:
+    """The JSON object: ``facts``, ``rows``, and ``curves`` of the first run."""
+    first = min(traffic)
+    return {
+        "facts": known,
+        "phases": list(phases),
+        "phase_hours": settings.hours,
+        "rows": [asdict(row) for row in shift_rows(runs, traffic, STATIC)],
+        "curves": [asdict(one) for one in curves([r for r in runs if r.seed == first], traffic[first], STATIC)],
+    }
 
 
 def _traffic(plan: PhasePlan, pools: Pools) -> ShiftTraffic:
@@ -184,6 +171,8 @@ def _one(name: str, seed: int, build: Builder, world: RecordedWorld, directory: 
         rollbacks=world.rollbacks,
         faults=driver.faults() if isinstance(driver, RealRule) else None,
         wall_s=time.perf_counter() - begin,
+        charges=tuple(world.charges),
+        promoted_s=tuple(world.promoted_s),
     )
 
 
@@ -225,16 +214,3 @@ def _facts(settings: ShiftSettings, config: DaemonConfig, phases: Sequence[str])
             seed=sizes.seed,
         )
     )
-
-
-def _schedules(requests_per_phase: int) -> tuple[int, ...]:
-    # No multiples of a phase: a schedule does not know when text changes, so its updates must fall anywhere in a phase.
-    return tuple(max(1, round(share * requests_per_phase)) for share in (0.3, 0.7, 2.3))
-
-
-def _always(rules: PolicyConfig, arm: str) -> Builder:
-    return lambda world, directory: Always(world, rules, arm)
-
-
-def _every(rules: PolicyConfig, arm: str, requests: int) -> Builder:
-    return lambda world, directory: EveryN(world, rules, arm, requests)

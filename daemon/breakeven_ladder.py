@@ -113,8 +113,8 @@ def informed(config: PolicyConfig, updates: Sequence[Update]) -> tuple[PolicyCon
         for share, report in zip(shares, reports, strict=True):
             state = learn_training(state, known, share, report)
         state = learn_stall(learn_score(state, update.score_s), update.stall_s)
-        for report in (update.trial, update.final):
-            state = learn_pairs(state, len(report.rows), report.device_s)
+        for replayed in (update.trial, update.final):
+            state = learn_pairs(state, len(replayed.rows), replayed.device_s)
     scores = [u.score_s for u in updates]
     stalls = [u.stall_s for u in updates]
     cost = replace(config.cost, prior_score_s=sum(scores) / len(scores), prior_stall_s=sum(stalls) / len(stalls))

@@ -28,6 +28,8 @@ class PolicyRun:
         charged_s: everything but serving.
         faults: decisions that reported a fault; None for policies that cannot.
         wall_s: real seconds that the run took.
+        charges: when what was charged, simulated Unix seconds.
+        promoted_s: when versions went live.
     """
 
     policy: str
@@ -42,6 +44,8 @@ class PolicyRun:
     rollbacks: int
     faults: int | None
     wall_s: float
+    charges: tuple[tuple[float, float], ...] = ()
+    promoted_s: tuple[float, ...] = ()
 
     @property
     def total_s(self) -> float:

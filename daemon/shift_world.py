@@ -70,6 +70,8 @@ class RecordedWorld:
         self.cycles: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
         self.committed: NDArray[np.int64] = np.zeros(size, dtype=np.int64)
         self.request_s: NDArray[np.float64] = np.zeros(size)
+        self.charges: list[tuple[float, float]] = []
+        self.promoted_s: list[float] = []
         self._versions: list[str] = []
         self._accepted: list[Accepted] = []
         self.on_request: Callable[[int], None] = lambda number: None
@@ -162,6 +164,7 @@ class RecordedWorld:
         """Stores the candidate and swaps it into the engine."""
         version = self._bench.trainer.store(candidate_version, decision_id)
         self.updates += 1
+        self.promoted_s.append(self.now_s)
         report = self._swap(version)
         self._bench.trainer.discard(candidate_version)
         return report
@@ -218,9 +221,13 @@ class RecordedWorld:
         result = self._bench.host.swap(version, self._bench.trainer.weights(version))
         self._bench.trainer.registry.promote(version)
         self._serving = version
-        self.charged_s += charge_s(self._cost, stall_s=result.stall_s)
+        self._charge(charge_s(self._cost, stall_s=result.stall_s))
         return SwapReport(ok=True, stall_s=result.stall_s, detail="", version=version)
 
     def _spend(self, device_s: float, train_s: float = 0.0) -> None:
-        self.charged_s += charge_s(self._cost, device_s=device_s, train_s=train_s)
+        self._charge(charge_s(self._cost, device_s=device_s, train_s=train_s))
         self.free_s = max(self.free_s, self.now_s) + device_s
+
+    def _charge(self, device_s: float) -> None:
+        self.charged_s += device_s
+        self.charges.append((self.now_s, device_s))

@@ -20,6 +20,7 @@ from specblock.daemon.bench_breakeven_stage import Sizes, Stage
 from specblock.daemon.cli_replay import rule
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.config_loader import load_config
+from specblock.daemon.shift_curves import curves
 from specblock.daemon.shift_recording import Pools, record, requests_per_s
 from specblock.daemon.shift_rows import PolicyRun, lines, shift_rows
 from specblock.daemon.shift_traffic import START_S, PhasePlan, ShiftTraffic, make_shift
@@ -195,9 +196,37 @@ def test_rows_charge_everything_and_measure_recovery_against_the_best_plateau() 
     assert len(table) == 3 and "better" in table[2]
 
 
+def test_curves_end_at_the_final_balance() -> None:
+    traffic = make_shift(PLAN, {"a": 7, "b": 3}, {"a": 5, "b": 2})
+    static = made_run("static", traffic, {0: (8, 8), 1: (16, 16), 2: (8, 8)}, 0.0)
+    better = made_run("better", traffic, {0: (8, 8), 1: (16, 8), 2: (8, 8)}, 3.0)
+    better = replace(better, charges=((START_S + 1200.0, 1.0), (START_S + 1600.0, 2.0)), promoted_s=(START_S + 1500.0,))
+    idle, own = curves([static, better], traffic, "static", intervals=30)
+    assert set(idle.balance_s) == {0.0} and own.promoted_hours == (1500 / 3600,)
+    assert own.balance_s[-1] == pytest.approx(static.total_s - better.total_s)
+    assert own.balance_s[9] == 0.0 and own.balance_s[13] == -1.0 < own.balance_s[15]
+    assert own.acceptance[0] == 2.0 and own.acceptance[11] == 1.0 and own.acceptance[18] == 2.0
+    assert own.hours[-1] == pytest.approx(3000 / 3600)
+
+
+def test_the_command_writes_figures_and_page(prompts: Path, tmp_path: Path) -> None:
+    asked = ["--phase", "python", "--conversations", "3", "--heldout", "3", "--tokens", "24", "--hours", "0.05"]
+    chosen = ["--policy", "static", "--policy", "dual_ema", "--out", str(tmp_path), "--json"]
+    made = CliRunner().invoke(app, ["bench", "shift", "--prompts", str(prompts), *asked, *chosen])
+    assert made.exit_code == 0, made.output
+    result = json.loads((tmp_path / "shift.json").read_text())
+    assert [row["policy"] for row in result["rows"]] == ["static", "dual_ema"]
+    assert result["rows"][0]["ratio_to_static"] == 1.0 and result["facts"]["phase_hours"] == 0.05
+    assert result["rows"][0]["net_tokens_per_s"] > 0 and len(result["curves"]) == 2
+    page = (tmp_path / "shift.html").read_text()
+    assert "<svg" in page and "dual_ema" in page and "http" not in page.split("<svg")[0]
+
+
 def test_missing_prompts_and_unknown_policies_are_named(prompts: Path, tmp_path: Path) -> None:
     missing = CliRunner().invoke(app, ["bench", "shift", "--prompts", str(tmp_path)])
     assert missing.exit_code == 3 and "python.train.jsonl" in missing.output
-    asked = ["--phase", "python", "--conversations", "2", "--heldout", "2", "--tokens", "24", "--policy", "nevr"]
-    unknown = CliRunner().invoke(app, ["bench", "stationary", "--prompts", str(prompts), *asked])
+    asked = ["--phase", "python", "--conversations", "2", "--heldout", "2", "--tokens", "24", "--prompts", str(prompts)]
+    unknown = CliRunner().invoke(app, ["bench", "stationary", *asked, "--policy", "static", "--policy", "nevr"])
     assert unknown.exit_code == 2 and "nevr" in unknown.output and "cost_aware" in unknown.output
+    alone = CliRunner().invoke(app, ["bench", "fault", *asked, "--policy", "dual_ema"])
+    assert alone.exit_code == 2 and "static" in alone.output
