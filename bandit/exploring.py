@@ -12,8 +12,8 @@ import math
 from specblock.bandit.config_rules import ExploreConfig
 from specblock.bandit.cost import NetValue
 
-MOST_SINCE_S = 60.0
-"""A decision stands for no more time than this: what happened in a pause is not known."""
+MOST_SHARE = 0.1
+"""A decision stands for no more than this share of ``every_s``: what happened in a long pause is not known."""
 
 
 def near_margin(value: NetValue) -> bool:
@@ -27,7 +27,7 @@ def explore_probability(since_s: float, config: ExploreConfig) -> float:
     It depends on the time and not on the number of decisions: however often one is taken, an arm that stays near the
     margin is explored every ``every_s`` seconds on average.
     """
-    return -math.expm1(-min(since_s, MOST_SINCE_S) / config.every_s) if config.every_s > 0 else 0.0
+    return -math.expm1(-min(since_s / config.every_s, MOST_SHARE)) if config.every_s > 0 else 0.0
 
 
 def draw(now_s: float, config: ExploreConfig) -> float:

@@ -149,9 +149,12 @@ def gate_outlook(value: NetValue, saving: Saving, state: PolicyState, config: Po
         believed[name] = after
     gain = math.fsum(domain.share * believed[domain.domain].mean for domain in value.domains)
     # Only a saving on the conversations as they arrive can pass, and only one that the last look could still tell.
-    arriving = {name: found.conversations / saving.conversations for name, found in measured.items()}
-    mean = math.fsum(share * believed[name].mean for name, share in arriving.items())
-    sd = math.hypot(*(share * believed[name].sd for name, share in arriving.items()))
+    parts = [(found.conversations, believed[name]) for name, found in measured.items()]
+    # Where every kind of text was seen but once, only all together say anything.
+    parts = parts or [(1, Belief(mean=saving.relative, sd=saving.se))]
+    total = sum(count for count, _ in parts)
+    mean = math.fsum(count / total * belief.mean for count, belief in parts)
+    sd = math.hypot(*(count / total * belief.sd for count, belief in parts))
     least = LOOK_WIDTH * PAIRED_SD / math.sqrt(config.gate.max_conversations)
     chance = NormalDist().cdf((mean - least) / max(sd, 1e-6))
     more = max(gate_conversations(mean, config) - saving.conversations, config.gate.min_conversations)

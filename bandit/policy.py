@@ -88,9 +88,10 @@ def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig)
     chance = explore_probability(context.since_s, config.explore)
     if explored.action == usual.action:
         return usual
-    # A parity check is a decision of its own at the same time: the one after it draws the same number.
     if draw(context.now_s, config.explore) < chance:
-        return replace(explored, probability=chance)
+        # A parity check is a decision of its own at the same time. The one after it draws the same number, and only
+        # that one has the chance on record: both together are one draw.
+        return explored if explored.action == CHECK else replace(explored, probability=chance)
     return replace(usual, probability=1 - chance)
 
 

@@ -14,7 +14,7 @@ from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import PROBE
 from specblock.bandit.forecast import mean_drop
 from specblock.bandit.learning import end_update, learn_stall
-from specblock.bandit.ledger import LedgerRecord
+from specblock.bandit.ledger import DECIDED, LedgerRecord
 from specblock.bandit.outside import ActionError, Journal, attempt
 
 LIVE = frozenset({"promoted", "verifying", "verified", "settling"})
@@ -100,7 +100,11 @@ class Recovery:
         pending = state.pending
         mine = pending is not None and pending.decision_id == record.decision_id
         # A trial by chance keeps a pace of its own: that it found nothing must not put off an update that would pay.
-        by_chance = mine and pending is not None and pending.explored and pending.stage == "probing"
+        by_chance = (
+            pending.explored and pending.stage == "probing"
+            if mine and pending is not None
+            else record.stage == DECIDED and record.probability < 1  # lost in a crash before it was remembered
+        )
         if record.action == PROBE and not by_chance:
             drop = mean_drop(pending.targets) if mine and pending is not None else UNKNOWN_DROP
             arm = next((arm for arm in config.arms if arm.name == record.arm), Arm(name=record.arm))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from specblock.bandit.config import CostConfig, ExploreConfig, PolicyConfig
 from specblock.bandit.decision import CHECK, FAULT, PROBE, SKIP, Decision, PolicyState
-from specblock.bandit.exploring import MOST_SINCE_S, draw, explore_probability, near_margin
+from specblock.bandit.exploring import MOST_SHARE, draw, explore_probability, near_margin
 from specblock.bandit.ledger import Balance
 from specblock.bandit.policy import decide
 from specblock.bandit.replay import reproductions
@@ -81,14 +81,15 @@ def test_nothing_is_tried_where_something_comes_first(state: PolicyState, num_ch
         assert (decision.verdict == FAULT) == (state.parity.evidence.verdict == "broken")  # type: ignore[union-attr]
 
 
-def test_a_trial_is_preceded_by_a_parity_check_of_the_same_probability_and_draw() -> None:
+def test_a_parity_check_and_the_trial_after_it_are_one_draw() -> None:
     stale = checked(time_s=9_000.0 - 500.0)
     config = replace(NEAR, parity=replace(NEAR.parity, every_s=1e6, max_share=0.9))
     for time_s in 10_000.0 + np.arange(400) / 400:
         first, _ = decide(replace(CONTEXT, now_s=float(time_s), since_s=30.0), stale, config)
         then, _ = decide(replace(CONTEXT, now_s=float(time_s), since_s=30.0), checked(time_s=float(time_s)), config)
         assert (first.action == CHECK) == (then.action == PROBE)
-        assert first.probability == then.probability < 1
+        # Of the two, the last one has the chance on record.
+        assert (first.probability == 1.0) == (first.action == CHECK) and then.probability < 1
 
 
 def test_what_surely_pays_or_surely_does_not_is_no_matter_of_chance() -> None:
@@ -106,10 +107,10 @@ def test_never_means_never_and_a_first_decision_stands_for_no_time() -> None:
 @given(since_s=st.floats(0.0, 1e6), parts=st.integers(1, 50))
 def test_the_rate_does_not_depend_on_how_often_it_decides(since_s: float, parts: int) -> None:
     config = ExploreConfig(every_s=600.0)
-    since_s = min(since_s, MOST_SINCE_S)
+    since_s = min(since_s, MOST_SHARE * 600.0)
     whole, part = explore_probability(since_s, config), explore_probability(since_s / parts, config)
     assert 1 - (1 - part) ** parts == pytest.approx(whole, abs=1e-12)
-    assert explore_probability(1e9, config) == explore_probability(MOST_SINCE_S, config)
+    assert explore_probability(1e9, config) == explore_probability(MOST_SHARE * 600.0, config)
 
 
 def test_draws_are_uniform_and_differ_by_seed() -> None:
