@@ -107,6 +107,8 @@ def run(settings: ShiftSettings, small: bool, as_json: bool, say: Say) -> int:
             fault_at=FAULT_AT if settings.story == "fault" else 2.0,
         )
         traffic = {seed: _traffic(replace(plan, seed=seed), pools) for seed in range(settings.seeds)}
+        if any(set(own.phase.tolist()) != set(range(len(phases))) for own in traffic.values()):
+            raise ConfigError("a phase has no request at all: longer --hours, or a larger --busy")
         say(f"{rate:.2f} requests a second, {requests} in each phase of {settings.hours:g} h: {', '.join(phases)}")
         runs = []
         for seed, own in traffic.items():
@@ -188,9 +190,9 @@ def _table(rows: Sequence[ShiftRow]) -> list[str]:
     return [
         *lines(rows),
         "",
-        "net counts every cost; x static: net tokens per device-second over those of doing nothing; recovery: requests "
-        "after a shift until acceptance is back at 95 % of the phase's best plateau. Text, drafters, training, scoring "
-        "and swaps are real; time is simulated, and a cycle takes what the cost curve measured.",
+        "net counts every cost; x static: net tokens per device-second over those of doing nothing; recovered: phases "
+        "in which acceptance came back to 95 % of the best plateau, of those in which doing nothing did not. Text, "
+        "drafters, training, scoring and swaps are real; time is simulated, a cycle takes what was measured.",
     ]
 
 

@@ -48,7 +48,7 @@ def record(config: DaemonConfig, rules: PolicyConfig, sizes: Sizes, state: Path,
         say: receives a line per kind of text.
 
     Raises:
-        DependencyError: every answer of a kind is too short.
+        DependencyError: a kind has fewer than two answers that are long enough.
     """
     bench = Stage(config, rules, sizes, state)
     try:
@@ -80,7 +80,7 @@ def _texts(bench: Stage, domain: str, side: str, count: int) -> list[Window]:
     """Distinct conversations on the prompts of one side, which come again, with other answers, when they run out.
 
     Raises:
-        DependencyError: all are too short.
+        DependencyError: fewer than two are long enough.
     """
     sizes, heldout = bench.sizes, side == "heldout"
     prompts = read_prompts(sizes.prompts / f"{domain}.{side}.jsonl")
@@ -95,6 +95,8 @@ def _texts(bench: Stage, domain: str, side: str, count: int) -> list[Window]:
     )
     made = collect(bench.target, list(islice(cycle(prompts), count)), settings, time.time)
     kept = [window for window, _ in made if window.num_generated >= _FEWEST_TOKENS]
-    if not kept:
-        raise DependencyError(f"{domain}.{side}.jsonl: no answer has {_FEWEST_TOKENS} tokens; other prompts may do")
+    if len(kept) < 2:
+        raise DependencyError(
+            f"{domain}.{side}.jsonl: fewer than two answers have {_FEWEST_TOKENS} tokens; try other prompts"
+        )
     return kept

@@ -22,7 +22,8 @@ _COLUMNS = (
     ("trainings", "trainings", "{:.1f}"),
     ("rollbacks", "taken back", "{:.1f}"),
     ("cost_device_s", "cost, device-s", "{:.0f}"),
-    ("recovery_requests", "recovery, requests", "{:.0f}"),
+    ("recovered", "recovered phases", "{:.0%}"),
+    ("recovery_requests", "after requests", "{:.0f}"),
     ("faults", "faults seen", "{:.0f}"),
 )
 

@@ -63,9 +63,10 @@ class ShiftRow:
             are several.
         acceptance_length: pooled over complete cycles, bonus included.
         updates, trainings, rollbacks, cost_device_s: means over the runs.
-        recovery_requests: requests until acceptance is back at 95 % of the best plateau of its phase, averaged over the
-            phases in which doing nothing never gets there; None: not once, or there is no such phase.
-        recovered: share of those phases in which it gets there.
+        recovery_requests: requests until acceptance is back at 95 % of the best plateau of its phase, averaged over
+            those of the phases counted in ``recovered`` in which it gets there; None: in none.
+        recovered: share of the phases in which doing nothing never gets there in which this policy does; None: there is
+            no such phase.
         faults: decisions that reported a fault, mean; None for policies that cannot.
     """
 
@@ -106,16 +107,17 @@ def lines(rows: Sequence[ShiftRow]) -> Iterator[str]:
     """The table for people."""
     yield (
         f"{'policy':<14}{'net tok/s':>10}{'gross':>8}{'x static':>10}{'95 % interval':>18}{'accept':>8}{'updates':>9}"
-        f"{'trained':>9}{'cost dev-s':>12}{'recovery':>10}{'faults':>8}"
+        f"{'trained':>9}{'cost dev-s':>12}{'recovered':>11}{'after':>8}{'faults':>8}"
     )
     for row in rows:
         low, high = row.ratio_interval
         recovery = "-" if row.recovery_requests is None else f"{row.recovery_requests:.0f}"
         faults = "-" if row.faults is None else f"{row.faults:.0f}"
+        share = "-" if row.recovered is None else f"{row.recovered:.0%}"
         yield (
             f"{row.policy:<14}{row.net_tokens_per_s:>10.1f}{row.gross_tokens_per_s:>8.1f}{row.ratio_to_static:>10.3f}"
             f"{f'{low:.3f} to {high:.3f}':>18}{row.acceptance_length:>8.2f}{row.updates:>9.1f}{row.trainings:>9.1f}"
-            f"{row.cost_device_s:>12.0f}{recovery:>10}{faults:>8}"
+            f"{row.cost_device_s:>12.0f}{share:>11}{recovery:>8}{faults:>8}"
         )
 
 
@@ -178,13 +180,13 @@ def _resampled_s(request_s: NDArray[np.float64], traffic: ShiftTraffic) -> NDArr
     total = np.zeros(_DRAWS)
     for index in range(len(traffic.domains)):
         mine = traffic.domain == index
-        spent = np.bincount(traffic.served[mine], weights=request_s[mine])
-        times = np.bincount(traffic.served[mine])
-        seen = times > 0
-        spent, times = spent[seen], times[seen]
-        drawn = resampled(len(spent), _DRAWS, seed=2 + index)
+        count = traffic.num_served[index]
+        spent = np.bincount(traffic.served[mine], weights=request_s[mine], minlength=count)
+        times = np.bincount(traffic.served[mine], minlength=count)
+        # The same conversations for every policy and every run: all runs draw from the same recording.
+        drawn = resampled(count, _DRAWS, seed=2 + index)
         # A conversation that happened to be drawn more often must not count more: totals are scaled to the traffic.
-        total += spent[drawn].sum(axis=1) * times.sum() / times[drawn].sum(axis=1)
+        total += spent[drawn].sum(axis=1) * times.sum() / np.maximum(times[drawn].sum(axis=1), 1)
     return total
 
 

@@ -15,7 +15,6 @@ START_S = 1_000_000.0
 """When simulated time begins, Unix seconds: 0 means "never" to the bandit."""
 
 NEVER_S = float("inf")
-_NOT_KEPT_FOR_TRAINING = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,16 +42,18 @@ class PhasePlan:
 class ShiftTraffic:
     """Every request of a run; the same for all policies.
 
-    What is served is always a held-out conversation, so that no policy is paid for knowing its training text by heart.
-    What is kept for training is another one of the same kind.
+    What is served is always a conversation of the first half of the held-out ones; what a policy keeps, to train on or
+    to judge by, are others of the same kind. So none is paid for knowing its training text by heart, nor for having
+    picked the candidate that happens to suit the text that is counted.
 
     Attributes:
         domains: kinds of text.
         time_s: arrival [N].
         phase: number of the phase [N].
         domain: index into ``domains`` [N].
-        served: held-out conversation of that domain that is served [N].
-        kept: training conversation of that domain that is kept with it; negative: the served one is kept [N].
+        served: held-out conversation of that domain that is served and counted [N].
+        kept: conversation of that domain that is kept [N]; below 0: the held-out one numbered ``-1 - kept``.
+        num_served: held-out conversations that may be served, by domain.
         fault_s: when the drafter's cache slips.
         end_s: end of the run.
     """
@@ -63,6 +64,7 @@ class ShiftTraffic:
     domain: NDArray[np.int64]
     served: NDArray[np.int64]
     kept: NDArray[np.int64]
+    num_served: tuple[int, ...]
     fault_s: float
     end_s: float
 
@@ -72,7 +74,7 @@ def make_shift(plan: PhasePlan, num_heldout: Mapping[str, int], num_train: Mappi
 
     Args:
         plan: phases and rates.
-        num_heldout: recorded held-out conversations by domain, at least 1 each.
+        num_heldout: recorded held-out conversations by domain, at least 2 each.
         num_train: recorded training conversations by domain, at least 1 each.
     """
     random = np.random.default_rng([plan.seed, len(plan.domains)])
@@ -83,13 +85,17 @@ def make_shift(plan: PhasePlan, num_heldout: Mapping[str, int], num_train: Mappi
     domains = tuple(dict.fromkeys(plan.domains))
     domain_N = np.array([domains.index(name) for name in plan.domains], dtype=np.int64)[phase_N]
     trained_N = random.uniform(size=count) >= plan.heldout_fraction
+    first = {name: num_heldout[name] // 2 for name in domains}
+    first_N = np.array([first[name] for name in domains], dtype=np.int64)[domain_N]
+    judged_N = _drawn(random, domain_N, domains, {name: num_heldout[name] - first[name] for name in domains})
     return ShiftTraffic(
         domains=domains,
         time_s=START_S + passed_N,
         phase=phase_N,
         domain=domain_N,
-        served=_drawn(random, domain_N, domains, num_heldout),
-        kept=np.where(trained_N, _drawn(random, domain_N, domains, num_train), _NOT_KEPT_FOR_TRAINING),
+        served=_drawn(random, domain_N, domains, first),
+        kept=np.where(trained_N, _drawn(random, domain_N, domains, num_train), -1 - first_N - judged_N),
+        num_served=tuple(first[name] for name in domains),
         fault_s=START_S + plan.fault_at * duration_s if plan.fault_at <= 1 else NEVER_S,
         end_s=START_S + duration_s,
     )

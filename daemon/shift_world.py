@@ -186,7 +186,8 @@ class RecordedWorld:
         traffic, domain = self.traffic, self._domain(number)
         broken = bool(traffic.time_s[number] >= traffic.fault_s)
         chosen = int(traffic.served[number])
-        window, accepted = self._pools.heldout[domain][chosen], self._walk(domain, broken)[chosen]
+        walked, heldout = self._walk(domain, broken), self._pools.heldout[domain]
+        window, accepted = heldout[chosen], walked[chosen]
         cycles, committed = len(accepted), sum(accepted) + len(accepted)
         self.cycles[number], self.committed[number] = cycles, committed
         # The cycle that the end cut is left out of both, and taken to be as good as the others.
@@ -197,7 +198,8 @@ class RecordedWorld:
         self._accepted.append(accepted)
         time_s, kept = float(traffic.time_s[number]), int(traffic.kept[number])
         if kept < 0:
-            self._store.add(replace(window, time_s=time_s, drafter_version=self._serving, accepted=accepted, plans=()))
+            live, judged = walked[-1 - kept], heldout[-1 - kept]
+            self._store.add(replace(judged, time_s=time_s, drafter_version=self._serving, accepted=live, plans=()))
         else:
             other = self._pools.train[domain][kept]
             self._store.add(replace(other, time_s=time_s, drafter_version="", accepted=(), plans=()))

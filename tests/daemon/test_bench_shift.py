@@ -25,6 +25,7 @@ from specblock.daemon.shift_recording import Pools, record, requests_per_s
 from specblock.daemon.shift_rows import PolicyRun, lines, shift_rows
 from specblock.daemon.shift_traffic import START_S, PhasePlan, ShiftTraffic, make_shift
 from specblock.daemon.shift_world import RecordedWorld
+from specblock.drafter.replay import replay
 
 PLAN = PhasePlan(domains=("a", "b", "a"), phase_s=1000.0, requests_per_s=0.5, heldout_fraction=0.25)
 CYCLE_S = 0.02
@@ -84,7 +85,10 @@ def test_traffic_follows_its_phases_and_serves_only_held_out_text() -> None:
     assert np.array_equal(traffic.domain, traffic.phase % 2)
     for domain, held, train in ((0, 7, 5), (1, 3, 2)):
         mine = traffic.domain == domain
-        assert set(traffic.served[mine]) == set(range(held)) and set(traffic.kept[mine]) == {-1, *range(train)}
+        half = held // 2
+        assert traffic.num_served[domain] == half and set(traffic.served[mine]) == set(range(half))
+        # Judged by the other half, trained on what is apart from both.
+        assert set(traffic.kept[mine]) == {*(-1 - n for n in range(half, held)), *range(train)}
     count = len(traffic.time_s)
     assert abs(count - 30_000) < 5 * 30_000**0.5
     assert abs((traffic.kept < 0).mean() - 0.25) < 5 * (0.25 * 0.75 / count) ** 0.5
@@ -112,10 +116,12 @@ def test_what_serves_is_what_was_trained_judged_and_swapped_in(bench: Stage, poo
     assert world.charged_s == pytest.approx(before_s + swap.stall_s * rules.cost.serving_devices)
     begun = world.served
     world.serve_until(world.end_s)
-    expected = {row.conversation_id: row.cycles_new for row in compared.rows}
+    replayed = replay(bench.drafter, [replace(w, plans=()) for w in pools.heldout["python"]])
+    expected = {row.conversation_id: row.cycles for row in replayed}
+    assert {row.conversation_id: row.cycles_new for row in compared.rows}.items() <= expected.items()
     for number in range(begun, world.served):
         name = pools.heldout["python"][int(world.traffic.served[number])].conversation_id
-        assert expected.get(name, world.cycles[number]) == world.cycles[number]
+        assert expected[name] == world.cycles[number]
         assert world.event(number).drafter_version == swap.version
     event = world.event(0)
     assert sum(event.accepted_histogram) == event.cycles == len(pools.base["python"][int(world.traffic.served[0])])
@@ -176,7 +182,7 @@ def made_run(
 
 
 def test_rows_charge_everything_and_measure_recovery_against_the_best_plateau() -> None:
-    traffic = make_shift(PLAN, {"a": 7, "b": 3}, {"a": 5, "b": 2})
+    traffic = make_shift(PLAN, {"a": 14, "b": 8}, {"a": 5, "b": 2})
     flat, fallen = (8, 8), (16, 16)
     static = made_run("static", traffic, {0: flat, 1: fallen, 2: flat}, 0.0)
     better = made_run("better", traffic, {0: flat, 1: (16, 8), 2: flat}, 3.0)
@@ -196,8 +202,19 @@ def test_rows_charge_everything_and_measure_recovery_against_the_best_plateau() 
     assert len(table) == 3 and "better" in table[2]
 
 
+def test_conversations_are_drawn_alike_whatever_a_run_happened_to_serve() -> None:
+    one, other = (make_shift(replace(PLAN, seed=seed), {"a": 40, "b": 6}, {"a": 5, "b": 2}) for seed in (0, 1))
+    made = [
+        replace(made_run(name, own, {0: (8, 8), 1: (16, late), 2: (8, 8)}, 0.0), seed=seed)
+        for seed, own in enumerate((one, other))
+        for name, late in (("static", 16), ("better", 8))
+    ]
+    [_, row] = shift_rows(made, {0: one, 1: other}, "static")
+    assert row.ratio_interval[0] <= row.ratio_to_static <= row.ratio_interval[1]
+
+
 def test_curves_end_at_the_final_balance() -> None:
-    traffic = make_shift(PLAN, {"a": 7, "b": 3}, {"a": 5, "b": 2})
+    traffic = make_shift(PLAN, {"a": 14, "b": 8}, {"a": 5, "b": 2})
     static = made_run("static", traffic, {0: (8, 8), 1: (16, 16), 2: (8, 8)}, 0.0)
     better = made_run("better", traffic, {0: (8, 8), 1: (16, 8), 2: (8, 8)}, 3.0)
     better = replace(better, charges=((START_S + 1200.0, 1.0), (START_S + 1600.0, 2.0)), promoted_s=(START_S + 1500.0,))
