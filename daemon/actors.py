@@ -48,6 +48,18 @@ def newest_within(windows: Sequence[Window], most_positions: int) -> list[Window
     return list(windows)
 
 
+def window_limits(config: DaemonConfig) -> WindowLimits:
+    """What the window store of an engine may hold."""
+    limits = config.windows
+    return WindowLimits(
+        budget_bytes=limits.budget_bytes,
+        per_domain_quota=limits.per_domain_quota,
+        heldout_fraction=limits.heldout_fraction,
+        max_window_tokens=limits.max_window_tokens,
+        ttl_s=limits.ttl_s,
+    )
+
+
 def serving_version(config: DaemonConfig) -> tuple[str, Path | None]:
     """Name and verified weights of the drafter to serve; one without weights has no versions and goes by its kind.
 
@@ -72,17 +84,7 @@ class EngineActor:
         target = load_target(config.target.source, dtype_of(config), config.target.device, config.target.revision)
         drafter = self.load_drafter(config, target, weights)
         self._keeps_windows = config.drafter.has_weights
-        limits = config.windows
-        self._windows = WindowStore(
-            WindowLimits(
-                budget_bytes=limits.budget_bytes,
-                per_domain_quota=limits.per_domain_quota,
-                heldout_fraction=limits.heldout_fraction,
-                max_window_tokens=limits.max_window_tokens,
-                ttl_s=limits.ttl_s,
-            ),
-            time.time,
-        )
+        self._windows = WindowStore(window_limits(config), time.time)
         self._producer: EventProducer | None = None
         if stream is not None:
             incarnation = f"{name}-{os.getpid()}-{time.time_ns()}"
@@ -93,7 +95,7 @@ class EngineActor:
             slots=config.engine.slots,
             capacity_tokens=config.target.max_context_tokens,
             prefill_chunk_tokens=config.engine.prefill_chunk_tokens,
-            top_k=limits.top_k,
+            top_k=config.windows.top_k,
             segment_cycles=config.engine.segment_cycles,
         )
         chosen = config.drafter.tree == "cost_chosen"

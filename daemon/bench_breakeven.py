@@ -17,7 +17,7 @@ import torch
 from specblock.bandit.config import PolicyConfig
 from specblock.daemon.bench_breakeven_measure import Measured, Served
 from specblock.daemon.bench_breakeven_measure import run as measure
-from specblock.daemon.bench_breakeven_stage import Sizes
+from specblock.daemon.bench_breakeven_stage import Sizes, adaptable
 from specblock.daemon.breakeven import BreakEvenRow, Traffic, Update, make_row
 from specblock.daemon.breakeven_ladder import (
     LADDER_S,
@@ -31,11 +31,7 @@ from specblock.daemon.breakeven_ladder import (
 )
 from specblock.daemon.breakeven_words import lines
 from specblock.daemon.cli_replay import rule
-from specblock.daemon.config import NOTHING_TO_ADAPT
-from specblock.daemon.config_loader import load_config
-from specblock.daemon.errors import ConfigError, DependencyError
 from specblock.daemon.facts import facts
-from specblock.daemon.models import settle_dtype
 
 SMALL = {"conversations": 32, "heldout": 16, "tokens": 32}
 """Ends within 15 minutes on two slow cores."""
@@ -68,13 +64,8 @@ def run(settings: BreakEvenSettings, as_json: bool, say: Say) -> int:
         ConfigError: there is nothing to adapt.
         DependencyError: a file of prompts is missing.
     """
-    config = settle_dtype(load_config(settings.config))
-    if not config.drafter.has_weights:
-        raise ConfigError(f"drafter.kind: {config.drafter.kind} cannot be updated: {NOTHING_TO_ADAPT}")
+    config = adaptable(settings.config, settings.sizes)
     sizes = settings.sizes
-    for name in (f"{domain}.{side}.jsonl" for domain in sizes.domains for side in ("train", "heldout")):
-        if not (sizes.prompts / name).is_file():
-            raise DependencyError(f"{sizes.prompts / name}: no such file of prompts")
     policy = rule(config)
     torch.set_num_threads(config.trainer.threads)
     # Before measuring: what ran is the code of now, whatever is committed meanwhile.
@@ -125,18 +116,12 @@ def _situation(domain: str, served: Served) -> Situation:
 
 
 def _facts(settings: BreakEvenSettings, dtype: str, device: str) -> dict[str, Any]:
-    sizes = settings.sizes
     return dict(
         facts(
             device,
             dtype=dtype,
             config=str(settings.config),
-            conversations=sizes.conversations,
-            heldout=sizes.heldout,
-            new_tokens=sizes.tokens,
-            temperature=sizes.temperature,
-            top_p=sizes.top_p,
-            seed=sizes.seed,
+            **settings.sizes.facts(),
         )
     )
 

@@ -7,19 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.decision import Target
 from specblock.bandit.forecast import domain_weights
 from specblock.daemon.breakeven import Update
 from specblock.daemon.collect import CollectSettings, collect, read_prompts
-from specblock.daemon.config import DaemonConfig
+from specblock.daemon.config import NOTHING_TO_ADAPT, DaemonConfig
+from specblock.daemon.config_loader import load_config
 from specblock.daemon.cost_profile import measure as measure_cost
 from specblock.daemon.cycle_cost import CycleCost
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.engine_host import EngineHost
+from specblock.daemon.errors import ConfigError, DependencyError
 from specblock.daemon.messages import RequestStats
-from specblock.daemon.models import draft_settings, dtype_of, load_target, serving_drafter
+from specblock.daemon.models import draft_settings, dtype_of, load_target, serving_drafter, settle_dtype
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.trainer import Trainer, usual_limits
 from specblock.daemon.windows import WindowLimits, WindowStore
@@ -49,6 +52,38 @@ class Sizes:
     temperature: float = 1.0
     top_p: float = 0.95
     seed: int = 1
+
+    def asked(self, **sizes: int | None) -> Sizes:
+        """With the fields that are not None."""
+        changes: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+        return replace(self, **changes)
+
+    def facts(self) -> dict[str, str | float]:
+        """What a figure measured with them depends on."""
+        return {
+            "conversations": self.conversations,
+            "heldout": self.heldout,
+            "new_tokens": self.tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+        }
+
+
+def adaptable(path: Path, sizes: Sizes) -> DaemonConfig:
+    """The settled configuration in ``path``, if there is something to adapt and every file of prompts is there.
+
+    Raises:
+        ConfigError: there is nothing to adapt.
+        DependencyError: a file of prompts is missing.
+    """
+    config = settle_dtype(load_config(path))
+    if not config.drafter.has_weights:
+        raise ConfigError(f"drafter.kind: {config.drafter.kind} cannot be updated: {NOTHING_TO_ADAPT}")
+    for name in (f"{domain}.{side}.jsonl" for domain in sizes.domains for side in ("train", "heldout")):
+        if not (sizes.prompts / name).is_file():
+            raise DependencyError(f"{sizes.prompts / name}: no such file of prompts")
+    return config
 
 
 class Stage:

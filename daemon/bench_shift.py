@@ -18,13 +18,11 @@ import torch
 
 from specblock.bandit.simulation.rule import RealRule
 from specblock.bandit.simulation.run import drive
-from specblock.daemon.bench_breakeven_stage import Sizes, Stage
+from specblock.daemon.bench_breakeven_stage import Sizes, Stage, adaptable
 from specblock.daemon.cli_replay import rule
-from specblock.daemon.config import NOTHING_TO_ADAPT, DaemonConfig
-from specblock.daemon.config_loader import load_config
-from specblock.daemon.errors import ConfigError, DependencyError
+from specblock.daemon.config import DaemonConfig
+from specblock.daemon.errors import ConfigError
 from specblock.daemon.facts import facts
-from specblock.daemon.models import settle_dtype
 from specblock.daemon.shift_curves import curves
 from specblock.daemon.shift_policies import STATIC, Builder, policies, small_policies
 from specblock.daemon.shift_recording import Pools, record, requests_per_s
@@ -77,14 +75,9 @@ def run(settings: ShiftSettings, small: bool, as_json: bool, say: Say) -> int:
         ConfigError: there is nothing to adapt, or a policy's name is wrong.
         DependencyError: a file of prompts is missing.
     """
-    config = settle_dtype(load_config(settings.config))
-    if not config.drafter.has_weights:
-        raise ConfigError(f"drafter.kind: {config.drafter.kind} cannot be updated: {NOTHING_TO_ADAPT}")
     phases = settings.phases or PHASES[settings.story]
     sizes = replace(settings.sizes, domains=tuple(dict.fromkeys(phases)))
-    for name in (f"{domain}.{side}.jsonl" for domain in sizes.domains for side in ("train", "heldout")):
-        if not (sizes.prompts / name).is_file():
-            raise DependencyError(f"{sizes.prompts / name}: no such file of prompts")
+    config = adaptable(settings.config, sizes)
     if settings.policies and STATIC not in settings.policies:
         raise ConfigError(f"policies are compared with {STATIC}: name it too")
     torch.set_num_threads(config.trainer.threads)
@@ -197,7 +190,6 @@ def _table(rows: Sequence[ShiftRow]) -> list[str]:
 
 
 def _facts(settings: ShiftSettings, config: DaemonConfig, phases: Sequence[str]) -> dict[str, Any]:
-    sizes = settings.sizes
     return dict(
         facts(
             config.target.device,
@@ -208,11 +200,6 @@ def _facts(settings: ShiftSettings, config: DaemonConfig, phases: Sequence[str])
             phase_hours=settings.hours,
             busy=settings.busy,
             seeds=settings.seeds,
-            conversations=sizes.conversations,
-            heldout=sizes.heldout,
-            new_tokens=sizes.tokens,
-            temperature=sizes.temperature,
-            top_p=sizes.top_p,
-            seed=sizes.seed,
+            **settings.sizes.facts(),
         )
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,10 +27,8 @@ def breakeven(
     from specblock.daemon import bench_breakeven as bench
     from specblock.daemon.bench_breakeven_stage import Sizes
 
-    chosen: dict[str, Any] = dict(bench.SMALL) if small else {}
-    asked = {"conversations": conversations, "heldout": heldout, "tokens": tokens}
-    chosen |= {name: value for name, value in asked.items() if value is not None}
-    sizes = replace(Sizes(prompts=prompts, seed=seed), **chosen)
+    sizes = Sizes(prompts=prompts, seed=seed).asked(**(bench.SMALL if small else {}))
+    sizes = sizes.asked(conversations=conversations, heldout=heldout, tokens=tokens)
     if domain:
         sizes = replace(sizes, domains=tuple(domain))
     settings = bench.BreakEvenSettings(config=config, sizes=sizes, out=out)

@@ -9,7 +9,6 @@ import ray
 
 from specblock.bandit.actions import (
     CompareReport,
-    DomainWindows,
     ParityReport,
     SwapReport,
     TrainReport,
@@ -18,7 +17,7 @@ from specblock.bandit.actions import (
 from specblock.bandit.config import Arm
 from specblock.daemon.engine_host import SwapResult
 from specblock.daemon.messages import EngineStatus
-from specblock.daemon.windows import HELDOUT_WINDOWS, PARITY_WINDOWS, TRAIN_WINDOWS
+from specblock.daemon.windows import HELDOUT_WINDOWS, PARITY_WINDOWS, TRAIN_WINDOWS, window_summary
 
 
 class RayActions:
@@ -30,18 +29,7 @@ class RayActions:
 
     def windows(self) -> WindowSummary:
         """What could be trained on right now."""
-        counts = self._get(self._engine.window_summary.remote())
-        return WindowSummary(
-            domains=tuple(
-                DomainWindows(
-                    domain=c.domain,
-                    num_train=c.num_train,
-                    num_heldout=c.num_heldout,
-                    train_positions=c.train_positions,
-                )
-                for c in counts
-            )
-        )
+        return window_summary(self._get(self._engine.window_summary.remote()))
 
     def parity(self, version: str) -> ParityReport:
         """Replays ``version`` on the newest conversations that it served live."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from specblock.daemon.cli_options import AsJson, ConfigFile, progress
 
-SMALL: dict[str, Any] = {"conversations": 128, "heldout": 128}
+USUAL, SMALL = {"conversations": 256, "heldout": 192}, {"conversations": 128, "heldout": 128}
 STORIES = {
     "shift": "Every policy on text that changes its kind, with real drafters and real training in simulated time.",
     "stationary": "The same on text that stays as it is: what looking after a drafter costs if nothing is to be won.",
@@ -42,14 +41,13 @@ def shift_command(story: str) -> Callable[..., int]:
         from specblock.daemon import bench_shift as bench
         from specblock.daemon.bench_breakeven_stage import Sizes
 
-        chosen: dict[str, Any] = dict(SMALL) if small else {}
-        asked = {"conversations": conversations, "heldout": heldout, "tokens": tokens}
-        chosen |= {name: value for name, value in asked.items() if value is not None}
+        sizes = Sizes(prompts=prompts).asked(**(SMALL if small else USUAL))
+        sizes = sizes.asked(conversations=conversations, heldout=heldout, tokens=tokens)
         phases = tuple(phase or ()) or bench.PHASES[story]
         settings = bench.ShiftSettings(
             config=config,
             story=story,
-            sizes=replace(Sizes(prompts=prompts, conversations=256, heldout=192), **chosen),
+            sizes=sizes,
             policies=tuple(policy or ()),
             phases=phases[: len(set(phases))] if small and not phase and story == "shift" else phases,
             hours=hours,

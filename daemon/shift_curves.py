@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from specblock.bandit.simulation.scenario import START_S
 from specblock.daemon.shift_rows import PolicyRun
-from specblock.daemon.shift_traffic import START_S, ShiftTraffic
+from specblock.daemon.shift_traffic import ShiftTraffic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

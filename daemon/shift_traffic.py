@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-START_S = 1_000_000.0
-"""When simulated time begins, Unix seconds: 0 means "never" to the bandit."""
+from specblock.bandit.simulation.scenario import START_S
 
 NEVER_S = float("inf")
 

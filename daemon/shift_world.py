@@ -13,19 +13,19 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from specblock.bandit.actions import CompareReport, DomainWindows, ParityReport, SwapReport, TrainReport, WindowSummary
+from specblock.bandit.actions import CompareReport, ParityReport, SwapReport, TrainReport, WindowSummary
 from specblock.bandit.config import Arm, CostConfig
 from specblock.bandit.cost import charge_s
 from specblock.bandit.events import AcceptanceEvent
-from specblock.daemon.actors import newest_within
+from specblock.bandit.simulation.scenario import START_S
+from specblock.bandit.simulation.world import DRAFT_SHARE
+from specblock.daemon.actors import newest_within, window_limits
 from specblock.daemon.bench_breakeven_stage import Stage
 from specblock.daemon.demo_fault import DesynchronisedDrafter
 from specblock.daemon.shift_recording import Accepted, Pools
-from specblock.daemon.shift_traffic import START_S, ShiftTraffic
-from specblock.daemon.windows import HELDOUT_WINDOWS, PARITY_WINDOWS, TRAIN_WINDOWS, WindowLimits, WindowStore
+from specblock.daemon.shift_traffic import ShiftTraffic
+from specblock.daemon.windows import HELDOUT_WINDOWS, PARITY_WINDOWS, TRAIN_WINDOWS, WindowStore, window_summary
 from specblock.drafter.replay import replay
-
-_DRAFT_SHARE = 0.25  # of a cycle; nothing in the rule depends on it
 
 
 class RecordedWorld:
@@ -48,16 +48,7 @@ class RecordedWorld:
         cycle_s: float,
     ) -> None:
         self._bench, self._pools, self.traffic, self._cost, self._cycle_s = bench, pools, traffic, cost, cycle_s
-        limits = bench.config.windows
-        self._store = WindowStore(
-            WindowLimits(
-                budget_bytes=limits.budget_bytes,
-                per_domain_quota=limits.per_domain_quota,
-                max_window_tokens=limits.max_window_tokens,
-                ttl_s=limits.ttl_s,
-            ),
-            lambda: self.now_s,
-        )
+        self._store = WindowStore(window_limits(bench.config), lambda: self.now_s)
         self._walked: dict[tuple[str, bool, str], Sequence[Accepted]] = {
             (bench.base, False, domain): walked for domain, walked in pools.base.items()
         }
@@ -109,25 +100,15 @@ class RecordedWorld:
             cycles=cycles,
             committed_tokens=int(self.committed[number]),
             accepted_histogram=tuple(np.bincount(self._accepted[number]).tolist()),
-            draft_s=_DRAFT_SHARE * device_s,
-            verify_s=(1 - _DRAFT_SHARE) * device_s,
+            draft_s=DRAFT_SHARE * device_s,
+            verify_s=(1 - DRAFT_SHARE) * device_s,
             other_s=0.0,
             draft_nodes=self._bench.settings.node_budget * cycles,
         )
 
     def windows(self) -> WindowSummary:
         """Conversations kept now, per domain."""
-        return WindowSummary(
-            domains=tuple(
-                DomainWindows(
-                    domain=c.domain,
-                    num_train=c.num_train,
-                    num_heldout=c.num_heldout,
-                    train_positions=c.train_positions,
-                )
-                for c in self._store.summary()
-            )
-        )
+        return window_summary(self._store.summary())
 
     def parity(self, version: str) -> ParityReport:
         """Live cycles beside replayed ones, on the newest conversations that ``version`` served."""

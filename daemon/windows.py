@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 
+from specblock.bandit.actions import DomainWindows, WindowSummary
 from specblock.drafter.window import Window
 
 PARITY_WINDOWS, HELDOUT_WINDOWS, TRAIN_WINDOWS = 32, 128, 1024
@@ -39,6 +40,11 @@ class DomainCount:
     num_train: int
     num_heldout: int
     train_positions: int
+
+
+def window_summary(counts: Iterable[DomainCount]) -> WindowSummary:
+    """The counts as the bandit reads them."""
+    return WindowSummary(domains=tuple(DomainWindows(**asdict(count)) for count in counts))
 
 
 class WindowStore:

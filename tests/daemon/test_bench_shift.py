@@ -15,6 +15,7 @@ from specblock.bandit.config import PolicyConfig
 from specblock.bandit.parity import judge
 from specblock.bandit.simulation.baselines import EveryN, Never
 from specblock.bandit.simulation.run import drive
+from specblock.bandit.simulation.scenario import START_S
 from specblock.daemon.app import app
 from specblock.daemon.bench_breakeven_stage import Sizes, Stage
 from specblock.daemon.cli_replay import rule
@@ -23,7 +24,7 @@ from specblock.daemon.config_loader import load_config
 from specblock.daemon.shift_curves import curves
 from specblock.daemon.shift_recording import Pools, record, requests_per_s
 from specblock.daemon.shift_rows import PolicyRun, lines, shift_rows
-from specblock.daemon.shift_traffic import START_S, PhasePlan, ShiftTraffic, make_shift
+from specblock.daemon.shift_traffic import PhasePlan, ShiftTraffic, make_shift
 from specblock.daemon.shift_world import RecordedWorld
 from specblock.drafter.replay import replay
 
