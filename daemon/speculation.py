@@ -7,11 +7,13 @@ from a budget of device time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from specblock.drafter.forgetting import ForgettingRatio
 
+_DOUBT_SD = 1.64  # one-sided 95 %: accepted tokens vary at most about as much as a Poisson count of the same mean
 _OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
 
 
@@ -30,11 +32,12 @@ class GateSettings:
     Attributes:
         off_below: speed over plain decoding below which a domain goes off.
         on_above: speed a probe must show before it goes on.
-        min_cycles: cycles of one request seen since it went on before it may go off.
+        min_cycles: cycles of one request seen since it went on before it may go off by its estimated speed.
+        hopeless_cycles: cycles after which it may go off already, if not even chance explains the speed.
         half_life_cycles: cycles of one request after which evidence counts half.
         probe_cycles: length of a probe.
         probe_share: part of all device seconds that probes may take.
-        prior_speed: speed over plain decoding assumed without evidence.
+        prior_speed: speed over plain decoding assumed without evidence; no better than the other domains are.
         prior_tokens: how many tokens that assumption is worth.
         max_domains: domains told apart.
         forget_cycles: cycles after which a domain that was not seen gives its place to a new one.
@@ -43,6 +46,7 @@ class GateSettings:
     off_below: float = 1.0
     on_above: float = 1.03
     min_cycles: int = 24
+    hopeless_cycles: int = 4
     half_life_cycles: float = 150.0
     probe_cycles: int = 16
     probe_share: float = 0.01
@@ -54,7 +58,9 @@ class GateSettings:
     def __post_init__(self) -> None:
         if not 0 < self.off_below <= self.on_above:
             raise ValueError("speculation: off_below must be above 0 and not above on_above")
-        if not 0 <= self.probe_share < 1 or min(self.probe_cycles, self.min_cycles, self.max_domains) < 1:
+        if not 0 <= self.probe_share < 1 or min(
+            self.probe_cycles, self.min_cycles, self.hopeless_cycles, self.max_domains
+        ) < 1:
             raise ValueError("speculation: probe_share must be in [0, 1), counts at least 1")
 
 
@@ -212,8 +218,18 @@ class SpeculationGate:
         """Estimated speed over plain decoding per domain."""
         return {name: self._speed(state) for name, state in self._domains.items()}
 
-    def _speed(self, state: _DomainState) -> float:
-        return state.speed.value(self.settings.prior_speed, self.settings.prior_tokens)
+    def _speed(self, state: _DomainState, doubt: float = 0.0) -> float:
+        """Estimated speed; with ``doubt`` its upper bound, so many standard deviations of the count of tokens away."""
+        tokens = state.speed.numerator
+        bound = ForgettingRatio(1.0, tokens + doubt * math.sqrt(tokens), state.speed.denominator)
+        return bound.value(self._usual_speed(state), self.settings.prior_tokens)
+
+    def _usual_speed(self, state: _DomainState) -> float:
+        """What a domain is taken for before it shows anything: the usual, or the others where they are slower."""
+        others = [other.speed for other in self._domains.values() if other is not state]
+        tokens, plain = sum(speed.numerator for speed in others), sum(speed.denominator for speed in others)
+        seen = ForgettingRatio(1.0, tokens, plain).value(self.settings.prior_speed, self.settings.prior_tokens)
+        return min(seen, self.settings.prior_speed)
 
     def _state(self, domain: str) -> _DomainState:
         if domain not in self._domains and len(self._domains) >= self.settings.max_domains:
@@ -227,7 +243,10 @@ class SpeculationGate:
         return state
 
     def _maybe_off(self, state: _DomainState) -> None:
-        if state.cycles_since_change >= self.settings.min_cycles and self._speed(state) < self.settings.off_below:
+        cycles, rules = state.cycles_since_change, self.settings
+        slow = cycles >= rules.min_cycles and self._speed(state) < rules.off_below
+        hopeless = cycles >= rules.hopeless_cycles and self._speed(state, _DOUBT_SD) < rules.off_below
+        if slow or hopeless:
             state.on, state.cycles_since_change = False, 0
 
     def _probed(self, participants: Sequence[Participant], probe_cycle_s: float) -> int | None:

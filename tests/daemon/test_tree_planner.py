@@ -148,6 +148,28 @@ def test_a_useless_drafter_costs_next_to_nothing(batch: int) -> None:
     assert planner.gate.probes > 0
 
 
+def test_a_hopeless_drafter_goes_off_early_and_earlier_where_others_failed_before() -> None:
+    gate = SpeculationGate(GateSettings(min_cycles=24))
+    cycles: dict[str, int] = dict.fromkeys(("python", "cpp", "manual"), 0)
+    for domain in cycles:
+        while gate.is_on(domain):
+            gate.record([Participant("r", domain)], [True], [1], 0.02, 0.02, 0.01)
+            cycles[domain] += 1
+    assert 4 <= cycles["cpp"] < cycles["python"] < 12 and cycles["manual"] <= cycles["cpp"]
+
+
+def test_bad_luck_alone_does_not_end_speculation_early() -> None:
+    gate = SpeculationGate(GateSettings(min_cycles=24))
+    gate.record([Participant("r", "x")], [True], [4], 0.02, 0.02, 0.01)
+    for _ in range(11):  # 2.0 tokens a cycle pay here; a dozen of cycles at 1.6 may be chance
+        gate.record([Participant("r", "x")], [True], [2], 0.02, 0.02, 0.01)
+        gate.record([Participant("r", "x")], [True], [1], 0.02, 0.02, 0.01)
+        assert gate.is_on("x")
+    gate.record([Participant("r", "x")], [True], [1], 0.02, 0.02, 0.01)
+    gate.record([Participant("r", "x")], [True], [1], 0.02, 0.02, 0.01)
+    assert not gate.is_on("x")  # by now the estimate itself counts
+
+
 def test_it_comes_back_when_a_new_version_is_good() -> None:
     costs, clock = curve(), Clock()
     planner = planner_of(costs, clock)
