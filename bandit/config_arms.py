@@ -18,7 +18,7 @@ class Arm:
 
     name: str
     patterns: tuple[str, ...] = ()
-    """Parameter names to train, shell-style wildcards."""
+    """Parameter names to train, shell-style wildcards; ``token_bias.*``, alone, is counted instead."""
     steps: int = 0
     learning_rate: float = 0.0
     matrix_rate: float = 0.0
@@ -63,9 +63,18 @@ class Arm:
 
 
 def default_arms() -> tuple[Arm, ...]:
-    """Skip, retrain the draft head, retrain the whole drafter: the arms of the paper."""
+    """Skip, count tokens, retrain the draft head, retrain the whole drafter: the paper's arms and a cheaper one."""
     return (
         Arm(name="skip"),
+        Arm(
+            name="statistics",
+            patterns=("token_bias.*",),
+            steps=6,
+            learning_rate=1.0,
+            prior_gain_sd=0.01,
+            drop_recovery=0.08,
+            drop_recovery_sd=0.05,
+        ),
         Arm(name="head", patterns=("*head*", "norm.*"), steps=20, learning_rate=2e-3),
         Arm(
             name="full",

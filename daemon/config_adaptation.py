@@ -32,11 +32,11 @@ class ArmConfig(Section):
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
     """Lower-case name, used in the ledger, in metrics and in version names."""
     patterns: Strings = Field(min_length=1)
-    """Shell-style patterns of the drafter's parameter names; the rest stays frozen."""
+    """Shell-style patterns of the drafter's parameter names; the rest stays frozen. token_bias.*, alone, is counted."""
     steps: Count
-    """Optimiser steps of one update."""
+    """Optimiser steps of one update; for token_bias batches that are counted."""
     learning_rate: float = Field(gt=0, le=1)
-    """Step size of the optimiser at its peak."""
+    """Step size of the optimiser at its peak; for token_bias the share of the counted difference that is taken over."""
     matrix_rate: float = Field(default=0.0, ge=0, le=1)
     """Peak step size of Muon, which then moves the hidden matrices; 0: AdamW moves them too."""
     cooldown_s: float | None = Field(default=None, ge=0)
@@ -49,6 +49,13 @@ class ArmConfig(Section):
     """First guess of the share of a drop in acceptance that the update wins back."""
     probe_gain_share: float = Field(default=_PRIOR["probe_gain_share"], gt=0, le=1)
     """Share of the complete update's gain that its trial is expected to show already."""
+
+    @field_validator("patterns")
+    @classmethod
+    def _counted_alone(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        if len(patterns) > 1 and "token_bias.*" in patterns:
+            raise ValueError("token_bias.* is counted, not trained: give it an arm of its own")
+        return patterns
 
     def arm(self, cooldown_s: float, positions_per_step: int) -> Arm:
         """The bandit's view of this arm."""

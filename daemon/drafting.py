@@ -97,11 +97,11 @@ class Drafting:
         """Most rows of a tree, root included."""
         return self._drafter.settings.node_budget + 1 if self._drafter else 1
 
-    def reset(self, slot: int) -> None:
-        """Forgets a slot, for its next request."""
+    def reset(self, slot: int, domain: str) -> None:
+        """Forgets a slot, for its next request, of text of ``domain``."""
         self.noise.reset(slot)
         if self._cache is not None:
-            self._cache.reset(slot)
+            self._cache.reset(slot, domain)
 
     def drafter_changed(self) -> None:
         """Other weights serve from here on: what was learnt about sizes is out of date."""

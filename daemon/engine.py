@@ -219,7 +219,7 @@ class Engine:
             state.versions = [self.drafter_version]
             state.segment_versions = [self.drafter_version]
             state.speculative = self._drafting.active
-            self._drafting.reset(state.slot)
+            self._drafting.reset(state.slot, state.request.domain)
             self.running.append(state)
             if state.prefill_done:
                 state.decoding_since_s = now

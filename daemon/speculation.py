@@ -58,9 +58,10 @@ class GateSettings:
     def __post_init__(self) -> None:
         if not 0 < self.off_below <= self.on_above:
             raise ValueError("speculation: off_below must be above 0 and not above on_above")
-        if not 0 <= self.probe_share < 1 or min(
-            self.probe_cycles, self.min_cycles, self.hopeless_cycles, self.max_domains
-        ) < 1:
+        if (
+            not 0 <= self.probe_share < 1
+            or min(self.probe_cycles, self.min_cycles, self.hopeless_cycles, self.max_domains) < 1
+        ):
             raise ValueError("speculation: probe_share must be in [0, 1), counts at least 1")
 
 

@@ -22,7 +22,8 @@ from specblock.drafter.kinds import loss_settings, new_network, training_blocks
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.plan import DraftPlan, Limits, PlannedLimits
 from specblock.drafter.replay import Replay, replay
-from specblock.drafter.train import TrainRun, TrainSettings
+from specblock.drafter.train import TrainSettings
+from specblock.drafter.update import UpdateRun, update_run
 from specblock.drafter.window import Window
 
 Weights = dict[str, Tensor]
@@ -32,7 +33,7 @@ Weights = dict[str, Tensor]
 class _Candidate:
     """An update in progress: its run over float32 master weights, and what it came from."""
 
-    run: TrainRun
+    run: UpdateRun
     arm: Arm
     base_version: str
     cutoff_time_s: float
@@ -191,7 +192,7 @@ class Trainer:
             blocks=training_blocks(model.config.kind, self._settings.blocks),
             loss=loss_settings(model.config.kind, "acceptance", 1.0),
         )
-        return _Candidate(TrainRun(model.train(), settings), arm, base_version, max(w.time_s for w in windows))
+        return _Candidate(update_run(model.train(), settings), arm, base_version, max(w.time_s for w in windows))
 
     def _replay(
         self, version: str, windows: Sequence[Window], limits: Limits | None = None, recorded: bool = False

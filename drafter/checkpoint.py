@@ -14,7 +14,9 @@ from specblock.drafter.config import DrafterConfig
 from specblock.drafter.kinds import new_network
 from specblock.drafter.network import DraftNetwork
 
-_BUFFERS = ("t2d", "d2t")
+_BUFFERS = ("t2d", "d2t", "token_bias.domains")
+_OURS = ("token_bias.table", "token_bias.domains")
+"""Not part of the published format: written only where something was counted, zero where they are missing."""
 
 
 def save_drafter(model: DraftNetwork, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -24,6 +26,7 @@ def save_drafter(model: DraftNetwork, directory: Path, dtype: torch.dtype = torc
     tensors = {
         name: (tensor if name in _BUFFERS else tensor.to(dtype)).detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
+        if name not in _OURS or bool(model.token_bias.domains.any())
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
@@ -92,6 +95,7 @@ def load_weights(model: DraftNetwork, tensors: dict[str, Tensor], source: str) -
         ValueError: a tensor is missing, unknown or of the wrong shape.
     """
     own = model.state_dict()
+    tensors = {name: torch.zeros_like(own[name]) for name in _OURS} | tensors
     missing, unknown = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or unknown:
         raise ValueError(f"drafter {source}: missing tensors {missing}, unknown tensors {unknown}")

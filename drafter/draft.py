@@ -160,6 +160,7 @@ class BlockDrafter:
         root_index = torch.tensor([cache.positions[s] for s in slots], device=device)  # L, index of the root token
         leaves = root_leaf(hidden_BnKH, root_index > 0, self.model.config.num_slots + self.scratch_rows)
         slots_B = torch.tensor(slots, device=device)
+        domains = [cache.domains[s] for s in slots]
         parts: list[Candidates] = []
         leaf_caps: list[int] = []
         for block in range(self.num_blocks):
@@ -175,7 +176,7 @@ class BlockDrafter:
                 hidden_BnKH = self._later_block(cache, slots, slots_B, leaves, block)
             noise_rows = self._noise_rows(noise, slots_B, root_index, leaves)
             proposals = propose(
-                self.model, self.settings, self._fan_out, hidden_BnKH, noise_rows, sampling, first=block == 0
+                self.model, self.settings, self._fan_out, hidden_BnKH, noise_rows, sampling, domains, first=block == 0
             )
             if self.model.independent_slots:
                 parts.append(expand_product(proposals, leaves.valid[:, 0], self.settings.beam))

@@ -46,8 +46,8 @@ class SlotCache(Protocol):
 
     positions: list[int]
 
-    def reset(self, slot: int) -> None:
-        """Forgets a slot."""
+    def reset(self, slot: int, domain: str = "") -> None:
+        """Forgets a slot, whose next text is of ``domain``."""
 
     @property
     def num_bytes(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specblock.drafter.config import DrafterConfig
+from specblock.drafter.token_bias import domain_key
 
 
 class DrafterCache:
@@ -19,6 +20,7 @@ class DrafterCache:
         positions: finished positions; position i is the pair (h_i, x_{i+1}).
         rows: stored positions, and rotary: index of the next one. Both equal ``positions`` unless the published
             refresh is imitated, which stores some twice and skips indices.
+        domains: ``domain_key`` of each slot's kind of text.
         last_rotary: rotary index of the newest stored position.
         drafted, surplus: bookkeeping of that imitation: whether the slot has drafted yet; rows that the next
             ``advance`` holds beyond true positions, and rotary steps it makes beyond its rows.
@@ -40,6 +42,7 @@ class DrafterCache:
         self.positions = [0] * num_slots
         self.rows = [0] * num_slots
         self.rotary = [0] * num_slots
+        self.domains = [domain_key("")] * num_slots
         self.last_rotary = [-1] * num_slots
         self.drafted = [False] * num_slots
         self.surplus = [(0, 0)] * num_slots
@@ -53,8 +56,9 @@ class DrafterCache:
         self.rotary[slot] += count + skipped
         self.surplus[slot] = (0, 0)
 
-    def reset(self, slot: int) -> None:
-        """Forgets a slot; stale rows stay finite and are masked."""
+    def reset(self, slot: int, domain: str = "") -> None:
+        """Forgets a slot, whose next text is of ``domain``; stale rows stay finite and are masked."""
+        self.domains[slot] = domain_key(domain)
         self.positions[slot] = self.rows[slot] = self.rotary[slot] = 0
         self.last_rotary[slot], self.drafted[slot], self.surplus[slot] = -1, False, (0, 0)
 

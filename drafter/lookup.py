@@ -33,7 +33,7 @@ class LookupCache:
         self.tokens = torch.zeros(num_slots, capacity_positions, dtype=torch.int64, device=device)
         self.positions = [0] * num_slots
 
-    def reset(self, slot: int) -> None:
+    def reset(self, slot: int, domain: str = "") -> None:
         """Forgets a slot."""
         self.positions[slot] = 0
 

@@ -191,12 +191,13 @@ def training_loss(
     hidden = train_blocks(model, batch, consumed, later)
     draft_ids = model.to_draft[batch.label_ids]
     usable = batch.valid & (draft_ids[..., 0] >= 0)  # m_j: the target's arg-max is in the draft vocabulary
+    bias_BV = model.token_bias.of(batch.domains)
     offsets = [sum(consumed[:b]) for b in range(len(hidden))]
     draft_terms, rank_terms, top1 = [], [], []
     every = torch.arange(usable.shape[1], device=usable.device).expand_as(usable)
     for number, (u, offset) in enumerate(zip(hidden, offsets, strict=True)):
         block = _BlockLabels.of(batch, draft_ids, usable, later if number else every, offset, width)
-        terms = _block_terms(model, u, block, settings)
+        terms = _block_terms(model, u, block, bias_BV, settings)
         draft_terms.append(terms.draft)
         rank_terms.append(terms.rank)
         top1.append(terms.top1)
@@ -209,9 +210,11 @@ def training_loss(
 
 @dataclass(frozen=True, slots=True)
 class _BlockLabels:
-    """Labels of one block, selected rows only: where [R] flat places in the block's rows; the rest [R, K, ...]."""
+    """Labels of one block, selected rows only: where [R] flat places in the block's rows, row [R] their window's
+    place in the batch; the rest [R, K, ...]."""
 
     where: Tensor
+    row: Tensor
     ids: Tensor
     probs: Tensor
     usable: Tensor
@@ -246,7 +249,7 @@ class _BlockLabels:
         match = batch.label_ids.flatten(0, 1)[flat] == actual_target[..., None]
         actual_log_prob = torch.where(match, log_probs, -torch.inf).amax(dim=-1)
         actual = torch.where(match, ids, -1).amax(dim=-1)
-        return cls(where, ids.clamp(min=0), probs, usable.flatten()[flat] & inside, actual, actual_log_prob)
+        return cls(where, row, ids.clamp(min=0), probs, usable.flatten()[flat] & inside, actual, actual_log_prob)
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,9 +259,13 @@ class _BlockTerms:
     top1: Tensor
 
 
-def _block_terms(model: DraftNetwork, u: Tensor, labels: _BlockLabels, settings: LossSettings) -> _BlockTerms:
+def _block_terms(
+    model: DraftNetwork, u: Tensor, labels: _BlockLabels, bias_BV: Tensor | None, settings: LossSettings
+) -> _BlockTerms:
     normed = model.norm(u.flatten(0, 1)[labels.where])  # [R, K, H]
     logits = model.lm_head(normed).float()
+    if bias_BV is not None:
+        logits = logits + bias_BV.float()[labels.row][:, None]
     log_q = torch.log_softmax(logits, dim=-1)
     cross_entropy = -(labels.probs * log_q.gather(-1, labels.ids)).sum(dim=-1)
     with torch.no_grad():

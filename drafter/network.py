@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from specblock.drafter.config import DrafterConfig
 from specblock.drafter.layers import Attend, Linear, RMSNorm
+from specblock.drafter.token_bias import TokenBias
 
 
 class DraftNetwork(nn.Module, ABC):
@@ -26,6 +27,7 @@ class DraftNetwork(nn.Module, ABC):
         config: architecture.
         norm: final norm.
         lm_head: draft head [Vd, H].
+        token_bias: what is added to its logits for a kind of text.
     """
 
     t2d: Tensor
@@ -59,6 +61,7 @@ class DraftNetwork(nn.Module, ABC):
         self.config = config
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.draft_vocab_size)
+        self.token_bias = TokenBias(config.draft_vocab_size)
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("embedding", embedding.detach(), persistent=False)
@@ -90,7 +93,9 @@ class DraftNetwork(nn.Module, ABC):
 
     def parameter_groups(self) -> dict[str, tuple[str, ...]]:
         """What an update may move, cheapest first: name -> shell patterns over parameter names."""
-        groups: dict[str, tuple[str, ...]] = {"rank_head": ("rank_head.*",)} if self.has_rank_head else {}
+        groups: dict[str, tuple[str, ...]] = {"statistics": ("token_bias.*",)}
+        if self.has_rank_head:
+            groups["rank_head"] = ("rank_head.*",)
         last = self.last_layer
         return groups | {"head": ("lm_head.*", "norm.*"), "last_layer": ("lm_head.*", "norm.*", last), "full": ("*",)}
 
@@ -133,12 +138,13 @@ class DraftNetwork(nn.Module, ABC):
         self.refresh_vocabulary()
 
     def refresh_vocabulary(self) -> None:
-        """Recomputes the derived index tables after ``t2d`` and ``d2t`` were loaded."""
+        """Recomputes the derived index tables after weights were loaded."""
         ids = torch.arange(self.d2t.shape[0], device=self.d2t.device) + self.d2t
         self.draft_ids = ids  # [Vd] target id of each draft id
         to_draft = torch.full((self.t2d.shape[0],), -1, dtype=torch.int64, device=ids.device)
         to_draft[ids] = torch.arange(ids.shape[0], device=ids.device)
         self.to_draft = to_draft  # [V] draft id of each target id, -1 outside
+        self.token_bias.refresh()
 
     @property
     def full_vocabulary(self) -> bool:

@@ -6,6 +6,7 @@ Source: method reference section 3; design 4.1 (shared noise).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,7 @@ def propose(
     hidden_BnKH: Tensor,
     noise: NoiseRows | None,
     sampling: SamplingBatch,
+    domains: Sequence[int],
     first: bool,
 ) -> Proposals:
     """Best tokens, their log-probabilities and the fan-out of every slot.
@@ -47,10 +49,13 @@ def propose(
         hidden_BnKH: u of the slots.
         noise: the target's noise at the slots' positions, B * n * K rows, or None to rank by log q alone.
         sampling: parameters of the B requests.
+        domains: ``domain_key`` of the B requests' domains.
         first: these are slots of block 1.
     """
     normed = network.norm(hidden_BnKH)
-    logits = network.lm_head(normed)
+    logits, bias_BV = network.lm_head(normed), network.token_bias.of(domains)
+    if bias_BV is not None:
+        logits = logits + bias_BV[:, None, None]
     vocab_size, num_leaves_slots = logits.shape[-1], logits.shape[1] * logits.shape[2]
     ranked = network.has_rank_head and settings.rank_head
     width = min(settings.beam if first or not ranked else max(settings.fan_out), vocab_size)

@@ -85,6 +85,8 @@ class _Lockstep(Generic[CacheT]):
         device, dtype = drafter.device, drafter.dtype
         self._drafter, self._windows, self._limits, self._recorded = drafter, windows, limits, recorded
         self._cache = drafter.new_cache(len(windows), max(w.tokens.shape[0] for w in windows))
+        for slot, window in enumerate(windows):
+            self._cache.reset(slot, window.domain)
         self._sampling = SamplingBatch.of([w.sampling for w in windows], device)
         shared = drafter.shares_noise and any(w.sampling.temperature > 0 for w in windows)
         depth = drafter.max_depth + 1

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from specblock.drafter.batches import batches
+from specblock.drafter.checkpoint import load_weights
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.kinds import new_network
@@ -125,16 +127,7 @@ class TrainRun:
 
     def batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
         """Endless batches from step ``done`` on; the order is a function of the seed and the step alone."""
-        size = min(self.settings.batch_windows, len(windows))
-        per_epoch = len(windows) // size
-        step = self.done
-        while True:
-            epoch, place = divmod(step, per_epoch)
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + epoch)
-            order = torch.randperm(len(windows), generator=generator).tolist()
-            for start in range(place * size, per_epoch * size, size):
-                yield [windows[i] for i in order[start : start + size]]
-                step += 1
+        return batches(windows, self.settings.batch_windows, self.settings.seed, self.done)
 
     def save(self, directory: Path) -> None:
         """Writes everything an exact resume needs (no pickles)."""
@@ -167,8 +160,7 @@ class TrainRun:
         if facts["settings"] != json.loads(json.dumps(asdict(self.settings))):
             raise ValueError(f"{directory}: saved run has other settings; use another directory or the same options")
         tensors = load_file(directory / "run.safetensors")
-        self.model.load_state_dict({k[6:]: v for k, v in tensors.items() if k.startswith("model.")})
-        self.model.refresh_vocabulary()
+        load_weights(self.model, {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}, str(directory))
         for which, (optimizer, _) in enumerate(self._optimizers):
             state: dict[int, dict[str, Tensor]] = {}
             for name, value in tensors.items():

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from specblock.cuda_ext.sampling import SamplingParams
+from specblock.drafter.token_bias import domain_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,7 @@ class TrainingBatch:
     """Padded windows. Position i pairs (h_i, x_{i+1}); label j is the target's law of x_{j+2}.
 
     features [B, T, F]; tokens int64 [B, T + 1]; label_ids int64 [B, T, k]; label_log_probs float32 [B, T, k];
-    valid bool [B, T]: label j is a generated token's law.
+    valid bool [B, T]: label j is a generated token's law; domains: ``domain_key`` of the B windows.
     """
 
     features: Tensor
@@ -75,6 +76,7 @@ class TrainingBatch:
     label_ids: Tensor
     label_log_probs: Tensor
     valid: Tensor
+    domains: tuple[int, ...]
 
 
 def collate(windows: Sequence[Window], device: torch.device | str = "cpu") -> TrainingBatch:
@@ -97,4 +99,6 @@ def collate(windows: Sequence[Window], device: torch.device | str = "cpu") -> Tr
         ids[b, first : first + rows] = w.top_ids[skip:]
         log_probs[b, first : first + rows] = w.top_log_probs[skip:].to(torch.float32)
         valid[b, first : first + rows] = True
-    return TrainingBatch(*(t.to(device) for t in (features, tokens, ids, log_probs, valid)))
+    domains = tuple(domain_key(w.domain) for w in windows)
+    features, tokens, ids, log_probs, valid = (t.to(device) for t in (features, tokens, ids, log_probs, valid))
+    return TrainingBatch(features, tokens, ids, log_probs, valid, domains)

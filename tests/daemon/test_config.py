@@ -112,6 +112,10 @@ def test_every_field_is_described() -> None:
             "f.yaml:5:7: adaptation.arms.0.learning_rate: required, but not given",
         ),
         (
+            "adaptation:\n  arms:\n    - {name: a, patterns: ['token_bias.*', x], steps: 1, learning_rate: 1}",
+            "f.yaml:5:27: adaptation.arms.0.patterns: token_bias.* is counted, not trained: give it an arm of its own",
+        ),
+        (
             "adaptation: {policy: {gate: {settle_requests: 0}}}",
             "f.yaml:3:47: adaptation.policy.gate.settle_requests: must be at least",
         ),

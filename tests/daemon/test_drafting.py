@@ -38,7 +38,7 @@ def test_without_a_drafter_every_tree_is_a_root() -> None:
     target = target_of("llama", torch.float32)
     drafting = Drafting(None, target, None, slots=1, capacity_tokens=32)
     state = state_of(target, 0, "a", 4)
-    drafting.reset(0)
+    drafting.reset(0, "any")
     drafting.follow(state)
     drafted = drafting.draft([state], batch([state]))
     assert not drafting.active and not drafting.enabled and drafting.tree_rows == 1

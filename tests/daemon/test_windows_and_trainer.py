@@ -152,6 +152,21 @@ def test_micro_profile_then_rest_then_store_and_reload(trainer: Trainer) -> None
     assert trainer.registry.show(version).metadata["decision_id"] == "d000001"
 
 
+def test_an_arm_without_gradients_is_counted_stored_and_compared(trainer: Trainer) -> None:
+    counted = Arm(name="statistics", patterns=("token_bias.*",), steps=4, learning_rate=1.0)
+    windows, base = [random_window(i) for i in range(4)], trainer.registry.serving()
+    assert base is not None
+    probe = trainer.train("d000001", counted, base, 0.25, False, windows, {})
+    rest = trainer.train("d000001", counted, base, 1.0, True, windows, {})
+    assert rest.positions == 3 * probe.positions and rest.candidate_version == probe.candidate_version
+    assert len(trainer.compare(base, rest.candidate_version, windows, 0.01).rows) == 4
+    before, after = trainer.weights(base), trainer.weights(trainer.store(rest.candidate_version, "d000001"))
+    assert {name for name in after if not torch.equal(after[name], before[name])} == {
+        "token_bias.table",
+        "token_bias.domains",
+    }
+
+
 def test_parity_of_a_version_with_itself_has_no_difference(trainer: Trainer) -> None:
     from specblock.drafter.replay import replay
 
@@ -207,6 +222,7 @@ def test_host_swaps_while_decoding_and_the_text_stays_the_same() -> None:
         if swap:
             weights = {k: v.clone() for k, v in drafter.model.state_dict().items()}
             weights["lm_head.weight"] = torch.randn_like(weights["lm_head.weight"])
+            weights["token_bias.table"] = torch.randn_like(weights["token_bias.table"])
             assert host.swap("b", weights).rows_stay_valid
             weights["layers.0.mlp.up_proj.weight"] = weights["layers.0.mlp.up_proj.weight"] * 1.5
             assert not host.swap("c", weights).rows_stay_valid

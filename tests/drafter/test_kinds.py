@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.drafter.checkpoint import load_drafter, read_config, save_drafter
@@ -68,8 +69,8 @@ def test_checkpoints_survive_a_round_trip(kind: str, tmp_path: Path) -> None:
 
 def test_eagle3_has_the_published_names_and_reads_a_published_config(tmp_path: Path) -> None:
     model = tiny_model(**KINDS["eagle3"])
-    assert set(model.state_dict()) == EAGLE_NAMES
     save_drafter(model, tmp_path, torch.float32)
+    assert set(load_file(tmp_path / "model.safetensors")) == EAGLE_NAMES
     published = {
         "architectures": ["LlamaForCausalLMEagle3"], "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 1, "rms_norm_eps": 1e-5,
@@ -108,6 +109,8 @@ def test_every_kind_learns(kind: str) -> None:
             steps=12, learning_rate=1e-2, warmup_steps=1, patterns=patterns, blocks=training_blocks(kind, 2),
             loss=loss_settings(kind, "acceptance", 1.0), autocast=False,
         )  # fmt: skip
+        if group == "statistics":
+            continue  # counted, not trained: tests/drafter/test_token_bias.py
         run = TrainRun(tiny_model(**KINDS[kind]).train(), chosen)
         losses = [float(run.step(windows).total.detach()) for _ in range(12)]
         assert losses[-1] < losses[0], (group, losses)

@@ -1,0 +1,40 @@
+"""What an online update does to a drafter: gradients for most arms, counting for the one that moves the token bias."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from specblock.drafter.counting import TOKEN_BIAS, TokenBiasRun
+from specblock.drafter.network import DraftNetwork
+from specblock.drafter.train import TrainRun, TrainSettings
+from specblock.drafter.window import Window
+
+
+class UpdateRun(Protocol):
+    """A resumable update over a float32 master model."""
+
+    model: DraftNetwork
+    done: int
+    """Steps so far."""
+    positions: int
+    """Labelled positions seen so far."""
+
+    def batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
+        """Endless batches from step ``done`` on."""
+
+    def step(self, windows: Sequence[Window]) -> object:
+        """One step on one batch."""
+
+
+def update_run(model: DraftNetwork, settings: TrainSettings) -> UpdateRun:
+    """The run that moves ``settings.patterns``; ``token_bias.*`` moves alone, and ``learning_rate`` is then a share.
+
+    Raises:
+        ValueError: no parameter matches, or ``token_bias.*`` together with others.
+    """
+    if TOKEN_BIAS not in settings.patterns:
+        return TrainRun(model, settings)
+    if settings.patterns != (TOKEN_BIAS,):
+        raise ValueError(f"{TOKEN_BIAS} is counted, not trained: give it an arm of its own")
+    return TokenBiasRun(model, settings.batch_windows, settings.learning_rate, settings.seed)
