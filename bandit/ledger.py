@@ -2,120 +2,32 @@
 
 A record is written *before* its action starts; a (decision, stage) that is already known is refused. That makes every
 outside action at most once per decision, whatever crashes when. A line torn by a crash never started anything and is
-cut off when the file is opened.
+cut off when the file is opened. A file that has grown large is closed between two updates and compressed, so that
+opening the ledger and the newest decisions cost the same after years.
 """
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from io import FileIO
 from pathlib import Path
 
 from specblock.bandit.codec import dumps, from_plain
-from specblock.bandit.decision import CHECK, HOUR_S, PROBE, Charge, DecisionContext, Option, PolicyState
+from specblock.bandit.decision import CHECK, HOUR_S, PROBE, Charge
 from specblock.bandit.errors import LedgerError
+from specblock.bandit.ledger_files import CARRIED, carried_of, finish_roll, ledger_lines, roll, sync_directory
+from specblock.bandit.ledger_record import DECIDED, TERMINAL, Balance, Carried, LedgerRecord, parse_record
 
-DECIDED = "decided"
-TERMINAL = frozenset({"checked", "settled", "rejected", "abandoned", "rolled_back", "closed"})
-"""Stages after which nothing more happens to an update (``closed`` books what it saved after it was settled)."""
+__all__ = ["DECIDED", "TERMINAL", "Balance", "Ledger", "LedgerRecord", "read_balance", "read_ledger", "read_newest"]
 
 _ID = re.compile(r"d(\d+)")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerRecord:
-    """One line of the ledger.
-
-    Attributes:
-        decision_id: ``d000017``; all stages of an update share it.
-        stage: what happened: decided, probing, probed, training, trained, gating-n, gated-n, promoting, promoted,
-            verifying, verified, settling, rolling_back, or one of ``TERMINAL``.
-        time_s: wall clock, Unix seconds.
-        action: skip, check_parity or probe.
-        verdict: none, drift, fault or load_or_sampling.
-        reason: in words.
-        expected_s: device-seconds that the action about to start is expected to cost; charged if it is interrupted.
-        charged_s: device-seconds spent since the previous record of this decision, weighted by the prices.
-        options: predicted net values.
-        probability: that the rule takes this action on these inputs; below 1 where it explores.
-        numbers: measurements, names with units.
-        inputs_sha256: of (context, policy state, configuration); the same inputs give the same decision.
-        context: everything the decision read.
-        policy_state: what the rule knew before it decided; at rest only if it changed since the decision before.
-    """
-
-    decision_id: str
-    stage: str
-    time_s: float
-    action: str
-    arm: str = ""
-    verdict: str = ""
-    reason: str = ""
-    base_version: str = ""
-    candidate_version: str = ""
-    expected_s: float = 0.0
-    charged_s: float = 0.0
-    options: tuple[Option, ...] = ()
-    probability: float = 1.0
-    numbers: dict[str, float] = field(default_factory=dict)
-    inputs_sha256: str = ""
-    context: DecisionContext | None = None
-    policy_state: PolicyState | None = None
-
-    def option(self) -> Option | None:
-        """The prediction for this record's arm."""
-        return next((option for option in self.options if option.value.arm == self.arm), None)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Balance:
-    """What adaptation cost and brought, in serving device-seconds.
-
-    Attributes:
-        charged_s: training, scoring, probing, interference and stalls.
-        predicted_s: expected savings of promoted updates over their horizons.
-        realised_s: measured savings so far.
-        decisions: records of stage "decided".
-        skips: of these, skips.
-        explored: trials of arms near the margin, by chance.
-        promoted: updates that went live.
-        rolled_back: of these, taken back.
-    """
-
-    charged_s: float = 0.0
-    predicted_s: float = 0.0
-    realised_s: float = 0.0
-    decisions: int = 0
-    skips: int = 0
-    explored: int = 0
-    promoted: int = 0
-    rolled_back: int = 0
-
-    @property
-    def net_s(self) -> float:
-        """Measured savings minus everything charged."""
-        return self.realised_s - self.charged_s
-
-    def add(self, record: LedgerRecord) -> Balance:
-        """The balance after ``record``."""
-        option = record.option()
-        promoted = record.stage == "promoted"
-        return Balance(
-            charged_s=self.charged_s + record.charged_s,
-            predicted_s=self.predicted_s + (option.value.benefit if promoted and option else 0.0),
-            realised_s=self.realised_s + record.numbers.get("realised_s", 0.0),
-            decisions=self.decisions + (record.stage == DECIDED),
-            skips=self.skips + (record.stage == DECIDED and record.action not in (CHECK, PROBE)),
-            explored=self.explored + (record.action == PROBE and record.stage == DECIDED and record.probability < 1),
-            promoted=self.promoted + promoted,
-            rolled_back=self.rolled_back + (record.stage == "rolled_back"),
-        )
+_KNOWN_UPDATES = 64  # newest updates and checks whose stages a new file remembers
+_TRY_AGAIN = 16  # a file that could not be closed is tried again when it has grown by this part of its limit
 
 
 class Ledger:
@@ -125,13 +37,16 @@ class Ledger:
 
     Args:
         path: created if missing.
+        part_bytes: size at which the file is closed and another one begun.
 
     Raises:
         LedgerError: a line other than the last cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part_bytes: int = 64 << 20) -> None:
         self.path = path
+        self._part_bytes, self._roll_at = part_bytes, part_bytes
+        self._parts = 0
         self.balance = Balance()
         self.repaired_bytes = 0
         self.next_number = 0
@@ -140,8 +55,9 @@ class Ledger:
         self._stages: dict[str, set[str]] = {}
         self._open: dict[str, LedgerRecord] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
+        finish_roll(path)
         self._file: FileIO = path.open("ab", buffering=0)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
         self._load()
 
     def append(self, record: LedgerRecord, *, durable: bool = True) -> None:
@@ -164,6 +80,8 @@ class Ledger:
             os.ftruncate(self._file.fileno(), size)
             raise
         self._index(record)
+        if size + len(line) >= self._roll_at and not self._open:
+            self._roll(size + len(line))
 
     def knows(self, decision_id: str, stage: str) -> bool:
         """Whether (decision, stage) is recorded."""
@@ -185,7 +103,7 @@ class Ledger:
 
     def tail(self, count: int) -> tuple[LedgerRecord, ...]:
         """The newest ``count`` records, oldest first."""
-        return tuple(deque(self.records(), maxlen=count)) if count > 0 else ()
+        return read_newest(self.path, count)
 
     def close(self) -> None:
         """Synchronise and close the file."""
@@ -199,12 +117,44 @@ class Ledger:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
-                self._index(_parse(self.path, number, line, inputs=False))
+                carried = _carried(self.path.name, line) if number == 1 else None
+                if carried is not None:
+                    self._take(carried)
+                else:
+                    self._index(parse_record(self.path.name, number, line, inputs=False))
                 whole += len(line)
             self.repaired_bytes = os.fstat(file.fileno()).st_size - whole
             if self.repaired_bytes:
                 file.truncate(whole)
                 os.fsync(file.fileno())
+
+    def _take(self, carried: Carried) -> None:
+        self._parts, self.balance, self.next_number = carried.parts, carried.balance, carried.next_number
+        self.charges, self.last_record = carried.charges, carried.last_record
+        self._stages = {key: set(stages) for key, stages in carried.stages.items()}
+
+    def _roll(self, size: int) -> None:
+        """Closes the file as a part and goes on in a new one; a disk that refuses is asked again later."""
+        newest = sorted(self._stages)[-_KNOWN_UPDATES:]
+        carried = Carried(
+            parts=self._parts + 1,
+            balance=self.balance,
+            next_number=self.next_number,
+            charges=self.charges,
+            stages={key: tuple(sorted(self._stages[key])) for key in newest},
+            last_record=self.last_record,
+        )
+        os.fsync(self._file.fileno())
+        try:
+            roll(self.path, carried.parts, dumps({CARRIED: carried}).encode() + b"\n")
+        except OSError:
+            self._roll_at = size + self._part_bytes // _TRY_AGAIN
+        if self.path.stat().st_ino == os.fstat(self._file.fileno()).st_ino:
+            return
+        self._file.close()
+        self._file = self.path.open("ab", buffering=0)
+        self._parts, self._roll_at = carried.parts, self._part_bytes
+        self._stages = {key: self._stages[key] for key in newest}
 
     def _index(self, record: LedgerRecord) -> None:
         self.next_number = max(self.next_number, _number(record.decision_id) + 1)
@@ -231,34 +181,47 @@ def _number(decision_id: str) -> int:
 
 
 def read_ledger(path: Path) -> Iterator[LedgerRecord]:
-    """Records of a ledger file, oldest first; a torn last line is left out.
+    """Records of a ledger, closed parts beside it included, oldest first; a torn last line is left out.
 
     Raises:
         LedgerError: a whole line cannot be read; the line is named.
     """
+    for place, number, line in ledger_lines(path):
+        yield parse_record(place, number, line)
+
+
+def read_newest(path: Path, count: int) -> tuple[LedgerRecord, ...]:
+    """The newest ``count`` records, oldest first; only they are parsed.
+
+    Raises:
+        LedgerError: one of them cannot be read.
+    """
+    if count <= 0:
+        return ()
+    newest = deque(ledger_lines(path, parts=False), maxlen=count)
+    if len(newest) < count:
+        newest = deque(ledger_lines(path), maxlen=count)
+    return tuple(parse_record(place, number, line) for place, number, line in newest)
+
+
+def read_balance(path: Path) -> Balance:
+    """The balance of the whole ledger, which the growing file knows.
+
+    Raises:
+        LedgerError: a line cannot be read.
+    """
     with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
-                return
-            yield _parse(path, number, line, inputs=True)
+        carried = _carried(path.name, file.readline())
+    balance = Balance() if carried is None else carried.balance
+    for place, number, line in ledger_lines(path, parts=False):
+        balance = balance.add(parse_record(place, number, line, inputs=False))
+    return balance
 
 
-def _parse(path: Path, number: int, line: bytes, *, inputs: bool) -> LedgerRecord:
-    """The record of one whole line; without ``inputs``, what the decision read is left out."""
+def _carried(place: str, line: bytes) -> Carried | None:
     try:
-        plain = json.loads(line)
-        if not inputs and isinstance(plain, dict):
-            plain.update(context=None, policy_state=None)
-        record: LedgerRecord = from_plain(LedgerRecord, plain, ignore_unknown=True)
+        plain = carried_of(line)
+        carried: Carried | None = None if plain is None else from_plain(Carried, plain, ignore_unknown=True)
     except ValueError as error:
-        raise LedgerError(f"{path.name}:{number}: unreadable record: {error}") from error
-    return record
-
-
-def _sync_directory(directory: Path) -> None:
-    """Make a new file in ``directory`` durable."""
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        raise LedgerError(f"{place}:1: unreadable summary of what was before: {error}") from error
+    return carried

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ import httpx
 
 from specblock.bandit.errors import LedgerError
 from specblock.bandit.explain import explain
-from specblock.bandit.ledger import Balance, LedgerRecord, read_ledger
+from specblock.bandit.ledger import read_balance, read_newest
 from specblock.daemon.config import NOTHING_TO_ADAPT, DaemonConfig
 from specblock.daemon.errors import DependencyError, IncompatibleError, VerificationError
 from specblock.daemon.registry import DrafterRegistry
@@ -65,14 +64,11 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[str]:
             yield f"adaptation  {name}: {value}"
 
 
-def _records(config: DaemonConfig) -> Iterator[LedgerRecord]:
+def _ledger(config: DaemonConfig) -> Path:
     path = Path(config.service_config().directory) / "ledger.jsonl"
     if not path.is_file():
         raise DependencyError(f"there is no ledger yet: {path} does not exist")
-    try:
-        yield from read_ledger(path)
-    except LedgerError as error:
-        raise VerificationError(f"{path}: {error}") from None
+    return path
 
 
 def explanations(config: DaemonConfig, count: int) -> list[str]:
@@ -84,7 +80,11 @@ def explanations(config: DaemonConfig, count: int) -> list[str]:
     """
     if not config.drafter.has_weights:  # a ledger in this directory is that of an earlier policy
         return [NOTHING_TO_ADAPT]
-    return [explain(record) for record in list(_records(config))[-count:]] or ["nothing has been decided yet"]
+    path = _ledger(config)
+    try:
+        return [explain(record) for record in read_newest(path, count)] or ["nothing has been decided yet"]
+    except LedgerError as error:
+        raise VerificationError(f"{path}: {error}") from None
 
 
 def balance(config: DaemonConfig) -> dict[str, float]:
@@ -94,7 +94,11 @@ def balance(config: DaemonConfig) -> dict[str, float]:
         DependencyError: there is no ledger.
         VerificationError: it is damaged.
     """
-    total = functools.reduce(Balance.add, _records(config), Balance())
+    path = _ledger(config)
+    try:
+        total = read_balance(path)
+    except LedgerError as error:
+        raise VerificationError(f"{path}: {error}") from None
     return {**asdict(total), "net_s": total.net_s}
 
 

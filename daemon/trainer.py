@@ -14,7 +14,7 @@ from torch import Tensor
 from specblock.bandit.actions import CompareReport, PairedReplay, ParityReport, ParityRow, TrainReport
 from specblock.bandit.config import Arm
 from specblock.daemon.registry import DrafterRegistry
-from specblock.daemon.training_mix import mixed
+from specblock.daemon.training_mix import meant, mixed
 from specblock.drafter.checkpoint import load_drafter, load_weights, save_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
@@ -74,7 +74,7 @@ class Trainer:
     ) -> TrainReport:
         """Runs steps of ``arm`` until ``fraction`` of them are done; ``resume`` continues the micro-profile.
 
-        ``weights`` say how much the update is meant for each domain; see :func:`training_mix.mixed`.
+        ``weights`` say how much the update is meant for each domain; see ``training_mix``.
 
         Raises:
             ValueError: no training windows, or nothing to resume.
@@ -91,7 +91,8 @@ class Trainer:
         candidate = self._candidates[name]
         until = max(1, round(arm.steps * fraction))
         before = candidate.run.positions
-        for batch in candidate.run.batches(mixed(windows, weights)):
+        chosen = mixed(windows, weights) if candidate.run.rehearses else meant(windows, weights)
+        for batch in candidate.run.batches(chosen):
             if candidate.run.done >= until:
                 break
             candidate.run.step(batch)

@@ -13,6 +13,12 @@ MOST_REPEATS = 4
 """A new kind of text has few windows at first; more repeats than this would only learn them by heart."""
 
 
+def meant(windows: Sequence[Window], weights: Mapping[str, float]) -> list[Window]:
+    """Windows of the domains that an update is meant for, each once, oldest first; all, if it is meant for none."""
+    wanted = [window for window in windows if weights.get(window.domain, 0.0) > 0]
+    return sorted(wanted or windows, key=lambda window: window.time_s)
+
+
 def mixed(windows: Sequence[Window], weights: Mapping[str, float]) -> list[Window]:
     """A training set as large as ``windows`` (at most) whose domains follow ``weights``.
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specblock.drafter.batches import batches
-from specblock.drafter.loss import train_blocks
+from specblock.drafter.loss import BlockLabels, slot_weights, train_blocks
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.window import TrainingBatch, Window, collate
 
@@ -36,6 +36,8 @@ class TokenBiasRun:
         share: how much of the counted difference is taken over, above 0 and at most 1.
         seed: order of the windows.
     """
+
+    rehearses = False
 
     def __init__(self, model: DraftNetwork, batch_windows: int, share: float, seed: int = 0) -> None:
         """Raises:
@@ -87,7 +89,10 @@ class _Counts:
 
 
 def expected_counts(model: DraftNetwork, batch: TrainingBatch, bias_BV: Tensor) -> tuple[Tensor, Tensor]:
-    """Expected occurrences of every draft token over all labelled slots of block 1, float32 [B, Vd] each.
+    """Expected occurrences of every draft token over the labelled slots of block 1, float32 [B, Vd] each.
+
+    A slot counts as far as it is reached: with the probability that those before it are accepted. That is how training
+    weighs slots, so text that a drafter was trained on asks for no bias.
 
     Args:
         model: the drafter.
@@ -95,18 +100,20 @@ def expected_counts(model: DraftNetwork, batch: TrainingBatch, bias_BV: Tensor) 
         bias_BV: float32, what is added to the head's logits, whatever the model carries.
 
     Returns:
-        By the target's laws (over the draft vocabulary), by the drafter's.
+        By the target's laws (as training has them: over the draft vocabulary), by the drafter's.
     """
-    hidden = train_blocks(model, batch, [])[0]
-    draft_ids, num_positions = model.to_draft[batch.label_ids], batch.valid.shape[1]
+    hidden, draft_ids = train_blocks(model, batch, [])[0], model.to_draft[batch.label_ids]
+    usable = batch.valid & (draft_ids[..., 0] >= 0)
+    every = torch.arange(usable.shape[1], device=usable.device).expand_as(usable)
     by_target, by_draft = torch.zeros_like(bias_BV), torch.zeros_like(bias_BV)
     for row in range(bias_BV.shape[0]):
-        for slot in range(hidden.shape[2]):
-            labelled = batch.valid[row, slot:]  # slot k of position i predicts the token that label i + k is about
-            normed = model.norm(hidden[row, : num_positions - slot, slot][labelled])
-            logits = model.lm_head(normed).float() + bias_BV[row]
-            by_draft[row] += torch.softmax(logits, dim=-1).sum(dim=0)
-            ids, probs = draft_ids[row, slot:][labelled], batch.label_log_probs[row, slot:][labelled].exp()
-            known = ids >= 0
-            by_target[row].index_add_(0, ids[known], probs[known])
+        one = slice(row, row + 1)  # one window at a time bounds the memory that its laws take
+        own = TrainingBatch(*(getattr(batch, name)[one] for name in TrainingBatch.__dataclass_fields__))
+        labels = BlockLabels.of(own, draft_ids[one], usable[one], every[one], 0, hidden.shape[2])
+        logits = model.lm_head(model.norm(hidden[row][labels.where])).float() + bias_BV[row]
+        log_q = torch.log_softmax(logits, dim=-1)
+        hit = logits.argmax(dim=-1) == labels.ids[..., 0]
+        weight = slot_weights(log_q, hit, labels, "acceptance")
+        by_draft[row] = torch.einsum("rk,rkv->v", weight, log_q.exp())
+        by_target[row].index_add_(0, labels.ids.flatten(), (weight[..., None] * labels.probs).flatten())
     return by_target, by_draft

@@ -196,7 +196,7 @@ def training_loss(
     draft_terms, rank_terms, top1 = [], [], []
     every = torch.arange(usable.shape[1], device=usable.device).expand_as(usable)
     for number, (u, offset) in enumerate(zip(hidden, offsets, strict=True)):
-        block = _BlockLabels.of(batch, draft_ids, usable, later if number else every, offset, width)
+        block = BlockLabels.of(batch, draft_ids, usable, later if number else every, offset, width)
         terms = _block_terms(model, u, block, bias_BV, settings)
         draft_terms.append(terms.draft)
         rank_terms.append(terms.rank)
@@ -209,7 +209,7 @@ def training_loss(
 
 
 @dataclass(frozen=True, slots=True)
-class _BlockLabels:
+class BlockLabels:
     """Labels of one block, selected rows only: where [R] flat places in the block's rows, row [R] their window's
     place in the batch; the rest [R, K, ...]."""
 
@@ -230,7 +230,7 @@ class _BlockLabels:
         positions: Tensor,
         offset: int,
         width: int,
-    ) -> _BlockLabels:
+    ) -> BlockLabels:
         """positions: int64 [B, N], where the block was computed."""
         size, num_positions = usable.shape
         # Eligible positions: A_{i,0} = l_i m_i, un-shifted for every block (method reference 6.3).
@@ -260,7 +260,7 @@ class _BlockTerms:
 
 
 def _block_terms(
-    model: DraftNetwork, u: Tensor, labels: _BlockLabels, bias_BV: Tensor | None, settings: LossSettings
+    model: DraftNetwork, u: Tensor, labels: BlockLabels, bias_BV: Tensor | None, settings: LossSettings
 ) -> _BlockTerms:
     normed = model.norm(u.flatten(0, 1)[labels.where])  # [R, K, H]
     logits = model.lm_head(normed).float()
@@ -271,20 +271,32 @@ def _block_terms(
     with torch.no_grad():
         best = labels.ids[..., 0]
         hit = logits.argmax(dim=-1) == best
-        if settings.prefix == "argmax":
-            step = hit.float()
-        else:
-            q = log_q.gather(-1, labels.actual.clamp(min=0)[..., None]).squeeze(-1)
-            step = (q - labels.actual_log_prob).clamp(max=0).exp() * (labels.actual >= 0)
-        step = step * labels.usable
-        prefix = torch.cumprod(torch.cat([torch.ones_like(step[:, :1]), step[:, :-1]], dim=1), dim=1)
-        weight = prefix * labels.usable
+        weight = slot_weights(log_q, hit, labels, settings.prefix)
         total = weight.sum(dim=0)
     draft = (weight * cross_entropy).sum(dim=0) / total.clamp(min=1e-6)
     top1 = (weight * hit).sum(dim=0) / total.clamp(min=1e-6)
     if not model.has_rank_head:
         return _BlockTerms(draft, draft.new_zeros(()), top1)
     return _BlockTerms(draft, _rank_loss(model, normed, logits.detach(), best, labels.usable), top1)
+
+
+def slot_weights(log_q: Tensor, hit: Tensor, labels: BlockLabels, prefix: str) -> Tensor:
+    """How much each slot counts, float32 [R, K]: whether, or how likely, it is reached and labelled.
+
+    Args:
+        log_q: [R, K, Vd], the drafter's log-probabilities.
+        hit: bool [R, K], it agrees with the target's arg-max.
+        labels: of the rows.
+        prefix: see ``LossSettings``.
+    """
+    if prefix == "argmax":
+        step = hit.float()
+    else:
+        q = log_q.gather(-1, labels.actual.clamp(min=0)[..., None]).squeeze(-1)
+        step = (q - labels.actual_log_prob).clamp(max=0).exp() * (labels.actual >= 0)
+    step = step * labels.usable
+    reached = torch.cumprod(torch.cat([torch.ones_like(step[:, :1]), step[:, :-1]], dim=1), dim=1)
+    return reached * labels.usable
 
 
 def _rank_loss(model: DraftNetwork, normed: Tensor, logits: Tensor, best: Tensor, usable: Tensor) -> Tensor:

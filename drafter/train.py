@@ -67,6 +67,8 @@ class TrainSettings:
 class TrainRun:
     """A resumable training run over a float32 master model. ``step`` is one optimiser step."""
 
+    rehearses = True
+
     def __init__(self, model: DraftNetwork, settings: TrainSettings) -> None:
         """Raises:
         ValueError: no parameter matches ``settings.patterns``.

@@ -19,6 +19,8 @@ class UpdateRun(Protocol):
     """Steps so far."""
     positions: int
     """Labelled positions seen so far."""
+    rehearses: bool
+    """Whether it needs text of every kind lest it spoils the others."""
 
     def batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
         """Endless batches from step ``done`` on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import tracemalloc
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from hypothesis import strategies as st
 
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.errors import LedgerError
-from specblock.bandit.ledger import Ledger, LedgerRecord, read_ledger
+from specblock.bandit.ledger import Ledger, LedgerRecord, read_balance, read_ledger, read_newest
+from specblock.bandit.ledger_files import compress_parts, part_path
 from specblock.bandit.policy import decide
 from tests.bandit.test_policy import CONTEXT, checked
 from tests.bandit.test_service import drive, make
@@ -162,3 +164,120 @@ def test_opening_a_ledger_of_months_does_not_hold_it_in_memory(tmp_path: Path) -
     assert peak < size / 4
     assert ledger.tail(1)[0].context is not None, "the inputs stay in the file"
     ledger.close()
+
+
+# Closing a file that has grown large
+
+
+def grown(path: Path, count: int, part_bytes: int = 4000) -> list[LedgerRecord]:
+    """Skips, and in between updates that end; part_bytes makes a dozen of files of them."""
+    ledger, written = Ledger(path, part_bytes), []
+    for number in range(count):
+        acts = number % 5 == 2
+        stages = ("decided", "probing", "settled") if acts else ("decided",)
+        for stage in stages:
+            written.append(
+                record(number, stage, action="probe" if acts else "skip", charged_s=0.5 * acts, reason="r" * 200)
+            )
+            ledger.append(written[-1])
+    ledger.close()
+    return written
+
+
+def test_closed_files_are_read_as_if_it_were_one(path: Path) -> None:
+    written = grown(path, 80)
+    parts = sorted(path.parent.glob("ledger-*"))
+    assert len(parts) > 5 and all(part.suffix == ".gz" for part in parts)
+    assert path.stat().st_size < 3 * 4000, "the carried line and what came since"
+    assert list(read_ledger(path)) == written
+    for count in (1, 3, 40, len(written) + 5):
+        assert list(read_newest(path, count)) == written[-count:]
+    again = Ledger(path, 4000)
+    assert again.next_number == 80 and again.knows("d000003", "decided")
+    assert again.balance == read_balance(path) and again.balance.decisions == 80 and again.balance.charged_s == 24.0
+    again.append(record(77, "closed", numbers={"realised_s": 2.0}))  # booked on an update of an earlier file
+    with pytest.raises(LedgerError, match="closed"):
+        again.append(record(77, "closed"))
+    assert again.balance.realised_s == 2.0
+    again.close()
+
+
+def test_one_file_and_many_know_the_same(tmp_path: Path) -> None:
+    grown(tmp_path / "one" / "ledger.jsonl", 60, 1 << 30)
+    grown(tmp_path / "many" / "ledger.jsonl", 60)
+    one, many = Ledger(tmp_path / "one" / "ledger.jsonl"), Ledger(tmp_path / "many" / "ledger.jsonl")
+    assert many.balance == one.balance and many.charges == one.charges and many.last_record == one.last_record
+    assert many.next_number == one.next_number and many.open_records() == one.open_records() == ()
+    one.close()
+    many.close()
+
+
+def test_a_file_is_not_closed_amid_an_update(path: Path) -> None:
+    ledger = Ledger(path, 1000)
+    ledger.append(record(0))
+    for look in range(20):
+        ledger.append(record(0, f"gated-{look}", reason="r" * 200))
+    assert not list(path.parent.glob("ledger-*")) and ledger.open_record("d000000") is not None
+    ledger.append(record(0, "rejected"))
+    assert [part.name for part in path.parent.glob("ledger-*")] == ["ledger-000001.jsonl.gz"]
+    ledger.close()
+
+
+@pytest.mark.parametrize("crash", ["before", "between", "uncompressed", "half compressed"])
+def test_a_crash_while_closing_loses_nothing(path: Path, crash: str) -> None:
+    written = grown(path, 40)
+    parts = len(list(path.parent.glob("ledger-*")))
+    newest, new = part_path(path, parts), path.with_name("ledger.jsonl.new")
+    if crash == "before":  # the new file was written, nothing was renamed
+        new.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
+    elif crash == "between":
+        path.rename(new)
+    else:
+        closed = newest.with_suffix("")
+        closed.write_bytes(gzip.decompress(newest.read_bytes()))
+        newest.unlink()
+        if crash == "half compressed":
+            closed.with_name(closed.name + ".partial").write_bytes(b"half")
+    ledger = Ledger(path, 4000)
+    assert list(read_ledger(path)) == written and not new.exists()
+    more = [record(number, action="skip", reason="r" * 400) for number in range(40, 60)]
+    for one in more:
+        ledger.append(one)
+    ledger.close()
+    assert list(read_ledger(path)) == [*written, *more]
+    assert all(part.suffix == ".gz" for part in path.parent.glob("ledger-*"))
+
+
+def test_a_part_that_was_taken_away_only_shortens_the_history(path: Path) -> None:
+    written = grown(path, 60)
+    part_path(path, 1).unlink()
+    left = list(read_ledger(path))
+    assert 0 < len(left) < len(written) and left == written[-len(left) :]
+    assert read_balance(path).decisions == 60, "the balance is carried"
+
+
+def test_a_disk_that_refuses_a_new_file_lets_the_old_one_grow(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(path, 1000)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("specblock.bandit.ledger.roll", full)
+        for number in range(8):
+            ledger.append(record(number, action="skip", reason="r" * 300))
+    assert not list(path.parent.glob("ledger-*"))
+    for number in range(8, 12):
+        ledger.append(record(number, action="skip", reason="r" * 300))
+    ledger.close()
+    assert list(path.parent.glob("ledger-*")) and [r.decision_id for r in read_ledger(path)][-1] == "d000011"
+
+
+def test_compressed_parts_are_the_same_bytes_each_time(path: Path) -> None:
+    grown(path, 30)
+    part = part_path(path, 1)
+    before = part.read_bytes()
+    part.with_suffix("").write_bytes(gzip.decompress(before))
+    part.unlink()
+    compress_parts(path)
+    assert part.read_bytes() == before

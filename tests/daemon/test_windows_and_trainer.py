@@ -26,6 +26,7 @@ from specblock.drafter.checkpoint import save_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.kinds import new_network
+from specblock.drafter.token_bias import domain_key
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
 from tests.daemon.test_engine import SHAPE, Keep, drafter_of, random_requests, run, target_of
@@ -165,6 +166,15 @@ def test_an_arm_without_gradients_is_counted_stored_and_compared(trainer: Traine
         "token_bias.table",
         "token_bias.domains",
     }
+
+
+def test_counting_leaves_kinds_of_text_alone_that_it_is_not_meant_for(trainer: Trainer) -> None:
+    counted = Arm(name="statistics", patterns=("token_bias.*",), steps=2, learning_rate=1.0)
+    windows, base = [random_window(i) for i in range(6)], trainer.registry.serving()
+    assert base is not None and {w.domain for w in windows} == {"python", "cpp"}
+    name = trainer.train("d000001", counted, base, 1.0, False, windows, {"cpp": 0.5, "python": 0.0}).candidate_version
+    keys = trainer.weights(name)["token_bias.domains"]
+    assert keys[keys != 0].tolist() == [domain_key("cpp")]
 
 
 def test_parity_of_a_version_with_itself_has_no_difference(trainer: Trainer) -> None:

@@ -38,7 +38,7 @@ def foreign_window(seed: int) -> Window:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_counts_are_those_of_every_labelled_slot(kind: str) -> None:
+def test_counts_are_those_of_every_slot_that_is_reached(kind: str) -> None:
     model = tiny_model(draft_vocab_size=40, **KINDS[kind])
     model.set_vocabulary(torch.arange(0, 40))
     windows, bias = [random_window(1), random_window(2, 3, 9)], torch.randn(2, 40)
@@ -49,15 +49,22 @@ def test_counts_are_those_of_every_labelled_slot(kind: str) -> None:
         slow_target, slow_draft = torch.zeros(2, 40), torch.zeros(2, 40)
         for row, window in enumerate(windows):
             for position in range(window.features.shape[0]):
+                reached = 1.0
                 for slot in range(hidden.shape[2]):
                     choice = position + slot + 2 - window.prompt_tokens  # of the token at position + slot + 2
-                    if not 0 <= choice < window.num_generated:
-                        continue
-                    logits = model.norm(hidden[row, position, slot]) @ model.lm_head.weight.T + bias[row]
-                    slow_draft[row] += torch.softmax(logits, dim=-1)
-                    for token, log_prob in zip(window.top_ids[choice], window.top_log_probs[choice], strict=True):
-                        if token < 40:
-                            slow_target[row, token] += log_prob.float().exp()
+                    known = [i for i, token in enumerate(window.top_ids[choice % window.num_generated]) if token < 40]
+                    if not 0 <= choice < window.num_generated or window.top_ids[choice][0] >= 40:
+                        break  # nothing after a slot without a label is reached
+                    q = torch.softmax(model.norm(hidden[row, position, slot]) @ model.lm_head.weight.T + bias[row], -1)
+                    law = torch.softmax(window.top_log_probs[choice][known].float(), dim=-1)
+                    slow_draft[row] += reached * q
+                    for i, share in zip(known, law, strict=True):
+                        slow_target[row, window.top_ids[choice][i]] += reached * share
+                    said = int(window.tokens[position + slot + 2])
+                    place = window.top_ids[choice].tolist().index(said) if said in window.top_ids[choice] else -1
+                    if place < 0 or said >= 40:
+                        break
+                    reached *= min(1.0, float(q[said] / window.top_log_probs[choice][place].float().exp()))
     torch.testing.assert_close(target, slow_target, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(draft, slow_draft, rtol=1e-4, atol=1e-4)
 
