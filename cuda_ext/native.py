@@ -39,6 +39,8 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("choose", _choose_shape),
         ("expand_chain", _expand_chain_shape),
         ("grow_tree", _grow_tree_shape),
+        ("accept_walk", _accept_walk_shape),
+        ("commit_rows", _commit_rows_shape),
     ):
         torch.library.register_fake(f"specblock::{name}", shape)
     return True
@@ -101,3 +103,13 @@ def _grow_tree_shape(root_token: Tensor, token: Tensor, *others: Any) -> tuple[T
     integers = tuple(token.new_empty(batch, rows) for _ in range(5))
     score, size = token.new_empty(batch, rows, dtype=torch.float32), token.new_empty(batch)
     return *integers, score, size, torch.empty_like(token)
+
+
+def _accept_walk_shape(
+    logits: Tensor, token: Tensor, parent: Tensor, noise: Tensor, noise_row: Tensor, *others: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(noise_row), torch.empty_like(noise_row), noise_row.new_empty(noise_row.shape[0])
+
+
+def _commit_rows_shape(storage: Tensor, *others: Tensor) -> None:
+    return None

@@ -188,6 +188,14 @@ def commit_rows(storage: Tensor, slots: Tensor, start: Tensor, rows: Tensor) -> 
         start: int64 [B], committed length; tree row r was written at position ``start + r``.
         rows: int64 [B, A], accepted tree rows in path order; rows[:, j] moves to position ``start + j``. Pad with j.
     """
+    if storage.is_cpu and native_available():
+        torch.ops.specblock.commit_rows(storage, slots.contiguous(), start.contiguous(), rows.contiguous())
+        return
+    commit_rows_vectorised(storage, slots, start, rows)
+
+
+def commit_rows_vectorised(storage: Tensor, slots: Tensor, start: Tensor, rows: Tensor) -> None:
+    """``commit_rows`` on any device."""
     source = start[:, None] + rows
     target = start[:, None] + torch.arange(rows.shape[1], device=rows.device)
     # Reading everything before writing makes overlapping moves safe.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from specblock.cuda_ext.choice import choose
+from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import find_child
 from specblock.cuda_ext.sampling import SamplingBatch
@@ -96,7 +97,7 @@ def accept(
     first_position: Sequence[int],
     sampling: SamplingBatch | None = None,
 ) -> Acceptance:
-    """Walks all trees level by level; only visited rows are processed.
+    """Walks all trees; only visited rows are processed.
 
     Args:
         logits_BRV: raw target logits of every tree row, [B, R, V], B >= 1.
@@ -108,6 +109,38 @@ def accept(
         first_position: absolute position of the token that follows each root.
         sampling: the same parameters as tensors on the logits' device, if the caller has them already.
     """
+    if not (logits_BRV.is_cpu and native_available()) or any(state.adjusts for state in states):
+        return accept_reference(logits_BRV, tree, states, noise, slots, first_position, sampling)
+    sampling = SamplingBatch.of([state.params for state in states]) if sampling is None else sampling
+    # Widening is exact; see ``choose``.
+    wide = logits_BRV if logits_BRV.dtype == torch.float64 else logits_BRV.float()
+    level_W = torch.arange(min(noise.width, tree.num_rows))
+    slot_B1, first_B1 = torch.tensor([slots, first_position])[..., None]
+    rows_at = noise.rows(slot_B1, first_B1 + level_W)
+    tokens, rows, counts = torch.ops.specblock.accept_walk(
+        wide.contiguous(),
+        tree.token.contiguous(),
+        tree.parent.contiguous(),
+        rows_at.storage,
+        rows_at.index.view(len(slots), -1),
+        *sampling.law,
+    )
+    lengths: list[int] = counts.tolist()
+    longest = max(lengths)
+    paths = tuple(tuple(said[:count]) for said, count in zip(tokens.tolist(), lengths, strict=True))
+    return Acceptance(paths, tokens[:, :longest], [count - 1 for count in lengths], rows[:, :longest])
+
+
+def accept_reference(
+    logits_BRV: Tensor,
+    tree: DraftTree,
+    states: Sequence[ChoiceState],
+    noise: NoiseWindow,
+    slots: Sequence[int],
+    first_position: Sequence[int],
+    sampling: SamplingBatch | None = None,
+) -> Acceptance:
+    """The readable definition of ``accept``, level by level, for any device, penalties and biases included."""
     device = logits_BRV.device
     chooser = TokenChooser(states, noise, slots, device, sampling)
     num_requests = logits_BRV.shape[0]

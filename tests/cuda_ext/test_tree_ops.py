@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specblock.cuda_ext import reference
+from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.ops import (
     NOT_OFFERED,
     ancestor_mask,
     commit_rows,
+    commit_rows_vectorised,
     find_child,
     follow_path,
     grow_tree,
@@ -211,10 +213,12 @@ def test_check_notices_broken_trees():
             broken(**changes).check()
 
 
-def test_commit_rows_with_overlapping_moves():
+@pytest.mark.parametrize("commit", [commit_rows, commit_rows_vectorised])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_commit_rows_with_overlapping_moves(commit, dtype):
     generator = torch.Generator().manual_seed(3)
     for _ in range(50):
-        storage = torch.randn(2, 5, 3, 40, 4, generator=generator)
+        storage = torch.randn(2, 5, 3, 40, 4, generator=generator).to(dtype)
         slots = torch.randperm(5, generator=generator)[:3]
         start = torch.randint(0, 20, (3,), generator=generator)
         # Ascending rows from 0: every move overlaps the ones before it.
@@ -228,5 +232,46 @@ def test_commit_rows_with_overlapping_moves():
                 slot, at = int(slots[b]), int(start[b])
                 expected[:, slot, :, at + j] = storage[:, slot, :, at + int(rows[b, j])]
         # Padding columns name themselves, so they change nothing, unless an earlier column lies there: it does not.
-        commit_rows(storage, slots, start, rows)
+        commit(storage, slots, start, rows)
         assert torch.equal(storage, expected)
+
+
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+@pytest.mark.parametrize(
+    ("slots", "start", "rows"),
+    [
+        ([5], [0], [[0, 1]]),
+        ([0], [0], [[0, -1]]),
+        ([0], [38], [[0, 1, 2]]),
+        ([0], [0], [[0, 40]]),
+        ([0, 1], [0], [[0]]),
+    ],
+)
+def test_native_commit_stays_inside_its_storage(slots, start, rows):
+    with pytest.raises(RuntimeError, match="commit_rows"):
+        torch.ops.specblock.commit_rows(
+            torch.zeros(2, 5, 3, 40, 4), torch.tensor(slots), torch.tensor(start), torch.tensor(rows)
+        )
+
+
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+def test_native_walk_refuses_what_does_not_fit():
+    tree, law = torch.zeros(1, 3, dtype=torch.int64), [torch.ones(1, dtype=torch.float64)] * 2
+    law = [*law, torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)]
+    fits = [
+        torch.zeros(1, 3, 7),
+        tree,
+        tree,
+        torch.zeros(4, 7, dtype=torch.float64),
+        torch.zeros(1, 2, dtype=torch.int64),
+    ]
+    assert torch.ops.specblock.accept_walk(*fits, *law)[2].tolist() == [2]
+    for place, wrong in (
+        (0, torch.zeros(1, 2, 7)),
+        (1, tree.int()),
+        (3, torch.zeros(4, 6, dtype=torch.float64)),
+        (4, torch.full((1, 2), 4)),
+        (4, torch.full((1, 2), -1)),
+    ):
+        with pytest.raises(RuntimeError):
+            torch.ops.specblock.accept_walk(*fits[:place], wrong, *fits[place + 1 :], *law)

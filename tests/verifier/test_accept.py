@@ -1,5 +1,7 @@
 """Acceptance on given logits: walks against the readable reference, ties, history, and what is left untouched."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from specblock.cuda_ext.noise import NoiseWindow, gumbel
 from specblock.cuda_ext.ops import build_tree
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams, processed_log_probs
 from specblock.cuda_ext.tree import DraftTree, root_only
-from specblock.verifier.accept import Acceptance, accept
+from specblock.verifier.accept import Acceptance, accept, accept_reference
 from specblock.verifier.history import ChoiceState
 from tests.strategies import RawTree, raw_trees, to_candidates
 
@@ -18,7 +20,12 @@ VOCAB, WIDTH = 6, 26
 
 
 def run(
-    logits: torch.Tensor, tree: DraftTree, params: list[SamplingParams], first: list[int], prompt: tuple[int, ...] = ()
+    logits: torch.Tensor,
+    tree: DraftTree,
+    params: list[SamplingParams],
+    first: list[int],
+    prompt: tuple[int, ...] = (),
+    walk: Callable[..., Acceptance] = accept,
 ) -> Acceptance:
     batch = len(params)
     noise = NoiseWindow(batch, WIDTH, logits.shape[-1])
@@ -26,7 +33,7 @@ def run(
     seeds, choices = [params[b].seed for b in drawn], [params[b].choice for b in drawn]
     noise.advance(drawn, [first[b] for b in drawn], seeds, choices)
     states = [ChoiceState(p, prompt, logits.shape[-1]) for p in params]
-    return accept(logits, tree, states, noise, list(range(batch)), first)
+    return walk(logits, tree, states, noise, list(range(batch)), first)
 
 
 def own_choice(logits_V: torch.Tensor, params: SamplingParams, position: int) -> int:
@@ -50,7 +57,9 @@ def test_walk_equals_the_reference(trees, budget, seed, temperatures):
     logits = torch.randn(len(trees), tree.num_rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
     params = [SamplingParams(temperature=temperatures[b], seed=seed + b, top_p=0.9) for b in range(len(trees))]
     first = [3 + 7 * b for b in range(len(trees))]
-    accepted = run(logits, tree, params, first)
+    accepted, defined = (run(logits, tree, params, first, walk=walk) for walk in (accept, accept_reference))
+    assert accepted.paths == defined.paths and accepted.num_accepted == defined.num_accepted
+    assert torch.equal(accepted.tokens, defined.tokens) and torch.equal(accepted.rows, defined.rows)
     assert accepted.num_cols == max(accepted.num_accepted) + 1 == accepted.rows.shape[1]
     for b, raw in enumerate(trees):
         rows = reference.prune(reference.merge(raw.tokens, raw.parents, raw.scores), budget)
@@ -120,6 +129,24 @@ def test_only_visited_rows_matter():
     logits[:, 1] = torch.tensor([0.0, 0.0, 0.0, 5.0])
     params = [SamplingParams(temperature=0), SamplingParams(temperature=0.1)]
     assert run(logits, tree, params, [9, 9]).paths == ((1, 3), (1, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_walks_agree_over_large_vocabularies_and_filters(dtype):
+    generator = torch.Generator().manual_seed(7)
+    for seed in range(40):
+        raw = RawTree([1, 2, 3, 1, 2], [-1, -1, 0, 2, 3], [-1.0, -2.0, -1.5, -1.7, -1.8])
+        tree = build_tree(torch.zeros(3).long(), to_candidates([raw] * 3), 5, 4)
+        logits = torch.randn(3, 6, 300, generator=generator)
+        logits[..., 1:4] += 3 * torch.rand(1, generator=generator)  # what the trees hold is likely
+        logits = logits.to(dtype)
+        params = [
+            SamplingParams(temperature=1.3, seed=seed, top_p=0.8),
+            SamplingParams(temperature=0.7, seed=seed, top_k=5, min_p=0.05),
+            SamplingParams(temperature=0.0),
+        ]
+        a, b = (run(logits, tree, params, [5, 600, 7], walk=walk) for walk in (accept, accept_reference))
+        assert a.paths == b.paths and torch.equal(a.rows, b.rows) and torch.equal(a.tokens, b.tokens)
 
 
 def test_prepared_parameters_change_nothing():
