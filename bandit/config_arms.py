@@ -69,11 +69,13 @@ def default_arms() -> tuple[Arm, ...]:
         Arm(
             name="statistics",
             patterns=("token_bias.*",),
-            steps=6,
+            steps=10,
             learning_rate=1.0,
             prior_gain_sd=0.01,
             drop_recovery=0.08,
-            drop_recovery_sd=0.05,
+            drop_recovery_sd=0.04,
+            probe_gain_share=0.5,
+            probe_gain_share_sd=0.2,
         ),
         Arm(name="head", patterns=("*head*", "norm.*"), steps=20, learning_rate=2e-3),
         Arm(

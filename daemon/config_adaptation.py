@@ -47,14 +47,18 @@ class ArmConfig(Section):
     """First guess of how much the relative saving of an update varies."""
     drop_recovery: Fraction = _PRIOR["drop_recovery"]
     """First guess of the share of a drop in acceptance that the update wins back."""
+    drop_recovery_sd: float = Field(default=_PRIOR["drop_recovery_sd"], gt=0, le=1)
+    """How sure that guess is: its standard deviation."""
     probe_gain_share: float = Field(default=_PRIOR["probe_gain_share"], gt=0, le=1)
     """Share of the complete update's gain that its trial is expected to show already."""
+    probe_gain_share_sd: float = Field(default=_PRIOR["probe_gain_share_sd"], gt=0, le=1)
+    """How sure that share is: its standard deviation."""
 
     @field_validator("patterns")
     @classmethod
     def _counted_alone(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        if len(patterns) > 1 and "token_bias.*" in patterns:
-            raise ValueError("token_bias.* is counted, not trained: give it an arm of its own")
+        if any(pattern.startswith("token_bias") for pattern in patterns) and patterns != ("token_bias.*",):
+            raise ValueError("token_bias.* is counted, not trained, and whole: give it an arm of its own")
         return patterns
 
     def arm(self, cooldown_s: float, positions_per_step: int) -> Arm:
@@ -69,7 +73,9 @@ class ArmConfig(Section):
             prior_s_per_position=self.prior_s_per_position,
             prior_gain_sd=self.prior_gain_sd,
             drop_recovery=self.drop_recovery,
+            drop_recovery_sd=self.drop_recovery_sd,
             probe_gain_share=self.probe_gain_share,
+            probe_gain_share_sd=self.probe_gain_share_sd,
             cooldown_s=cooldown_s if self.cooldown_s is None else self.cooldown_s,
         )
 

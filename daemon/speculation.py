@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 
 from specblock.drafter.forgetting import ForgettingRatio
 
-_DOUBT_SD = 1.64  # one-sided 95 %: accepted tokens vary at most about as much as a Poisson count of the same mean
+# Of a Poisson count; about two of what drafts accepted one after the other vary by at three tokens a cycle. Being wrong
+# costs far more than waiting: coming back is paid from the probes' budget.
+_DOUBT_SD = 3.0
 _OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
 
 
@@ -33,11 +35,11 @@ class GateSettings:
         off_below: speed over plain decoding below which a domain goes off.
         on_above: speed a probe must show before it goes on.
         min_cycles: cycles of one request seen since it went on before it may go off by its estimated speed.
-        hopeless_cycles: cycles after which it may go off already, if not even chance explains the speed.
+        hopeless_cycles: cycles of the engine after which it may go off already, if not even chance explains the speed.
         half_life_cycles: cycles of one request after which evidence counts half.
         probe_cycles: length of a probe.
         probe_share: part of all device seconds that probes may take.
-        prior_speed: speed over plain decoding assumed without evidence; no better than the other domains are.
+        prior_speed: speed over plain decoding assumed without evidence.
         prior_tokens: how many tokens that assumption is worth.
         max_domains: domains told apart.
         forget_cycles: cycles after which a domain that was not seen gives its place to a new one.
@@ -118,6 +120,7 @@ class _DomainState:
     speed: ForgettingRatio
     on: bool = True
     cycles_since_change: int = 0
+    engine_cycles: int = 0
     last_probe: int = -1
     last_cycle: int = 0
 
@@ -201,13 +204,14 @@ class SpeculationGate:
                 self.budget.share(seconds / num_drafted)
                 self._record_probe(tokens, max(1.0 + charge, 0.05))
         for domain in {p.domain for p, yes in zip(participants, speculate, strict=True) if yes}:
+            self._state(domain).engine_cycles += 1
             self._maybe_off(self._state(domain))
 
     def drafter_changed(self) -> None:
         """Forgets what was learned about the drafter before and lets one probe start at once."""
         for state in self._domains.values():
             state.speed = ForgettingRatio(self.settings.half_life_cycles)
-            state.cycles_since_change, state.last_probe = 0, -1
+            state.cycles_since_change, state.engine_cycles, state.last_probe = 0, 0, -1
         self._probe = None
         self.budget.grant(sum(not state.on for state in self._domains.values()))
 
@@ -223,14 +227,7 @@ class SpeculationGate:
         """Estimated speed; with ``doubt`` its upper bound, so many standard deviations of the count of tokens away."""
         tokens = state.speed.numerator
         bound = ForgettingRatio(1.0, tokens + doubt * math.sqrt(tokens), state.speed.denominator)
-        return bound.value(self._usual_speed(state), self.settings.prior_tokens)
-
-    def _usual_speed(self, state: _DomainState) -> float:
-        """What a domain is taken for before it shows anything: the usual, or the others where they are slower."""
-        others = [other.speed for other in self._domains.values() if other is not state]
-        tokens, plain = sum(speed.numerator for speed in others), sum(speed.denominator for speed in others)
-        seen = ForgettingRatio(1.0, tokens, plain).value(self.settings.prior_speed, self.settings.prior_tokens)
-        return min(seen, self.settings.prior_speed)
+        return bound.value(self.settings.prior_speed, self.settings.prior_tokens)
 
     def _state(self, domain: str) -> _DomainState:
         if domain not in self._domains and len(self._domains) >= self.settings.max_domains:
@@ -244,11 +241,12 @@ class SpeculationGate:
         return state
 
     def _maybe_off(self, state: _DomainState) -> None:
-        cycles, rules = state.cycles_since_change, self.settings
-        slow = cycles >= rules.min_cycles and self._speed(state) < rules.off_below
-        hopeless = cycles >= rules.hopeless_cycles and self._speed(state, _DOUBT_SD) < rules.off_below
+        rules = self.settings
+        slow = state.cycles_since_change >= rules.min_cycles and self._speed(state) < rules.off_below
+        # One stall holds up every request of a batch: what counts here is how often the engine was slow.
+        hopeless = state.engine_cycles >= rules.hopeless_cycles and self._speed(state, _DOUBT_SD) < rules.off_below
         if slow or hopeless:
-            state.on, state.cycles_since_change = False, 0
+            state.on, state.cycles_since_change, state.engine_cycles = False, 0, 0
 
     def _probed(self, participants: Sequence[Participant], probe_cycle_s: float) -> int | None:
         """Index of the request to probe in the next cycle, if any."""
@@ -280,4 +278,4 @@ class SpeculationGate:
         state = self._state(probe.domain)
         state.speed = ForgettingRatio(self.settings.half_life_cycles, probe.speed.numerator, probe.speed.denominator)
         if probe.speed.value() > self.settings.on_above:
-            state.on, state.cycles_since_change = True, 0
+            state.on, state.cycles_since_change, state.engine_cycles = True, 0, 0

@@ -31,6 +31,7 @@ Clock = Callable[[], float]
 
 _LEAF_CHOICES = (4, 8, 16)
 _STATUS_HALF_LIFE_CYCLES = 500.0
+_STALL = 2.0  # a cycle counts as so many times its expected seconds at most
 _KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
 
 
@@ -252,9 +253,11 @@ class TreePlanner:
             self._nodes.add(cycle.nodes)
             self._leaves.add(sum(growth.leaf_caps))
             self._blocks.add(cycle.plan.blocks)
-            # Probes draft for one request only, and catching up is paid once: neither says what drafting costs.
-            if cycle.probing or cycle.positions > USUAL_POSITIONS:
-                usual_s = cost.cycle_s(cycle.plan, batch if cycle.probing else cycle.drafting, batch)
+            expected_s = cost.cycle_s(cycle.plan, batch if cycle.probing else cycle.drafting, batch)
+            # Probes draft for one request only, and catching up is paid once: neither says what drafting costs. Nor
+            # does a stall, which holds up a whole batch at once.
+            caught_up = cycle.probing or cycle.positions > USUAL_POSITIONS
+            usual_s = expected_s if caught_up else min(seconds, _STALL * expected_s)
         self._plain.add(result.tree is None)
         self.gate.record(
             cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cost.plain_s(batch)

@@ -55,7 +55,7 @@ def propose(
     normed = network.norm(hidden_BnKH)
     logits, bias_BV = network.lm_head(normed), network.token_bias.of(domains)
     if bias_BV is not None:
-        logits = logits + bias_BV[:, None, None]
+        logits = logits.float() + bias_BV.float()[:, None, None]  # bfloat16 would lose small ones
     vocab_size, num_leaves_slots = logits.shape[-1], logits.shape[1] * logits.shape[2]
     ranked = network.has_rank_head and settings.rank_head
     width = min(settings.beam if first or not ranked else max(settings.fan_out), vocab_size)

@@ -113,7 +113,7 @@ def test_every_field_is_described() -> None:
         ),
         (
             "adaptation:\n  arms:\n    - {name: a, patterns: ['token_bias.*', x], steps: 1, learning_rate: 1}",
-            "f.yaml:5:27: adaptation.arms.0.patterns: token_bias.* is counted, not trained: give it an arm of its own",
+            "f.yaml:5:27: adaptation.arms.0.patterns: token_bias.* is counted, not trained, and whole: give it",
         ),
         (
             "adaptation: {policy: {gate: {settle_requests: 0}}}",
