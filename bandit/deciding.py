@@ -46,6 +46,7 @@ class Decider:
         self._policy, self._save, self._sync_every_s = policy, save, sync_every_s
         self._last_skip = ""
         self._last_known: PolicyState | None = None
+        self._parts = ledger.parts
         self._synced_s = float("-inf")
 
     def decide(self, now_s: float) -> str:
@@ -80,6 +81,8 @@ class Decider:
         return error
 
     def _record(self, decision_id: str, decision: Decision, context: DecisionContext, known: PolicyState) -> None:
+        if self._ledger.parts != self._parts:  # every file says for itself what the rule knew
+            self._parts, self._last_known = self._ledger.parts, None
         # The number of the decision changes every time and decides nothing.
         uncounted = replace(known, decisions=0)
         checking = decision.action == CHECK

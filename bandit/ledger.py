@@ -11,16 +11,27 @@ from __future__ import annotations
 import errno
 import os
 import re
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from specblock.bandit.codec import dumps, from_plain
 from specblock.bandit.decision import CHECK, HOUR_S, PROBE, Charge
 from specblock.bandit.errors import LedgerError
-from specblock.bandit.ledger_files import CARRIED, carried_of, finish_roll, ledger_lines, roll, sync_directory
+from specblock.bandit.ledger_files import (
+    CARRIED,
+    carried_of,
+    clean_up,
+    compress,
+    growing,
+    ledger_lines,
+    newest_lines,
+    next_part,
+    roll,
+    sync_directory,
+)
 from specblock.bandit.ledger_record import DECIDED, TERMINAL, Balance, Carried, LedgerRecord, parse_record
 
 __all__ = ["DECIDED", "TERMINAL", "Balance", "Ledger", "LedgerRecord", "read_balance", "read_ledger", "read_newest"]
@@ -33,7 +44,7 @@ _TRY_AGAIN = 16  # a file that could not be closed is tried again when it has gr
 class Ledger:
     """The ledger file, and an index of it.
 
-    ``balance`` sums it up, ``charges`` are those of the hour before its newest record.
+    ``balance`` sums it up, ``charges`` are those of the hour before its newest record, ``parts`` names its closed files.
 
     Args:
         path: created if missing.
@@ -46,7 +57,7 @@ class Ledger:
     def __init__(self, path: Path, part_bytes: int = 64 << 20) -> None:
         self.path = path
         self._part_bytes, self._roll_at = part_bytes, part_bytes
-        self._parts = 0
+        self.parts: tuple[str, ...] = ()
         self.balance = Balance()
         self.repaired_bytes = 0
         self.next_number = 0
@@ -55,7 +66,7 @@ class Ledger:
         self._stages: dict[str, set[str]] = {}
         self._open: dict[str, LedgerRecord] = {}
         path.parent.mkdir(parents=True, exist_ok=True)
-        finish_roll(path)
+        clean_up(path)
         self._file: FileIO = path.open("ab", buffering=0)
         sync_directory(path.parent)
         self._load()
@@ -91,7 +102,7 @@ class Ledger:
 
     def open_records(self) -> tuple[LedgerRecord, ...]:
         """The newest record of every update or check that has not ended, oldest decision first."""
-        return tuple(self._open[key] for key in sorted(self._open))
+        return tuple(self._open[key] for key in sorted(self._open, key=_number))
 
     def open_record(self, decision_id: str) -> LedgerRecord | None:
         """The newest record of a decision that has not ended."""
@@ -117,9 +128,9 @@ class Ledger:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
-                carried = _carried(self.path.name, line) if number == 1 else None
-                if carried is not None:
-                    self._take(carried)
+                plain = carried_of(self.path.name, line) if number == 1 else None
+                if plain is not None:
+                    self._take(_carried(self.path.name, plain))
                 else:
                     self._index(parse_record(self.path.name, number, line, inputs=False))
                 whole += len(line)
@@ -129,32 +140,35 @@ class Ledger:
                 os.fsync(file.fileno())
 
     def _take(self, carried: Carried) -> None:
-        self._parts, self.balance, self.next_number = carried.parts, carried.balance, carried.next_number
+        self.parts, self.balance, self.next_number = carried.parts, carried.balance, carried.next_number
         self.charges, self.last_record = carried.charges, carried.last_record
         self._stages = {key: set(stages) for key, stages in carried.stages.items()}
 
     def _roll(self, size: int) -> None:
         """Closes the file as a part and goes on in a new one; a disk that refuses is asked again later."""
-        newest = sorted(self._stages)[-_KNOWN_UPDATES:]
-        carried = Carried(
-            parts=self._parts + 1,
-            balance=self.balance,
-            next_number=self.next_number,
-            charges=self.charges,
-            stages={key: tuple(sorted(self._stages[key])) for key in newest},
-            last_record=self.last_record,
-        )
-        os.fsync(self._file.fileno())
+        newest = list(self._stages)[-_KNOWN_UPDATES:]
         try:
-            roll(self.path, carried.parts, dumps({CARRIED: carried}).encode() + b"\n")
+            os.fsync(self._file.fileno())
+            carried = Carried(
+                parts=(*self.parts, next_part(self.path)),
+                balance=self.balance,
+                next_number=self.next_number,
+                charges=self.charges,
+                stages={key: tuple(sorted(self._stages[key])) for key in newest},
+                last_record=self.last_record,
+            )
+            file = roll(self.path, carried.parts[-1], dumps({CARRIED: carried}).encode() + b"\n")
         except OSError:
             self._roll_at = size + self._part_bytes // _TRY_AGAIN
-        if self.path.stat().st_ino == os.fstat(self._file.fileno()).st_ino:
             return
         self._file.close()
-        self._file = self.path.open("ab", buffering=0)
-        self._parts, self._roll_at = carried.parts, self._part_bytes
+        self._file, self.parts, self._roll_at = file, carried.parts, self._part_bytes
         self._stages = {key: self._stages[key] for key in newest}
+        try:
+            for part in self.parts[-2:]:  # the one before too, if a crash or a full disk left it as it was
+                compress(self.path.with_name(part))
+        except OSError:
+            return  # larger than it need be; tried again with the next part
 
     def _index(self, record: LedgerRecord) -> None:
         self.next_number = max(self.next_number, _number(record.decision_id) + 1)
@@ -166,7 +180,8 @@ class Ledger:
         self.last_record = replace(record, context=None, policy_state=None)
         if record.stage == DECIDED and record.action not in (CHECK, PROBE):
             return
-        self._stages.setdefault(record.decision_id, set()).add(record.stage)
+        # Written to last is at the end.
+        self._stages[record.decision_id] = {*self._stages.pop(record.decision_id, ()), record.stage}
         if record.stage in TERMINAL:
             self._open.pop(record.decision_id, None)
         else:
@@ -196,11 +211,7 @@ def read_newest(path: Path, count: int) -> tuple[LedgerRecord, ...]:
     Raises:
         LedgerError: one of them cannot be read.
     """
-    if count <= 0:
-        return ()
-    newest = deque(ledger_lines(path, parts=False), maxlen=count)
-    if len(newest) < count:
-        newest = deque(ledger_lines(path), maxlen=count)
+    newest = newest_lines(path, count) if count > 0 else []
     return tuple(parse_record(place, number, line) for place, number, line in newest)
 
 
@@ -210,18 +221,16 @@ def read_balance(path: Path) -> Balance:
     Raises:
         LedgerError: a line cannot be read.
     """
-    with path.open("rb") as file:
-        carried = _carried(path.name, file.readline())
-    balance = Balance() if carried is None else carried.balance
-    for place, number, line in ledger_lines(path, parts=False):
-        balance = balance.add(parse_record(place, number, line, inputs=False))
+    with growing(path) as newest:
+        balance = Balance() if newest.carried is None else _carried(path.name, newest.carried).balance
+        for place, number, line in newest.lines:
+            balance = balance.add(parse_record(place, number, line, inputs=False))
     return balance
 
 
-def _carried(place: str, line: bytes) -> Carried | None:
+def _carried(place: str, plain: dict[str, Any]) -> Carried:
     try:
-        plain = carried_of(line)
-        carried: Carried | None = None if plain is None else from_plain(Carried, plain, ignore_unknown=True)
+        carried: Carried = from_plain(Carried, plain, ignore_unknown=True)
     except ValueError as error:
         raise LedgerError(f"{place}:1: unreadable summary of what was before: {error}") from error
     return carried

@@ -109,15 +109,15 @@ class Carried:
     """What a new file of the ledger begins with: the index of everything before it.
 
     Attributes:
-        parts: closed parts before it.
+        parts: names of the closed parts before it, oldest first.
         balance: of them.
         next_number: of the next decision.
         charges: of the hour before it.
-        stages: of the newest updates and checks, which may still be booked on.
+        stages: of the updates and checks that were written to last, which may still be booked on.
         last_record: the newest line, without its inputs.
     """
 
-    parts: int
+    parts: tuple[str, ...]
     balance: Balance
     next_number: int
     charges: tuple[Charge, ...]

@@ -92,6 +92,8 @@ class Trainer:
         until = max(1, round(arm.steps * fraction))
         before = candidate.run.positions
         chosen = mixed(windows, weights) if candidate.run.rehearses else meant(windows, weights)
+        if not chosen:
+            raise ValueError("no training windows of the kinds of text that this update is meant for")
         for batch in candidate.run.batches(chosen):
             if candidate.run.done >= until:
                 break

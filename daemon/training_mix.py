@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from specblock.drafter.window import Window
@@ -12,11 +13,18 @@ REHEARSAL = 0.25
 MOST_REPEATS = 4
 """A new kind of text has few windows at first; more repeats than this would only learn them by heart."""
 
+FEWEST_WINDOWS = 8
+
 
 def meant(windows: Sequence[Window], weights: Mapping[str, float]) -> list[Window]:
-    """Windows of the domains that an update is meant for, each once, oldest first; all, if it is meant for none."""
-    wanted = [window for window in windows if weights.get(window.domain, 0.0) > 0]
-    return sorted(wanted or windows, key=lambda window: window.time_s)
+    """Windows of the domains that an update is meant for, oldest first; of all domains, if it is meant for none.
+
+    Domains with fewer than ``FEWEST_WINDOWS`` are left out: an update that rehearses nothing would learn them by heart.
+    """
+    meant_for = {domain for domain, weight in weights.items() if weight > 0}
+    sizes = Counter(window.domain for window in windows if not meant_for or window.domain in meant_for)
+    wanted = [window for window in windows if sizes[window.domain] >= FEWEST_WINDOWS]
+    return sorted(wanted, key=lambda window: window.time_s)
 
 
 def mixed(windows: Sequence[Window], weights: Mapping[str, float]) -> list[Window]:

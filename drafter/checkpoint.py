@@ -1,4 +1,4 @@
-"""Drafter directories: ``config.json`` and ``model.safetensors`` with the published tensor names."""
+"""Drafter directories: ``config.json``, ``model.safetensors`` with the published tensor names and ours for a bias."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from specblock.drafter.config import DrafterConfig
 from specblock.drafter.kinds import new_network
 from specblock.drafter.network import DraftNetwork
 
-_BUFFERS = ("t2d", "d2t", "token_bias.domains")
-_OURS = ("token_bias.table", "token_bias.domains")
+_BUFFERS = ("t2d", "d2t", "token_bias.domains", "token_bias.stamps")
+_OURS = ("token_bias.table", "token_bias.domains", "token_bias.stamps")
 """Not part of the published format: written only where something was counted, zero where they are missing."""
 
 

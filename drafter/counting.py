@@ -22,12 +22,13 @@ from specblock.drafter.network import DraftNetwork
 from specblock.drafter.window import TrainingBatch, Window, collate
 
 TOKEN_BIAS = "token_bias.*"
-_SMOOTHING = 1.0  # expected occurrences added to both sides: a token hardly seen keeps its logit
+_SMOOTHING = 2.0  # expected occurrences added to both sides: a token hardly seen keeps its logit
 
 
 class TokenBiasRun:
     """Counts batch by batch; after every step the model carries the bias that all batches so far suggest.
 
+    Every conversation counts once, however often it comes: repeated it would look like evidence that is not there.
     Has the face of ``TrainRun`` that an update needs.
 
     Args:
@@ -50,6 +51,7 @@ class TokenBiasRun:
         self.positions = 0
         self._batch_windows, self._share, self._seed = batch_windows, share, seed
         self._counts: dict[int, _Counts] = {}
+        self._seen: set[str] = set()
 
     def batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
         """Endless batches from step ``done`` on."""
@@ -58,7 +60,12 @@ class TokenBiasRun:
     @torch.no_grad()
     def step(self, windows: Sequence[Window]) -> None:
         """Counts one batch of windows and moves the bias of their domains."""
-        batch = collate(windows, self.model.norm.weight.device)
+        self.done += 1
+        fresh = list({w.conversation_id: w for w in windows if w.conversation_id not in self._seen}.values())
+        if not fresh:
+            return
+        self._seen.update(window.conversation_id for window in fresh)
+        batch = collate(fresh, self.model.norm.weight.device)
         for key in dict.fromkeys(batch.domains):
             if key not in self._counts:
                 self._counts[key] = _Counts(self.model.token_bias.table[self.model.token_bias.row(key)].float())
@@ -69,7 +76,6 @@ class TokenBiasRun:
         for key in dict.fromkeys(batch.domains):
             counts, bias = self._counts[key], self.model.token_bias
             bias.table[bias.row(key)] = counts.start + self._share * counts.log_ratio()
-        self.done += 1
         self.positions += int(batch.valid.sum())
 
 

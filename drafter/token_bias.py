@@ -21,15 +21,18 @@ class TokenBias(nn.Module):
     Attributes:
         table: [1 + MAX_DOMAINS, Vd]; row 0 belongs to domains without a row of their own and stays zero.
         domains: int64 [1 + MAX_DOMAINS], ``domain_key`` of each row's domain, 0 where there is none.
+        stamps: int64 [1 + MAX_DOMAINS], larger where a row was counted later.
     """
 
     table: Tensor
     domains: Tensor
+    stamps: Tensor
 
     def __init__(self, draft_vocab_size: int) -> None:
         super().__init__()
         self.register_buffer("table", torch.zeros(1 + MAX_DOMAINS, draft_vocab_size))
         self.register_buffer("domains", torch.zeros(1 + MAX_DOMAINS, dtype=torch.int64))
+        self.register_buffer("stamps", torch.zeros(1 + MAX_DOMAINS, dtype=torch.int64))
         self._row_of: dict[int, int] = {}
 
     def of(self, keys: Sequence[int]) -> Tensor | None:
@@ -40,13 +43,13 @@ class TokenBias(nn.Module):
         return self.table[torch.tensor(rows, device=self.table.device)]
 
     def row(self, key: int) -> int:
-        """The row of a domain, made if it has none; with all rows taken the one that moves least gives way."""
+        """The row of a domain that is being counted; with all rows taken the one counted longest ago gives way."""
         if key not in self._row_of:
-            free = (self.domains[1:] == 0).nonzero()
-            row = 1 + int(free[0] if len(free) else self.table[1:].abs().sum(dim=1).argmin())
+            row = 1 + int(self.stamps[1:].argmin())  # rows never used have the smallest stamp
             self.table[row] = 0
             self.domains[row] = key
             self.refresh()
+        self.stamps[self._row_of[key]] = self.stamps.max() + 1
         return self._row_of[key]
 
     def refresh(self) -> None:

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.errors import LedgerError
 from specblock.bandit.ledger import Ledger, LedgerRecord, read_balance, read_ledger, read_newest
-from specblock.bandit.ledger_files import compress_parts, part_path
+from specblock.bandit.ledger_files import compress, next_part
 from specblock.bandit.policy import decide
+from specblock.bandit.replay import reproductions
 from tests.bandit.test_policy import CONTEXT, checked
 from tests.bandit.test_service import drive, make
 
@@ -223,21 +224,25 @@ def test_a_file_is_not_closed_amid_an_update(path: Path) -> None:
     ledger.close()
 
 
-@pytest.mark.parametrize("crash", ["before", "between", "uncompressed", "half compressed"])
+def part(path: Path, number: int) -> Path:
+    return path.with_name(f"ledger-{number:06d}.jsonl.gz")
+
+
+@pytest.mark.parametrize("crash", ["before", "linked", "uncompressed", "half compressed"])
 def test_a_crash_while_closing_loses_nothing(path: Path, crash: str) -> None:
     written = grown(path, 40)
-    parts = len(list(path.parent.glob("ledger-*")))
-    newest, new = part_path(path, parts), path.with_name("ledger.jsonl.new")
-    if crash == "before":  # the new file was written, nothing was renamed
+    newest, new = part(path, len(list(path.parent.glob("ledger-*")))), path.with_name("ledger.jsonl.new")
+    if crash in ("before", "linked"):  # the new file was written, and is not yet in place
         new.write_bytes(path.read_bytes().splitlines(keepends=True)[0])
-    elif crash == "between":
-        path.rename(new)
-    else:
+    if crash == "linked":
+        path.with_name(next_part(path)).hardlink_to(path)
+    if "compressed" in crash:
         closed = newest.with_suffix("")
         closed.write_bytes(gzip.decompress(newest.read_bytes()))
         newest.unlink()
         if crash == "half compressed":
             closed.with_name(closed.name + ".partial").write_bytes(b"half")
+    assert list(read_ledger(path)) == written, "whoever reads before the daemon is back"
     ledger = Ledger(path, 4000)
     assert list(read_ledger(path)) == written and not new.exists()
     more = [record(number, action="skip", reason="r" * 400) for number in range(40, 60)]
@@ -245,28 +250,83 @@ def test_a_crash_while_closing_loses_nothing(path: Path, crash: str) -> None:
         ledger.append(one)
     ledger.close()
     assert list(read_ledger(path)) == [*written, *more]
-    assert all(part.suffix == ".gz" for part in path.parent.glob("ledger-*"))
+    assert all(file.suffix == ".gz" for file in path.parent.glob("ledger-*"))
+
+
+def test_a_reader_that_began_before_a_file_was_closed_sees_every_line_once(path: Path) -> None:
+    written = grown(path, 40)
+    reading = read_ledger(path)
+    seen = [next(reading) for _ in range(3)]
+    ledger = Ledger(path, 4000)
+    for number in range(40, 60):
+        ledger.append(record(number, action="skip", reason="r" * 400))
+    ledger.close()
+    assert [*seen, *reading][: len(written)] == written
 
 
 def test_a_part_that_was_taken_away_only_shortens_the_history(path: Path) -> None:
     written = grown(path, 60)
-    part_path(path, 1).unlink()
+    part(path, 1).unlink()
     left = list(read_ledger(path))
     assert 0 < len(left) < len(written) and left == written[-len(left) :]
     assert read_balance(path).decisions == 60, "the balance is carried"
+    part(path, 2).write_bytes(part(path, 2).read_bytes()[:50])
+    with pytest.raises(LedgerError, match=r"ledger-000002\.jsonl\.gz: cannot be read"):
+        list(read_ledger(path))
 
 
-def test_a_disk_that_refuses_a_new_file_lets_the_old_one_grow(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_another_ledger_stay_what_they_are(path: Path) -> None:
+    grown(path, 40)
+    before = {file.name: file.read_bytes() for file in path.parent.glob("ledger-*")}
+    path.unlink()  # somebody started afresh beside the old parts
+    written = grown(path, 40)
+    assert list(read_ledger(path)) == written
+    assert {name: path.with_name(name).read_bytes() for name in before} == before
+
+
+def test_a_booking_after_many_checks_is_remembered_across_files(path: Path) -> None:
+    ledger = Ledger(path, 30_000)
+    for stage in ("decided", "probing", "settled"):
+        ledger.append(record(0, stage))
+    for number in range(1, 90):
+        ledger.append(record(number, action="check_parity"))
+        ledger.append(record(number, "checked", action="check_parity"))
+    ledger.append(record(0, "closed", numbers={"realised_s": 5.0}, reason="r" * 30_000))
+    assert ledger.parts, "the booking closed the file"
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.append(record(0, "closed", numbers={"realised_s": 5.0}))
+    assert ledger.balance.realised_s == 5.0
+    ledger.close()
+
+
+def test_every_file_says_what_the_rule_knew(tmp_path: Path) -> None:
+    _, service = make(tmp_path)
+    service._ledger._part_bytes = service._ledger._roll_at = 20_000
+    drive(_, service, 1000, 400)
+    service.close(1400.0)
+    path = tmp_path / "ledger.jsonl"
+    assert len(service._ledger.parts) > 2
+    reproduced = [r.reproduced for r in reproductions(read_ledger(path), PolicyConfig())]
+    whole = len(reproduced)
+    path.with_name(service._ledger.parts[1] + ".gz").unlink()
+    left = [r.why for r in reproductions(read_ledger(path), PolicyConfig()) if not r.reproduced]
+    assert whole > 100 and not [why for why in left if "not in the ledger" in why]
+
+
+@pytest.mark.parametrize("call", ["link", "fsync"])
+def test_a_disk_that_refuses_a_new_file_lets_the_old_one_grow(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
     ledger = Ledger(path, 1000)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("specblock.bandit.ledger.roll", full)
+        patch.setattr(f"specblock.bandit.ledger_files.os.{call}", full)
         for number in range(8):
-            ledger.append(record(number, action="skip", reason="r" * 300))
-    assert not list(path.parent.glob("ledger-*"))
+            ledger.append(record(number, action="skip", reason="r" * 300), durable=False)
+    assert not list(path.parent.glob("ledger-*")) and not path.with_name("ledger.jsonl.new").exists()
     for number in range(8, 12):
         ledger.append(record(number, action="skip", reason="r" * 300))
     ledger.close()
@@ -275,9 +335,9 @@ def test_a_disk_that_refuses_a_new_file_lets_the_old_one_grow(path: Path, monkey
 
 def test_compressed_parts_are_the_same_bytes_each_time(path: Path) -> None:
     grown(path, 30)
-    part = part_path(path, 1)
-    before = part.read_bytes()
-    part.with_suffix("").write_bytes(gzip.decompress(before))
-    part.unlink()
-    compress_parts(path)
-    assert part.read_bytes() == before
+    packed = part(path, 1)
+    before = packed.read_bytes()
+    packed.with_suffix("").write_bytes(gzip.decompress(before))
+    packed.unlink()
+    compress(packed.with_suffix(""))
+    assert packed.read_bytes() == before

@@ -35,7 +35,16 @@ def test_the_table_is_labelled_modelled(policy: str) -> None:
     rows = [line.split() for line in out.splitlines() if line.startswith("stationary  ")]
     names = [row[1] for row in rows]
     assert names == [
-        *("never", "always_head", "always_full", "every_80", "every_400", "every_1600", "dual_ema"),
+        *(
+            "never",
+            "always_statistics",
+            "always_head",
+            "always_full",
+            "every_80",
+            "every_400",
+            "every_1600",
+            "dual_ema",
+        ),
         *("without_model", "without_residual", "cost_aware", "oracle"),
     ]
     assert rows[0][4] == "0.0" and rows[-1][7] == "0.0%"

@@ -155,26 +155,27 @@ def test_micro_profile_then_rest_then_store_and_reload(trainer: Trainer) -> None
 
 def test_an_arm_without_gradients_is_counted_stored_and_compared(trainer: Trainer) -> None:
     counted = Arm(name="statistics", patterns=("token_bias.*",), steps=4, learning_rate=1.0)
-    windows, base = [random_window(i) for i in range(4)], trainer.registry.serving()
+    windows, base = [random_window(2 * i) for i in range(8)], trainer.registry.serving()
     assert base is not None
     probe = trainer.train("d000001", counted, base, 0.25, False, windows, {})
     rest = trainer.train("d000001", counted, base, 1.0, True, windows, {})
     assert rest.positions == 3 * probe.positions and rest.candidate_version == probe.candidate_version
-    assert len(trainer.compare(base, rest.candidate_version, windows, 0.01).rows) == 4
+    assert len(trainer.compare(base, rest.candidate_version, windows, 0.01).rows) == 8
     before, after = trainer.weights(base), trainer.weights(trainer.store(rest.candidate_version, "d000001"))
-    assert {name for name in after if not torch.equal(after[name], before[name])} == {
-        "token_bias.table",
-        "token_bias.domains",
-    }
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert moved == {"token_bias.table", "token_bias.domains", "token_bias.stamps"}
 
 
 def test_counting_leaves_kinds_of_text_alone_that_it_is_not_meant_for(trainer: Trainer) -> None:
     counted = Arm(name="statistics", patterns=("token_bias.*",), steps=2, learning_rate=1.0)
-    windows, base = [random_window(i) for i in range(6)], trainer.registry.serving()
+    windows, base = [random_window(i) for i in range(18)], trainer.registry.serving()
     assert base is not None and {w.domain for w in windows} == {"python", "cpp"}
     name = trainer.train("d000001", counted, base, 1.0, False, windows, {"cpp": 0.5, "python": 0.0}).candidate_version
     keys = trainer.weights(name)["token_bias.domains"]
     assert keys[keys != 0].tolist() == [domain_key("cpp")]
+    for few in (windows[:14], [w for w in windows if w.domain == "python"]):
+        with pytest.raises(ValueError, match="meant for"):
+            trainer.train("d000002", counted, base, 1.0, False, few, {"cpp": 0.5, "python": 0.0})
 
 
 def test_parity_of_a_version_with_itself_has_no_difference(trainer: Trainer) -> None:

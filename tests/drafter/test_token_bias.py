@@ -71,19 +71,19 @@ def test_counts_are_those_of_every_slot_that_is_reached(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_counting_brings_the_drafter_closer_and_moves_nothing_else(kind: str) -> None:
-    windows = [foreign_window(i) for i in range(4)]
+    windows = [foreign_window(i) for i in range(12)]
     model = tiny_model(**KINDS[kind])
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     settings = DraftSettings(blocks=1, node_budget=3)
     first = acceptance_length(replay(BlockDrafter(model, settings), windows))
-    run = update_run(model, TrainSettings(steps=2, batch_windows=2, patterns=("token_bias.*",), learning_rate=1.0))
+    run = update_run(model, TrainSettings(steps=2, batch_windows=6, patterns=("token_bias.*",), learning_rate=1.0))
     for batch, _ in zip(run.batches(windows), range(2), strict=False):
         run.step(batch)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert moved == {"token_bias.table", "token_bias.domains"}
+    assert moved == {"token_bias.table", "token_bias.domains", "token_bias.stamps"}
     assert run.done == 2 and run.positions == sum(int(collate([w]).valid.sum()) for w in windows)
     bias = model.token_bias.of(collate(windows).domains)
-    assert bias is not None and bias.argmax(dim=1).tolist() == [COMMON] * 4
+    assert bias is not None and bias.argmax(dim=1).tolist() == [COMMON] * 12
     with torch.no_grad():
         target, draft = expected_counts(model, collate(windows), bias)
         _, as_before = expected_counts(model, collate(windows), torch.zeros_like(bias))
@@ -142,17 +142,26 @@ def test_it_is_not_mixed_with_training() -> None:
         update_run(tiny_model(), TrainSettings(steps=1, patterns=("token_bias.*", "lm_head.*")))
 
 
-def test_rows_are_bounded_and_the_weakest_gives_way() -> None:
+def test_rows_are_bounded_and_the_one_counted_longest_ago_gives_way() -> None:
     bias = TokenBias(5)
     keys = [domain_key(f"kind {i}") for i in range(MAX_DOMAINS + 1)]
-    for number, key in enumerate(keys[:-1]):
-        bias.table[bias.row(key)] = 1.0 + (number != 4)
+    for key in keys[:-1]:
+        bias.table[bias.row(key)] = 1.0
+    bias.row(keys[0])  # counted again: now the second is the oldest
     newest = bias.row(keys[-1])
-    assert bias.of([keys[4], keys[-1]]) is not None
-    known = [bias.of([key]) is not None for key in keys]
-    assert known == [number != 4 for number in range(len(keys))]
+    assert [bias.of([key]) is not None for key in keys] == [number != 1 for number in range(len(keys))]
     assert not bias.table[newest].any() and not bias.table[0].any()
     assert bias.of([domain_key(""), domain_key("never seen")]) is None
+
+
+def test_a_conversation_counts_once() -> None:
+    windows = [foreign_window(1)]
+    once, often = TokenBiasRun(tiny_model(), 1, 1.0), TokenBiasRun(tiny_model(), 1, 1.0)
+    once.step(windows)
+    for _ in range(6):
+        often.step(windows)
+    assert torch.equal(once.model.token_bias.table, often.model.token_bias.table)
+    assert often.done == 6 and often.positions == once.positions
 
 
 def test_checkpoints_carry_it_and_published_ones_do_without(tmp_path: Path) -> None:
