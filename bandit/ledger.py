@@ -44,7 +44,7 @@ _TRY_AGAIN = 16  # a file that could not be closed is tried again when it has gr
 class Ledger:
     """The ledger file, and an index of it.
 
-    ``balance`` sums it up, ``charges`` are those of the hour before its newest record, ``parts`` names its closed files.
+    ``balance`` sums it up, ``charges`` are those of the hour before its newest record, ``parts`` its closed files.
 
     Args:
         path: created if missing.
