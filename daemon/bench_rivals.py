@@ -13,7 +13,6 @@ import torch
 from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, WayName
 from specblock.daemon.bench_ways import Way, engine_way, transformers_way
 from specblock.daemon.cost_profile import profiled_planner
-from specblock.daemon.errors import IncompatibleError
 from specblock.daemon.models import load_network, load_target
 from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
@@ -24,7 +23,6 @@ from specblock.verifier.model import TargetModel
 
 RIVALS, DEMO_DRAFTER = Path("models/rivals"), Path("models/demo-drafter")
 TUNED = "tuned.json"
-SHIPPED = "specblock_shipped"
 KINDS = ("specblock", "eagle3", "parallel")
 LARGEST = {
     "specblock": DraftSettings(blocks=2, leaf_cap=16, node_budget=63),
@@ -37,21 +35,11 @@ _LOOKUP_TOKENS = 10  # transformers' own usual setting
 
 
 def networks(target: TargetModel, directory: Path = RIVALS) -> dict[str, DraftNetwork]:
-    """Every rival that is there, by kind; the demo drafter stands in for a SpecBlock that was trained like the rest."""
+    """Every rival that is there, by kind; SpecBlock is the demo drafter unless another one lies beside the rivals."""
     places = {kind: directory / kind for kind in KINDS}
     if not places["specblock"].is_dir():
         places["specblock"] = DEMO_DRAFTER
     return {kind: load_network(target, place) for kind, place in places.items() if place.is_dir()}
-
-
-def shipped(target: TargetModel, directory: Path = RIVALS) -> DraftNetwork | None:
-    """The demo drafter, where it fits this target and does not stand in already."""
-    if not ((directory / "specblock").is_dir() and DEMO_DRAFTER.is_dir()):
-        return None
-    try:
-        return load_network(target, DEMO_DRAFTER)
-    except IncompatibleError:
-        return None
 
 
 def tuned_settings(directory: Path = RIVALS) -> dict[str, DraftSettings]:
@@ -70,9 +58,7 @@ def settings_json(settings: DraftSettings) -> dict[str, Any]:
     return asdict(settings)
 
 
-def ways(
-    target: TargetModel, found: dict[str, DraftNetwork], demo: DraftNetwork | None = None
-) -> Iterator[tuple[WayName, Way]]:
+def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[WayName, Way]]:
     """Every way of answering, named; the order is that of the table."""
     yield PLAIN, engine_way(target, None)
     untouched = load_target(target.model_name, target.dtype, str(target.device), native=False)
@@ -101,23 +87,11 @@ def ways(
         largest = BlockDrafter(network, replace(LARGEST[kind], noise_scale=best.noise_scale))
         planner = profiled_planner(target, largest, slots=1, seed=0)
         yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planner)
-    if demo is not None:
-        yield from _shipped(target, demo, tuned)
-
-
-def _shipped(
-    target: TargetModel, network: DraftNetwork, tuned: dict[str, DraftSettings]
-) -> Iterator[tuple[WayName, Way]]:
-    """What `make run` serves with, trained twelve times as long as the rivals: it compares no kinds."""
-    small = tuned.get("specblock", published_settings("specblock"))
-    yield WayName(SHIPPED, True, "fixed"), engine_way(target, BlockDrafter(network, small))
-    largest = BlockDrafter(network, replace(LARGEST["specblock"], noise_scale=small.noise_scale))
-    yield WayName(SHIPPED, True, "cost_chosen"), engine_way(target, largest, profiled_planner(target, largest, 1, 0))
 
 
 def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:
     """Bytes that one block and every further one of a way's drafter read; zero without weights."""
-    kind = name.drafter.removesuffix("_tuned").removesuffix("_published").removesuffix("_shipped")
+    kind = name.drafter.removesuffix("_tuned").removesuffix("_published")
     if kind not in found:
         return 0, 0
     first, both = (weight_bytes_per_cycle(found[kind], blocks) for blocks in (1, 2))

@@ -62,14 +62,12 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
     torch.set_num_threads(1)
     dtype = serving_dtype(settings.dtype, "cpu")
     target = load_target(settings.target, DTYPES[dtype], "cpu")
-    found, demo = rivals.networks(target), rivals.shipped(target)
+    found = rivals.networks(target)
     rivals.warm(target)
     rows: list[Row] = []
     for temperature in settings.temperatures:
         how = Question(temperature=temperature, top_p=settings.top_p, new_tokens=settings.new_tokens)
-        ways = dict(
-            rivals.ways(target, found, demo)
-        )  # anew: what a planner learned at one temperature is no use at another
+        ways = dict(rivals.ways(target, found))  # anew: what a planner learned at one temperature is no use at another
         by_domain = {}
         for domain in DOMAINS:
             prompts = read_prompts(settings.prompts / f"{domain}.jsonl")
