@@ -231,6 +231,26 @@ def bench_tune(
     return tune.run(settings, progress(False))
 
 
+@bench_app.command("load")
+@command
+def bench_load(
+    concurrency: Annotated[
+        list[int] | None, typer.Option(min=1, help="Requests at once, repeatable; default 1, 2, 4, 8 and 16.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Rounds of prompts, both ways each.")] = 6,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory for load.json.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Compare drafting with plain decoding as more requests run at once."""
+    from specblock.daemon import bench_load as load
+
+    base = load.LoadSettings(rounds=rounds, temperature=temperature, dtype=dtype, out=out)
+    settings = replace(base, concurrency=tuple(concurrency or base.concurrency))
+    return load.run(settings, as_json, progress(as_json))
+
+
 @bench_app.command("kernels")
 @command
 def bench_kernels(
