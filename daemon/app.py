@@ -251,6 +251,20 @@ def bench_load(
     return load.run(settings, as_json, progress(as_json))
 
 
+@bench_app.command("roofline")
+@command
+def bench_roofline(
+    target: Annotated[str, typer.Option(help="Model directory or hub id.")] = "models/demo-target",
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory for roofline.json.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Say what a cycle's forwards must read and compute, and how far they are from it."""
+    from specblock.daemon import bench_roofline as roofline
+
+    return roofline.run(target, dtype, out, as_json, progress(as_json))
+
+
 @bench_app.command("kernels")
 @command
 def bench_kernels(

@@ -80,7 +80,7 @@ def measure_drafting(
     Returns:
         Points of block 1, and of later blocks (none if this drafter has no later block).
     """
-    cycle = _DraftCycle(drafter, feature_size, slots)
+    cycle = DraftCycle(drafter, feature_size, slots)
     first: list[Timing] = []
     later: list[Timing] = []
     settings = drafter.settings
@@ -102,15 +102,16 @@ def measure_drafting(
     return first, later
 
 
-class _DraftCycle:
+class DraftCycle:
     """Drafts again and again for the first slots of a cache, each time a few positions further."""
 
-    def __init__(self, drafter: AnyDrafter, feature_size: int, slots: int) -> None:
+    def __init__(self, drafter: AnyDrafter, feature_size: int, slots: int, runs: int = 0) -> None:
+        """Room is made for what ``measure_drafting`` does, and for ``runs`` runs of two positions more."""
         self.device = drafter.device
         self._drafter, self._feature_size = drafter, feature_size
         # Every run appends: slot 0 takes part in the measurements of both batches.
         appended = 2 * (_REPEATS + 1) * (1 + sum(_POSITIONS)) + 2 * (_REPEATS + 2) * (len(_LEAVES) + 1)
-        self._cache: Any = drafter.new_cache(slots, _PREFIX_TOKENS + appended)
+        self._cache: Any = drafter.new_cache(slots, _PREFIX_TOKENS + appended + 2 * runs)
         self._params = [SamplingParams(temperature=1.0, top_p=0.95, seed=slot) for slot in range(slots)]
         self._noise: NoiseWindow | None = None
         if drafter.shares_noise:
@@ -132,6 +133,10 @@ class _DraftCycle:
         """Seconds of such a cycle."""
         return _timed(lambda: self.run(plan, batch, positions), clock, self.device)
 
+    def refresh(self, positions: int) -> None:
+        """Absorbs new positions of the first slot without drafting."""
+        self._drafter.refresh(self._cache, [0], self._new(1, positions))
+
     def _new(self, batch: int, positions: int) -> NewPositions:
         generator = torch.Generator().manual_seed(positions)
         features = torch.randn(batch, positions, self._feature_size, generator=generator)
@@ -149,7 +154,7 @@ def _verify_timings(target: TargetModel, slots: int, clock: Clock, until_s: floa
         for batch in sorted({1, slots}):
             if index > 1 and clock() >= until_s:
                 return
-            tree = _stand_in(rows, batch, target.device)
+            tree = stand_in_tree(rows, batch, target.device)
             sampling = SamplingBatch.of(params[:batch], target.device)
 
             def once(tree: DraftTree = tree, batch: int = batch, sampling: SamplingBatch = sampling) -> None:
@@ -160,7 +165,7 @@ def _verify_timings(target: TargetModel, slots: int, clock: Clock, until_s: floa
             yield Timing(rows, batch, _timed(once, clock, target.device))
 
 
-def _stand_in(rows: int, batch: int, device: torch.device) -> DraftTree:
+def stand_in_tree(rows: int, batch: int, device: torch.device) -> DraftTree:
     """Chains of depth 8 from the root, R = ``rows`` in all."""
     order = torch.arange(rows, device=device)
     depth = torch.where(order > 0, (order - 1) % _DEPTH + 1, 0)

@@ -1,0 +1,50 @@
+"""``bench roofline``: what is counted is what the shapes say, natively and not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from specblock.cuda_ext.attention import tree_attention
+from specblock.cuda_ext.linear import can_pack, pack, swiglu
+from specblock.daemon.bench_roofline import Ceilings, Phase, Work, measure, measured_ceilings, table
+
+INNER, SIZE, ROWS = 48, 32, 3
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_products_and_attention_are_counted_by_shape(native: bool) -> None:
+    gate, up, down = torch.randn(INNER, SIZE), torch.randn(INNER, SIZE), torch.randn(SIZE, INNER)
+    x, query, key = torch.randn(ROWS, SIZE), torch.randn(1, 4, ROWS, 16), torch.randn(1, 2, 20, 16)
+    mask = torch.ones(1, ROWS, 20, dtype=torch.bool)
+    native = native and can_pack(gate)
+    with torch.inference_mode(), Work() as work:
+        if native:
+            packed = [pack(weight) for weight in (gate, up, down)]
+            swiglu(x, *packed)
+            tree_attention(query, key, key, mask)
+        else:
+            F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+    products = 2 * ROWS * 3 * INNER * SIZE
+    assert work.weight_bytes == 3 * INNER * SIZE * 4
+    assert work.operations == products + (4 * 4 * ROWS * 16 * 20 if native else 0)
+    assert work.cache_bytes == (2 * 2 * 20 * 16 * 4 if native else 0)
+
+
+def test_the_floor_is_the_larger_quotient() -> None:
+    weight, x = torch.randn(64, 64), torch.randn(2, 64)
+    ceilings = Ceilings(bytes_per_s=64 * 64 * 4 * 1e3, operations_per_s=2 * 2 * 64 * 64 * 1e2)
+    with torch.inference_mode():
+        alone, among = measure(
+            [Phase("alone", lambda: F.linear(x, weight), True), Phase("more", lambda: F.linear(x, weight), False)],
+            ceilings,
+        )
+    assert (alone.memory_floor_ms, alone.compute_floor_ms) == (pytest.approx(1.0), pytest.approx(10.0))
+    assert alone.distance == pytest.approx(alone.measured_ms / 10) and among.distance is None
+    assert "alone" in table({}, ceilings, [alone, among])
+
+
+def test_ceilings_are_those_of_a_computer() -> None:
+    found = measured_ceilings()
+    assert 1e8 < found.bytes_per_s < 1e13 and 1e8 < found.operations_per_s < 1e14
