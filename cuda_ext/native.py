@@ -41,6 +41,8 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("grow_tree", _grow_tree_shape),
         ("accept_walk", _accept_walk_shape),
         ("commit_rows", _commit_rows_shape),
+        ("attention_inputs", _attention_inputs_shape),
+        ("layer_rest", _layer_rest_shape),
     ):
         torch.library.register_fake(f"specblock::{name}", shape)
     return True
@@ -113,3 +115,12 @@ def _accept_walk_shape(
 
 def _commit_rows_shape(storage: Tensor, *others: Tensor) -> None:
     return None
+
+
+def _attention_inputs_shape(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query_out, key_out = others[5], others[6]
+    return tuple(x.new_empty(*x.shape[:-1], size) for size in (query_out, key_out, key_out))  # type: ignore[return-value]
+
+
+def _layer_rest_shape(x: Tensor, *others: Any) -> Tensor:
+    return torch.empty_like(x)

@@ -16,10 +16,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from specblock.cuda_ext.attention import tree_attention
+from specblock.cuda_ext.layer import AttentionWeights, RestWeights, attention_inputs, layer_rest
 from specblock.cuda_ext.linear import PackedLinear, can_pack, exchange, pack_linears, swiglu
 from specblock.cuda_ext.norm import rms_norm
 
 ATTENTION = "specblock_tree"
+_PLAIN_LAYERS = ("LlamaDecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
 _PLAIN_ATTENTION = ("LlamaAttention", "Qwen3Attention", "MistralAttention")
 _PLAIN_MLP = ("LlamaMLP", "Qwen2MLP", "Qwen3MLP", "MistralMLP")
 _SILU = (nn.SiLU, SiLUActivation)
@@ -86,6 +88,56 @@ class NativeAttention(nn.Module):
         return projection.packed.heads(x, rotary, norm.weight, float(norm.variance_epsilon))
 
 
+class NativeLayer(nn.Module):
+    """Takes the place of a whole decoder layer whose attention, MLP and norms are native."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        # Under their own names, so that the model looks as it did.
+        self.self_attn = attention = NativeAttention(layer.self_attn)
+        self.mlp = mlp = NativeMLP(layer.mlp)
+        self.input_layernorm = before = NativeNorm(layer.input_layernorm)
+        self.post_attention_layernorm = after = NativeNorm(layer.post_attention_layernorm)
+        query_norm, key_norm = attention.q_norm, attention.k_norm
+        self._before = AttentionWeights(
+            norm=before.weight,
+            eps=before.variance_epsilon,
+            query=attention.q_proj.packed,
+            key=attention.k_proj.packed,
+            value=attention.v_proj.packed,
+            query_norm=None if query_norm is None else query_norm.weight,
+            key_norm=None if key_norm is None else key_norm.weight,
+            head_eps=0.0 if query_norm is None else float(query_norm.variance_epsilon),
+        )
+        self._after = RestWeights(
+            output=attention.o_proj.packed,
+            norm=after.weight,
+            eps=after.variance_epsilon,
+            gate=mlp.gate_proj.packed,
+            up=mlp.up_proj.packed,
+            down=mlp.down_proj.packed,
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        **others: Any,
+    ) -> Tensor:
+        """transformers' calling convention; see ``NativeAttention``."""
+        attention = self.self_attn
+        query, key, value = attention_inputs(hidden_states, self._before, position_embeddings)
+        past = past_key_values if cache is None else cache
+        if past is not None:
+            key, value = past.update(key, value, attention.layer_idx)
+        mixed, _ = _attention(attention, query, key, value, attention_mask, scaling=attention.scaling, **others)
+        return layer_rest(hidden_states, mixed.flatten(2), self._after)
+
+
 def _projections(attention: Any) -> list[nn.Linear]:
     return [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
 
@@ -94,13 +146,29 @@ def _gated(mlp: Any) -> list[nn.Linear]:
     return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
+def _native_decoder(child: nn.Module) -> nn.Module | None:
+    if type(child).__name__ not in _PLAIN_LAYERS:
+        return None
+    norms = [child.input_layernorm, child.post_attention_layernorm]
+    heads = [getattr(child.self_attn, name, None) for name in ("q_norm", "k_norm")]
+    plain = all(type(norm).__name__ in _PLAIN_NORMS for norm in (*norms, *(norm for norm in heads if norm is not None)))
+    native = plain and _is_native_attention(child.self_attn) and _is_native_mlp(child.mlp)
+    return NativeLayer(child) if native else None
+
+
 def _native_layer(child: nn.Module) -> nn.Module | None:
-    name = type(child).__name__
-    if name in _PLAIN_ATTENTION and all(_plain(p) for p in _projections(child)):
+    if _is_native_attention(child):
         return NativeAttention(child)
-    if name in _PLAIN_MLP and isinstance(child.act_fn, _SILU) and all(_plain(p) for p in _gated(child)):
-        return NativeMLP(child)
-    return None
+    return NativeMLP(child) if _is_native_mlp(child) else None
+
+
+def _is_native_attention(child: Any) -> bool:
+    return type(child).__name__ in _PLAIN_ATTENTION and all(_plain(p) for p in _projections(child))
+
+
+def _is_native_mlp(child: Any) -> bool:
+    activation = type(child).__name__ in _PLAIN_MLP and isinstance(child.act_fn, _SILU)
+    return activation and all(_plain(p) for p in _gated(child))
 
 
 def _plain(linear: nn.Module) -> bool:
@@ -115,6 +183,7 @@ def use_native_layers(model: Any) -> bool:
     """
     if not can_pack(model.get_input_embeddings().weight):
         return False
+    exchange(model, _native_decoder)
     exchange(model, _native_layer)
     exchange(model, lambda child: NativeNorm(child) if type(child).__name__ in _PLAIN_NORMS else None)
     pack_linears(model)

@@ -8,42 +8,25 @@
 
 #include "kernels.h"
 #include "philox.h"
+#include "products.h"
 #include "rotary.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kMultiplyAddsPerThread = 1 << 16;  // less is not worth waking a thread for
+using namespace specblock;
 
 // x [..., K] float32, packed [panels, K, 16] bfloat16 or float32 -> [..., out_features] float32.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features) {
-  STD_TORCH_CHECK(x.is_cpu() && packed.is_cpu(), "packed_linear: tensors must be on the CPU");
-  STD_TORCH_CHECK(x.dim() >= 1 && packed.dim() == 3, "packed_linear: expected x [..., K] and packed [panels, K, 16]");
-  STD_TORCH_CHECK(x.is_contiguous() && packed.is_contiguous(), "packed_linear: tensors must be contiguous");
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && x.is_contiguous(), "packed_linear: x must be contiguous [..., K] on the CPU");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "packed_linear: x must be float32");
-  const bool narrow = packed.scalar_type() == ScalarType::BFloat16;
-  STD_TORCH_CHECK(narrow || packed.scalar_type() == ScalarType::Float, "packed_linear: packed must be bfloat16 or float32");
-  const int64_t K = x.size(x.dim() - 1), M = K > 0 ? x.numel() / K : 0, panels = packed.size(0);
+  const int64_t K = x.size(x.dim() - 1);
   STD_TORCH_CHECK(K > 0, "packed_linear: there are no inputs");
-  STD_TORCH_CHECK(packed.size(1) == K && packed.size(2) == specblock::kPanel, "packed_linear: packed does not fit x");
-  STD_TORCH_CHECK(out_features > (panels - 1) * specblock::kPanel && out_features <= panels * specblock::kPanel,
-                  "packed_linear: out_features does not fit packed");
+  check_packed(packed, K, out_features);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape.back() = out_features;
   Tensor out = torch::stable::empty(shape, ScalarType::Float);
-  if (M == 0) return out;
-  const auto* rows = static_cast<const float*>(x.const_data_ptr());
-  auto* to = static_cast<float*>(out.mutable_data_ptr());
-  const void* weights = packed.const_data_ptr();
-  const int64_t grain = kMultiplyAddsPerThread / (M * K * specblock::kPanel) + 1;
-  torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    if (narrow)
-      specblock::kernels().multiply_half(rows, static_cast<const uint16_t*>(weights), to, M, K, out_features, begin, end);
-    else
-      specblock::kernels().multiply_float(rows, static_cast<const float*>(weights), to, M, K, out_features, begin, end);
-  });
+  specblock::multiply(static_cast<const float*>(x.const_data_ptr()), x.numel() / K, packed,
+                      static_cast<float*>(out.mutable_data_ptr()), out_features);
   return out;
 }
 
@@ -51,11 +34,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
 Tensor swiglu(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t inner, int64_t out_features) {
   Tensor middle = packed_linear(x, gate, inner);
   const Tensor other = packed_linear(x, up, inner);
-  auto* to = static_cast<float*>(middle.mutable_data_ptr());
-  const auto* by = static_cast<const float*>(other.const_data_ptr());
-  torch::stable::parallel_for(0, middle.numel(), kMultiplyAddsPerThread, [&](int64_t begin, int64_t end) {
-    specblock::kernels().gate(to + begin, by + begin, end - begin);
-  });
+  specblock::gate_with(static_cast<float*>(middle.mutable_data_ptr()), static_cast<const float*>(other.const_data_ptr()),
+                       middle.numel());
   return packed_linear(middle, down, out_features);
 }
 
