@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rows_of, take_rows
+from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rest_of_layer, rows_of, take_rows
 from specblock.drafter.network import DraftNetwork
 
 
@@ -35,9 +35,8 @@ class Eagle3Layer(nn.Module):
         token, hidden = x_BT2H.chunk(2, dim=-1)
         both = torch.cat([self.input_layernorm(token), self.hidden_norm(hidden)], dim=-1)
         mixed = self.self_attn(both, 0, rotary, attend, asking)
-        hidden = mixed + (hidden if asking is None else take_rows(hidden, asking))
-        result: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
-        return result
+        hidden = hidden if asking is None else take_rows(hidden, asking)
+        return rest_of_layer(hidden, mixed, self.self_attn.o_proj, self.post_attention_layernorm, self.mlp)
 
 
 class Eagle3Model(DraftNetwork):

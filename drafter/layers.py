@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specblock.cuda_ext.layer import AttentionWeights, RestWeights, attention_inputs, layer_rest
 from specblock.cuda_ext.linear import PackedWeight, can_pack, pack, swiglu
 from specblock.cuda_ext.norm import rms_norm
 from specblock.drafter.config import DrafterConfig
@@ -88,11 +89,11 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self._eps = eps
+        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises the last dimension."""
-        return rms_norm(x, self.weight, self._eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -109,18 +110,41 @@ class Attention(nn.Module):
     def forward(
         self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
     ) -> Tensor:
-        """Projects, rotates, attends, projects back: [B, T, in_features] -> [B, T, H].
+        """Projects, rotates, attends: [B, T, in_features] -> [B, T, heads * D]; ``o_proj`` is the caller's.
 
-        With ``asking`` int64 [B, A], rows, only those look for something: the result is [B, A, H].
+        With ``asking`` int64 [B, A], rows, only those look for something: the result has A rows.
         """
-
         key = self._rotated(self.k_proj, x_BTH, rotary)
         value = self._heads(self.v_proj(x_BTH))
         if asking is not None:
             cos, sin = (take_rows(table[:, 0], asking)[:, None] for table in rotary)
             x_BTH, rotary = take_rows(x_BTH, asking), (cos, sin)
         query = self._rotated(self.q_proj, x_BTH, rotary)
-        return self.o_proj(attend(layer, query, key, value).flatten(2))
+        return attend(layer, query, key, value).flatten(2)
+
+    def of_normed(
+        self,
+        x_BTH: Tensor,
+        norm: RMSNorm,
+        layer: int,
+        rotary: tuple[Tensor, Tensor],
+        attend: Attend,
+        asking: Tensor | None = None,
+    ) -> Tensor:
+        """``forward`` of normalised rows."""
+        query, key, value = (p.packed_weight() for p in (self.q_proj, self.k_proj, self.v_proj))
+        if asking is not None or query is None or key is None or value is None:
+            return self(norm(x_BTH), layer, rotary, attend, asking)
+        weights = AttentionWeights(norm=norm.weight, eps=norm.eps, query=query, key=key, value=value)
+        heads = attention_inputs(x_BTH, weights, (rotary[0][:, 0], rotary[1][:, 0]))
+        return attend(layer, *heads).flatten(2)
+
+    def __call__(
+        self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
+    ) -> Tensor:
+        """The typed face of ``nn.Module.__call__``."""
+        result: Tensor = super().__call__(x_BTH, layer, rotary, attend, asking)
+        return result
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:2], -1, self.head_dim).transpose(1, 2)
@@ -148,6 +172,18 @@ class MLP(nn.Module):
         if gate is not None and up is not None and down is not None:
             return swiglu(x, gate, up, down)
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rest_of_layer(x_BTH: Tensor, mixed: Tensor, output: Linear, norm: RMSNorm, mlp: MLP) -> Tensor:
+    """What a decoder layer does after its attention: [B, A, H] from its rows and ``mixed`` [B, A, heads * D]."""
+    packed = [p.packed_weight() for p in (output, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
+    whole = [weight for weight in packed if weight is not None]
+    if len(whole) == len(packed):
+        names = dict(zip(("output", "gate", "up", "down"), whole, strict=True))
+        return layer_rest(x_BTH, mixed, RestWeights(norm=norm.weight, eps=norm.eps, **names))
+    x_BTH = x_BTH + output(mixed)
+    result: Tensor = x_BTH + mlp(norm(x_BTH))
+    return result
 
 
 def take_rows(x_BTH: Tensor, rows_BA: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rows_of, take_rows
+from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rest_of_layer, rows_of, take_rows
 from specblock.drafter.network import DraftNetwork
 
 RANK_FEATURES = 15
@@ -57,10 +57,9 @@ class DecoderLayer(nn.Module):
         self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
     ) -> Tensor:
         """[B, T, H] -> [B, T, H], or [B, A, H] of the rows ``asking`` [B, A]."""
-        mixed = self.self_attn(self.input_layernorm(x_BTH), layer, rotary, attend, asking)
-        x_BTH = mixed + (x_BTH if asking is None else take_rows(x_BTH, asking))
-        result: Tensor = x_BTH + self.mlp(self.post_attention_layernorm(x_BTH))
-        return result
+        mixed = self.self_attn.of_normed(x_BTH, self.input_layernorm, layer, rotary, attend, asking)
+        x_BTH = x_BTH if asking is None else take_rows(x_BTH, asking)
+        return rest_of_layer(x_BTH, mixed, self.self_attn.o_proj, self.post_attention_layernorm, self.mlp)
 
 
 class SpecBlockModel(DraftNetwork):

@@ -72,8 +72,8 @@ def test_what_does_not_fit_is_refused() -> None:
     rest = [x, torch.zeros(1, 2, 32), wide, norm, 1e-5, narrow, narrow, wide, 32]
     torch.ops.specblock.layer_rest(*rest)
     for place, wrong in (
-        (0, torch.zeros(1, 3, 48)), (1, torch.zeros(1, 2, 31)), (2, narrow), (3, torch.ones(47)), (5, wide), (7, narrow),
-        (8, 64),
+        (0, torch.zeros(1, 3, 48)), (1, torch.zeros(1, 2, 31)), (2, narrow), (3, torch.ones(47)), (5, wide),
+        (7, narrow), (8, 64),
     ):  # fmt: skip
         with pytest.raises(RuntimeError):
             torch.ops.specblock.layer_rest(*rest[:place], wrong, *rest[place + 1 :])
