@@ -41,15 +41,15 @@ class CycleCost:
         phase = Phase.LATER_BLOCK if block else Phase.FIRST_BLOCK
         return self.curve.draft_s(block, leaves, drafting) * self.correction.factor(phase)
 
-    def draft_s(self, leaf_caps: Sequence[int], drafting: int) -> float:
-        """Seconds of all drafter blocks of a cycle."""
+    def draft_s(self, leaf_caps: Sequence[int], drafting: int, positions: int = 1) -> float:
+        """Seconds of all drafter blocks of a cycle with so many new positions."""
         later_s = sum(self.block_s(block, leaves, drafting) for block, leaves in enumerate(leaf_caps, start=1))
-        return self.block_s(0, 1, drafting) + later_s
+        return self.block_s(0, positions, drafting) + later_s
 
-    def cycle_s(self, plan: DraftPlan, drafting: int, batch: int) -> float:
-        """Seconds of a cycle in which D of B requests draft by a plan."""
+    def cycle_s(self, plan: DraftPlan, drafting: int, batch: int, positions: int = 1) -> float:
+        """Seconds of a cycle in which D of B requests draft by a plan, with so many new positions."""
         verify_s = float(self.verify_s(np.array([plan.node_budget + 1.0]), batch)[0])
-        return self.draft_s(plan.leaf_caps, drafting) + verify_s + self.overhead_s
+        return self.draft_s(plan.leaf_caps, drafting, positions) + verify_s + self.overhead_s
 
     def plain_s(self, batch: int) -> float:
         """Seconds of a cycle without speculation."""

@@ -21,6 +21,7 @@ from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
 from specblock.daemon.speculation import GateSettings, Participant, SpeculationGate
+from specblock.daemon.tree_habit import Habit
 from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook, best_budget
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
@@ -31,7 +32,6 @@ Clock = Callable[[], float]
 
 _LEAF_CHOICES = (4, 8, 16)
 _STATUS_HALF_LIFE_CYCLES = 500.0
-_STALL = 2.0  # a cycle counts as so many times its expected seconds at most
 _KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
 
 
@@ -42,16 +42,22 @@ class PlannerSettings:
     Attributes:
         explore_share: cycles that make another choice of leaves than the best one.
         plain_share: cycles without speculation while it is on, to keep the price of plain decoding known.
+        settle_cycles: cycles with drafts of a new drafter, or of another number of requests, that are all weighed.
+        weigh_every: of later ones every so many is weighed and learned from; those between follow the choice before.
         gate: when speculation goes off and on.
     """
 
     explore_share: float = 0.02
     plain_share: float = 0.005
+    settle_cycles: int = 96
+    weigh_every: int = 4
     gate: GateSettings = field(default_factory=GateSettings)
 
     def __post_init__(self) -> None:
         if not (0 <= self.explore_share <= 1 and 0 <= self.plain_share <= 1):
             raise ValueError("planner: explore_share and plain_share must be in [0, 1]")
+        if self.settle_cycles < 0 or self.weigh_every < 1:
+            raise ValueError("planner: settle_cycles must be at least 0, weigh_every at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,7 @@ class _Cycle:
     probing: bool
     plain_check: bool
     explore_block: int
+    weighed: bool
     begin_s: float
     growth: Growth = field(default_factory=Growth)
     block_s: list[float] = field(default_factory=list)
@@ -159,6 +166,7 @@ class TreePlanner:
         self.outlook = TreeOutlook(self.survival, settings.node_budget)
         self._typical = DraftPlan((), min(8, settings.node_budget))
         self._cycle: _Cycle | None = None
+        self._habit = Habit()
         self._explored = 0
         self._nodes, self._leaves, self._blocks, self._plain = (
             ForgettingRatio(_STATUS_HALF_LIFE_CYCLES) for _ in range(4)
@@ -180,6 +188,7 @@ class TreePlanner:
         if plain_check:
             speculate = (False,) * batch
         explores = any(speculate) and self._settings.blocks > 1 and explore < self._planner.explore_share
+        due = self._habit.due(batch, sum(speculate), self._planner.settle_cycles, self._planner.weigh_every)
         behind = [count for count, yes in zip(new_positions, speculate, strict=False) if yes]
         self._cycle = _Cycle(
             participants=tuple(participants),
@@ -188,6 +197,7 @@ class TreePlanner:
             probing=probing,
             plain_check=plain_check,
             explore_block=self._generator.randrange(self._settings.blocks - 1) if explores else -1,
+            weighed=due or explores or probing,
             begin_s=self._clock(),
         )
         self._cycle.last_s = self._cycle.begin_s
@@ -198,7 +208,17 @@ class TreePlanner:
         cycle = self._under_way()
         if block + 1 >= self._settings.blocks or score_Bm.shape[1] == 0:
             return 0
+        if not cycle.weighed and not self._habit.leaves(block):
+            return 0
         scores = _on_host(score_Bm)
+        if not cycle.weighed:
+            self._tick(cycle)
+            cycle.growth.extendable.append(scores)
+            choice = min(self._habit.leaves(block), int(np.isfinite(scores).sum(axis=1).max()))
+            if choice:
+                cycle.growth.leaf_caps.append(choice)
+            cycle.last_s = self._clock()
+            return choice
         self._tick(cycle)
         stop = self.outlook.stop(cycle.growth, block, scores)
         values, predicted = self._outcomes(cycle, block, stop)
@@ -219,16 +239,19 @@ class TreePlanner:
         scores = _on_host(score_BM)
         self._tick(cycle)
         gain_N = self.outlook.kept(cycle.growth, scores)
+        if not cycle.weighed:
+            cycle.nodes = self._habit.nodes(gain_N)
+            cycle.spent_s = self._clock() - cycle.begin_s
+            return cycle.nodes
         scale, spent_s = self._scaled(cycle)
         bias = self.outlook.budget_bias(1 + len(cycle.growth.leaf_caps))
-        cycle.nodes = best_budget(
-            scale * bias * gain_N,
-            cycle.batch,
-            spent_s + self.cost.overhead_s,
-            self.cost.verify_s(np.arange(2, len(gain_N) + 2, dtype=np.float64), cycle.batch),
-        )
+        fixed_s = spent_s + self.cost.overhead_s
+        verify_s_N = self.cost.verify_s(np.arange(2, len(gain_N) + 2, dtype=np.float64), cycle.batch)
+        cycle.nodes = best_budget(scale * bias * gain_N, cycle.batch, fixed_s, verify_s_N)
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
         self.outlook.chosen(cycle.growth, scores, cycle.nodes)
+        if not cycle.probing and cycle.explore_block < 0:
+            self._habit.chose(cycle.growth.leaf_caps, scale * bias, fixed_s, verify_s_N)
         cycle.spent_s = self._clock() - cycle.begin_s
         return cycle.nodes
 
@@ -245,19 +268,20 @@ class TreePlanner:
             building_s = result.draft_s - cycle.spent_s
             cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
             cost.observe_verify(result.verify_s, result.tree.num_rows, batch, result.other_s + max(0.0, building_s))
-            observed = (result.tree, result.accepted_rows, result.num_accepted)
-            self.survival.observe(*observed)
-            self.gain.observe(*observed, growth.leaf_caps, growth.leaf_mass)
-            self.outlook.accepted(growth, sum(result.num_accepted))
+            if cycle.weighed:
+                observed = (result.tree, result.accepted_rows, result.num_accepted)
+                self.survival.observe(*observed)
+                self.gain.observe(*observed, growth.leaf_caps, growth.leaf_mass)
+                self.outlook.accepted(growth, sum(result.num_accepted))
             self._typical = cycle.plan
             self._nodes.add(cycle.nodes)
             self._leaves.add(sum(growth.leaf_caps))
             self._blocks.add(cycle.plan.blocks)
-            expected_s = cost.cycle_s(cycle.plan, batch if cycle.probing else cycle.drafting, batch)
-            # Probes draft for one request only, and catching up is paid once: neither says what drafting costs. Nor
-            # does a stall, which holds up a whole batch at once.
-            caught_up = cycle.probing or cycle.positions > USUAL_POSITIONS
-            usual_s = expected_s if caught_up else min(seconds, _STALL * expected_s)
+            # By the corrected curves, as plain decoding is: what slows the machine down for a while slows both, and the
+            # cycle's own seconds would blame drafting for it. Probes draft for one request only, and catching up is
+            # paid once: neither says what drafting costs.
+            positions = cycle.positions if cycle.positions <= USUAL_POSITIONS else 1
+            usual_s = cost.cycle_s(cycle.plan, batch if cycle.probing else cycle.drafting, batch, positions)
         self._plain.add(result.tree is None)
         self.gate.record(
             cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cost.plain_s(batch)
@@ -268,6 +292,7 @@ class TreePlanner:
         self.survival.fade(_KEEP_ON_CHANGE)
         self.gain.fade(_KEEP_ON_CHANGE)
         self.gate.drafter_changed()
+        self._habit = Habit()
 
     def speculates(self, domain: str) -> bool:
         """Whether requests of a domain draft at present, so that their prompt is worth absorbing."""
