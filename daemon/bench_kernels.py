@@ -11,23 +11,37 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from specblock.cuda_ext.attention import masked_attention, tree_attention
 from specblock.cuda_ext.choice import choose, choose_reference
-from specblock.cuda_ext.linear import pack
+from specblock.cuda_ext.layer import (
+    AttentionWeights,
+    RestWeights,
+    attention_inputs,
+    attention_inputs_reference,
+    layer_rest,
+    layer_rest_reference,
+)
+from specblock.cuda_ext.linear import PackedWeight, pack
 from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.noise import NoiseRows, NoiseWindow
 from specblock.cuda_ext.norm import reference_norm, rms_norm
-from specblock.cuda_ext.ops import grow_tree, grow_tree_vectorised
+from specblock.cuda_ext.ops import commit_rows, commit_rows_vectorised, grow_tree, grow_tree_vectorised
 from specblock.cuda_ext.ranking import best_tokens, ranked_reference
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
+from specblock.daemon.cost_profile import stand_in_tree
 from specblock.daemon.facts import facts
 from specblock.daemon.models import load_target
 from specblock.drafter.expand import expand_chain, expand_vectorised, root_leaf
 from specblock.drafter.proposals import Proposals
+from specblock.verifier.accept import accept, accept_reference
+from specblock.verifier.history import ChoiceState
 from specblock.verifier.model import TargetModel
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -63,7 +77,14 @@ def run(model: str, as_json: bool, say: Callable[[str], None]) -> int:
         return 4
     torch.set_num_threads(1)
     with torch.inference_mode():
-        rows = [*_linear_rows(), *_attention_rows(), *_norm_rows(), *_cycle_rows(), *_forward_rows(model)]
+        rows = [
+            *_linear_rows(),
+            *_attention_rows(),
+            *_norm_rows(),
+            *_layer_rows(),
+            *_cycle_rows(),
+            *_forward_rows(model),
+        ]
     known = facts(dtype="float32", rounds=_ROUNDS)
     say(
         json.dumps({"facts": known, "rows": [asdict(row) for row in rows]}, indent=2) if as_json else table(known, rows)
@@ -167,7 +188,66 @@ def _cycle_rows() -> list[KernelRow]:
                 lambda: grow_tree_vectorised(root, candidates, 8, _SLOTS)),
         compare("the target's choice", f"1 row, {_VOCABULARY} tokens", lambda: choose(logits[:1], one, first),
                 lambda: choose_reference(logits[:1], one, first)),
+        *_acceptance_rows(),
     ]  # fmt: skip
+
+
+def _acceptance_rows() -> list[KernelRow]:
+    """What ends a cycle: walking a chain that the target agrees with half way, moving its rows behind the prefix."""
+    depth = _SLOTS + 1
+    tree = stand_in_tree(2 * _SLOTS, 1, torch.device("cpu"))
+    logits = torch.randn(1, tree.num_rows, _VOCABULARY)
+    for row in range(_SLOTS // 2):
+        logits[0, row, int(tree.token[0, row + 1])] = 100.0
+    window = NoiseWindow(1, 2 * _SLOTS + 1, _VOCABULARY)
+    window.advance([0], [0], [7], [0])
+    params = SamplingParams(temperature=1.0, top_p=0.95)
+    given = (tree, [ChoiceState(params, [], _VOCABULARY)], window, [0], [0], SamplingBatch.of([params]))
+    storage = torch.zeros(_LAYERS, 1, _KV_HEADS, 512, _HEAD_SIZE)
+    moved = (torch.zeros(1, dtype=torch.int64), torch.tensor([200]), torch.tensor([[0, *range(2, depth)]]))
+    return [
+        compare("acceptance walk", f"{tree.num_rows} rows, {_VOCABULARY} tokens", lambda: accept(logits, *given),
+                lambda: accept_reference(logits, *given)),
+        compare("KV commit", f"{depth - 1} rows, {_LAYERS} layers", lambda: commit_rows(storage, *moved),
+                lambda: commit_rows_vectorised(storage, *moved)),
+    ]  # fmt: skip
+
+
+def _layer_rows() -> list[KernelRow]:
+    """All layers' parts around their attentions, in two calls each and of their parts."""
+    width, kv = _HEADS * _HEAD_SIZE, _KV_HEADS * _HEAD_SIZE
+
+    def packed(outputs: int, inputs: int) -> PackedWeight:
+        return pack(torch.randn(outputs, inputs).bfloat16().float())
+
+    layers = [
+        (
+            AttentionWeights(norm=torch.ones(_HIDDEN), eps=1e-6, query=packed(width, _HIDDEN), key=packed(kv, _HIDDEN),
+                             value=packed(kv, _HIDDEN)),
+            RestWeights(output=packed(_HIDDEN, width), norm=torch.ones(_HIDDEN), eps=1e-6, gate=packed(_INNER, _HIDDEN),
+                        up=packed(_INNER, _HIDDEN), down=packed(_HIDDEN, _INNER)),
+        )
+        for _ in range(_LAYERS)
+    ]  # fmt: skip
+
+    def through(x: Tensor, rotary: tuple[Tensor, Tensor], inputs: Any, rest: Any) -> None:
+        for before, after in layers:
+            query, _, _ = inputs(x, before, rotary)
+            rest(x, query.transpose(1, 2).flatten(2), after)
+
+    found = []
+    for rows in _ROWS:
+        x, angle = torch.randn(1, rows, _HIDDEN), torch.randn(1, rows, _HEAD_SIZE)
+        given = (x, (angle.cos(), angle.sin()))
+        found.append(
+            compare(
+                f"{_LAYERS} layers without attention",
+                f"{rows} rows",
+                partial(through, *given, attention_inputs, layer_rest),
+                partial(through, *given, attention_inputs_reference, layer_rest_reference),
+            )
+        )
+    return found
 
 
 def _forward_rows(model: str) -> list[KernelRow]:
