@@ -17,7 +17,7 @@ import shutil
 import zlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -71,19 +71,24 @@ def roll(path: Path, part: str, carried: bytes) -> FileIO:
     """
     new = path.with_name(path.name + _NEW)
     new.unlink(missing_ok=True)
-    file = new.open("ab", buffering=0)
+    directory = os.open(path.parent, os.O_RDONLY)  # now: after the change nothing may fail any more
     try:
-        if file.write(carried) != len(carried):
-            raise OSError("the first line was written in part only")
-        os.fsync(file.fileno())
-        os.link(path, path.with_name(part))
-        new.replace(path)
-    except OSError:
-        file.close()
-        clean_up(path)
-        raise
-    sync_directory(path.parent)
-    return file
+        file = new.open("ab", buffering=0)
+        try:
+            if file.write(carried) != len(carried):
+                raise OSError("the first line was written in part only")
+            os.fsync(file.fileno())
+            os.link(path, path.with_name(part))
+            new.replace(path)
+        except OSError:
+            file.close()
+            clean_up(path)
+            raise
+        with suppress(OSError):  # a lost name comes back as the file before, whole
+            os.fsync(directory)
+        return file
+    finally:
+        os.close(directory)
 
 
 def compress(closed: Path) -> None:

@@ -28,7 +28,7 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
     except OSError as error:
         log.warning("native operations cannot be loaded (%s): using the slower references", str(error).splitlines()[0])
         return False
-    for name, shape in (
+    shapes = (
         ("packed_linear", _packed_linear_shape),
         ("tree_attention", _tree_attention_shape),
         ("swiglu", _swiglu_shape),
@@ -43,7 +43,14 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("commit_rows", _commit_rows_shape),
         ("attention_inputs", _attention_inputs_shape),
         ("layer_rest", _layer_rest_shape),
-    ):
+    )
+    missing = [name for name, _ in shapes if not hasattr(torch.ops.specblock, name)]
+    if missing:
+        log.warning(
+            "native operations are of older sources (no %s): install again; using the slower references", missing
+        )
+        return False
+    for name, shape in shapes:
         torch.library.register_fake(f"specblock::{name}", shape)
     return True
 

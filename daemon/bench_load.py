@@ -186,6 +186,7 @@ def serve(
     waiting = deque(range(len(prompts)))
     sent_s: dict[int, float] = {}
     first_s: dict[int, float] = {}
+    first_tokens: dict[int, int] = {}
     newest_s: dict[int, float] = {}
 
     def send() -> None:
@@ -216,13 +217,13 @@ def serve(
             if number in newest_s:
                 answers.wait_s.append(now_s - newest_s[number])
             else:
-                first_s[number] = now_s
+                first_s[number], first_tokens[number] = now_s, len(chunk.tokens)
                 answers.first_s.append(now_s - sent_s[number])
             newest_s[number] = now_s
             if chunk.finish_reason is not None:
                 assert chunk.stats is not None and chunk.finish_reason == "length", chunk.finish_reason
                 answers.stats.append(chunk.stats)
-                further = max(1, len(answers.tokens[number]) - 1)
+                further = max(1, len(answers.tokens[number]) - first_tokens[number])
                 answers.token_s.append((now_s - first_s[number]) / further)
                 if waiting:
                     send()

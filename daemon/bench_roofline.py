@@ -76,7 +76,18 @@ class Work(TorchDispatchMode):
             self._product(x, gate, inner)
             self._product(x, up, inner)
             self._count(down, x.numel() // x.shape[-1] * inner * outputs)
-        elif name == "tree_attention" or name.startswith("_scaled_dot_product"):
+        elif name == "attention_inputs":
+            x, query, key, value, query_out, key_out = args[0], *args[3:8]
+            self._product(x, query, query_out)
+            self._product(x, key, key_out)
+            self._product(x, value, key_out)
+        elif name == "layer_rest":
+            x, mixed, output, gate, up, down, inner = args[0], args[1], args[2], *args[5:9]
+            self._product(mixed, output, x.shape[-1])
+            self._product(x, gate, inner)
+            self._product(x, up, inner)
+            self._count(down, x.numel() * inner)
+        elif name == "tree_attention" or "scaled_dot_product" in name:
             self._attention(*args[:3])
         elif name == "linear":
             self._count(args[1], args[0].numel() * args[1].shape[0])

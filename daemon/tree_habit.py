@@ -13,24 +13,22 @@ from dataclasses import dataclass
 from specblock.daemon.tree_outlook import best_budget
 from specblock.drafter.survival import Floats
 
+_MOST_KINDS = 64  # of batches told apart
+
 
 @dataclass(slots=True)
 class Habit:
-    """Choices for one kind of batch; another kind starts anew."""
+    """Choices for batches of so many requests, of which so many draft."""
 
-    _of: tuple[int, int] = (0, 0)
+    batch: int
     _cycles: int = 0
     _leaf_caps: tuple[int, ...] | None = None
     _scale: float = 1.0
     _fixed_s: float = 0.0
     _verify_s: Floats | None = None
 
-    def due(self, batch: int, drafting: int, settle_cycles: int, weigh_every: int) -> bool:
-        """Whether a cycle of so many requests, of which so many draft, is to be weighed; counts it."""
-        if not drafting:
-            return False
-        if (batch, drafting) != self._of:
-            self._of, self._cycles, self._leaf_caps = (batch, drafting), 0, None
+    def due(self, settle_cycles: int, weigh_every: int) -> bool:
+        """Whether the next cycle is to be weighed; counts it."""
         self._cycles += 1
         return self._leaf_caps is None or self._cycles <= settle_cycles or self._cycles % weigh_every == 0
 
@@ -54,4 +52,19 @@ class Habit:
         """The best node budget for expected accepted drafts by budget, at the costs of before."""
         assert self._verify_s is not None, "a cycle is weighed before one follows it"
         known = min(len(gain_N), len(self._verify_s))
-        return best_budget(self._scale * gain_N[:known], self._of[0], self._fixed_s, self._verify_s[:known])
+        return best_budget(self._scale * gain_N[:known], self.batch, self._fixed_s, self._verify_s[:known])
+
+
+class Habits:
+    """A habit for every kind of batch that was seen lately: requests come and go, and the same few kinds come again."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, int], Habit] = {}
+
+    def of(self, batch: int, drafting: int) -> Habit:
+        """The habit of a cycle of so many requests, of which so many draft."""
+        habit = self._found.pop((batch, drafting), None) or Habit(batch)
+        self._found[batch, drafting] = habit  # used last is at the end
+        if len(self._found) > _MOST_KINDS:
+            del self._found[next(iter(self._found))]
+        return habit

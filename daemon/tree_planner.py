@@ -21,7 +21,7 @@ from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
 from specblock.daemon.speculation import GateSettings, Participant, SpeculationGate
-from specblock.daemon.tree_habit import Habit
+from specblock.daemon.tree_habit import Habit, Habits
 from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook, best_budget
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
@@ -32,6 +32,7 @@ Clock = Callable[[], float]
 
 _LEAF_CHOICES = (4, 8, 16)
 _STATUS_HALF_LIFE_CYCLES = 500.0
+_SURPLUS_HALF_LIFE, _SURPLUS_PRIOR_CYCLES, _MOST_SURPLUS = 200.0, 30.0, 8.0
 _KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
 
 
@@ -118,6 +119,7 @@ class _Cycle:
     probing: bool
     plain_check: bool
     explore_block: int
+    habit: Habit
     weighed: bool
     begin_s: float
     growth: Growth = field(default_factory=Growth)
@@ -166,8 +168,10 @@ class TreePlanner:
         self.outlook = TreeOutlook(self.survival, settings.node_budget)
         self._typical = DraftPlan((), min(8, settings.node_budget))
         self._cycle: _Cycle | None = None
-        self._habit = Habit()
+        self._habits = Habits()
         self._explored = 0
+        # Real over modelled seconds: what the curves do not know, the weighing itself among it.
+        self._surplus, self._plain_surplus = ForgettingRatio(_SURPLUS_HALF_LIFE), ForgettingRatio(_SURPLUS_HALF_LIFE)
         self._nodes, self._leaves, self._blocks, self._plain = (
             ForgettingRatio(_STATUS_HALF_LIFE_CYCLES) for _ in range(4)
         )
@@ -187,8 +191,9 @@ class TreePlanner:
         plain_check = any(speculate) and not probing and check < self._planner.plain_share
         if plain_check:
             speculate = (False,) * batch
-        explores = any(speculate) and self._settings.blocks > 1 and explore < self._planner.explore_share
-        due = self._habit.due(batch, sum(speculate), self._planner.settle_cycles, self._planner.weigh_every)
+        habit = self._habits.of(batch, sum(speculate))
+        due = any(speculate) and habit.due(self._planner.settle_cycles, self._planner.weigh_every)
+        explores = due and self._settings.blocks > 1 and explore < self._planner.explore_share
         behind = [count for count, yes in zip(new_positions, speculate, strict=False) if yes]
         self._cycle = _Cycle(
             participants=tuple(participants),
@@ -197,7 +202,8 @@ class TreePlanner:
             probing=probing,
             plain_check=plain_check,
             explore_block=self._generator.randrange(self._settings.blocks - 1) if explores else -1,
-            weighed=due or explores or probing,
+            habit=habit,
+            weighed=due or probing,
             begin_s=self._clock(),
         )
         self._cycle.last_s = self._cycle.begin_s
@@ -208,13 +214,13 @@ class TreePlanner:
         cycle = self._under_way()
         if block + 1 >= self._settings.blocks or score_Bm.shape[1] == 0:
             return 0
-        if not cycle.weighed and not self._habit.leaves(block):
+        if not cycle.weighed and not cycle.habit.leaves(block):
             return 0
         scores = _on_host(score_Bm)
         if not cycle.weighed:
             self._tick(cycle)
             cycle.growth.extendable.append(scores)
-            choice = min(self._habit.leaves(block), int(np.isfinite(scores).sum(axis=1).max()))
+            choice = min(cycle.habit.leaves(block), int(np.isfinite(scores).sum(axis=1).max()))
             if choice:
                 cycle.growth.leaf_caps.append(choice)
             cycle.last_s = self._clock()
@@ -240,7 +246,7 @@ class TreePlanner:
         self._tick(cycle)
         gain_N = self.outlook.kept(cycle.growth, scores)
         if not cycle.weighed:
-            cycle.nodes = self._habit.nodes(gain_N)
+            cycle.nodes = cycle.habit.nodes(gain_N)
             cycle.spent_s = self._clock() - cycle.begin_s
             return cycle.nodes
         scale, spent_s = self._scaled(cycle)
@@ -251,7 +257,10 @@ class TreePlanner:
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
         self.outlook.chosen(cycle.growth, scores, cycle.nodes)
         if not cycle.probing and cycle.explore_block < 0:
-            self._habit.chose(cycle.growth.leaf_caps, scale * bias, fixed_s, verify_s_N)
+            caps = cycle.growth.leaf_caps
+            usual_s = self.cost.draft_s(caps, cycle.drafting) + self.cost.overhead_s  # without what is paid only now
+            every_N = np.arange(2, self._settings.node_budget + 2, dtype=np.float64)
+            cycle.habit.chose(caps, scale * bias, usual_s, self.cost.verify_s(every_N, cycle.batch))
         cycle.spent_s = self._clock() - cycle.begin_s
         return cycle.nodes
 
@@ -263,6 +272,7 @@ class TreePlanner:
         usual_s = seconds
         if result.tree is None:
             cost.observe_plain(result.verify_s, seconds, batch, amid_speculation=cycle.plain_check)
+            self._plain_surplus.add(min(seconds / cost.plain_s(batch), _MOST_SURPLUS))
         else:
             assert result.accepted_rows is not None and cycle.nodes, "a tree that these limits did not bound"
             building_s = result.draft_s - cycle.spent_s
@@ -280,8 +290,13 @@ class TreePlanner:
             # By the corrected curves, as plain decoding is: what slows the machine down for a while slows both, and the
             # cycle's own seconds would blame drafting for it. Probes draft for one request only, and catching up is
             # paid once: neither says what drafting costs.
-            positions = cycle.positions if cycle.positions <= USUAL_POSITIONS else 1
-            usual_s = cost.cycle_s(cycle.plan, batch if cycle.probing else cycle.drafting, batch, positions)
+            usual = cycle.positions <= USUAL_POSITIONS
+            drafting, positions = batch if cycle.probing else cycle.drafting, cycle.positions if usual else 1
+            modelled_s = cost.cycle_s(cycle.plan, drafting, batch, positions)
+            if usual and not cycle.probing:
+                self._surplus.add(min(seconds / modelled_s, _MOST_SURPLUS))
+            prior = (1.0, _SURPLUS_PRIOR_CYCLES)
+            usual_s = modelled_s * self._surplus.value(*prior) / self._plain_surplus.value(*prior)
         self._plain.add(result.tree is None)
         self.gate.record(
             cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cost.plain_s(batch)
@@ -292,7 +307,8 @@ class TreePlanner:
         self.survival.fade(_KEEP_ON_CHANGE)
         self.gain.fade(_KEEP_ON_CHANGE)
         self.gate.drafter_changed()
-        self._habit = Habit()
+        self._habits = Habits()
+        self._surplus = ForgettingRatio(_SURPLUS_HALF_LIFE)
 
     def speculates(self, domain: str) -> bool:
         """Whether requests of a domain draft at present, so that their prompt is worth absorbing."""

@@ -45,7 +45,8 @@ class TokenBias(nn.Module):
     def row(self, key: int) -> int:
         """The row of a domain that is being counted; with all rows taken the one counted longest ago gives way."""
         if key not in self._row_of:
-            row = 1 + int(self.stamps[1:].argmin())  # rows never used have the smallest stamp
+            free = (self.domains[1:] == 0).nonzero()
+            row = 1 + int(free[0] if len(free) else self.stamps[1:].argmin())
             self.table[row] = 0
             self.domains[row] = key
             self.refresh()

@@ -109,16 +109,16 @@ def accept(
         first_position: absolute position of the token that follows each root.
         sampling: the same parameters as tensors on the logits' device, if the caller has them already.
     """
-    if not (logits_BRV.is_cpu and native_available()) or any(state.adjusts for state in states):
+    # Other types would have to be widened as a whole, to read the few rows that are visited.
+    served = logits_BRV.is_cpu and logits_BRV.dtype in (torch.float32, torch.float64) and native_available()
+    if not served or any(state.adjusts for state in states):
         return accept_reference(logits_BRV, tree, states, noise, slots, first_position, sampling)
     sampling = SamplingBatch.of([state.params for state in states]) if sampling is None else sampling
-    # Widening is exact; see ``choose``.
-    wide = logits_BRV if logits_BRV.dtype == torch.float64 else logits_BRV.float()
     level_W = torch.arange(min(noise.width, tree.num_rows))
     slot_B1, first_B1 = torch.tensor([slots, first_position])[..., None]
     rows_at = noise.rows(slot_B1, first_B1 + level_W)
     tokens, rows, counts = torch.ops.specblock.accept_walk(
-        wide.contiguous(),
+        logits_BRV.contiguous(),
         tree.token.contiguous(),
         tree.parent.contiguous(),
         rows_at.storage,

@@ -27,7 +27,12 @@ class Choice {
  public:
   template <class Logit>
   int64_t of(const Logit* logits, int64_t size, const ChoiceFilters& filters, const double* noise) {
-    if (filters.temperature == 0) return std::max_element(logits, logits + size) - logits;  // the lowest id of equals
+    if (filters.temperature == 0) {
+      int64_t best = 0;  // the lowest id of equals; the first NaN, as the definition has it
+      for (int64_t i = 0; i < size && logits[best] == logits[best]; i++)
+        if (logits[i] > logits[best] || logits[i] != logits[i]) best = i;
+      return best;
+    }
     scaled_.resize(size);
     weight_.resize(size);
     bool numbers = true;

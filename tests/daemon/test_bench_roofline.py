@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from specblock.cuda_ext.attention import tree_attention
 from specblock.cuda_ext.linear import can_pack, pack, swiglu
 from specblock.daemon.bench_roofline import Ceilings, Phase, Work, measure, measured_ceilings, table
+from specblock.verifier.model import TargetModel
+from tests.verifier.helpers import tiny_hf_model
 
 INNER, SIZE, ROWS = 48, 32, 3
 
@@ -30,6 +32,23 @@ def test_products_and_attention_are_counted_by_shape(native: bool) -> None:
     assert work.weight_bytes == 3 * INNER * SIZE * 4
     assert work.operations == products + (4 * 4 * ROWS * 16 * 20 if native else 0)
     assert work.cache_bytes == (2 * 2 * 20 * 16 * 4 if native else 0)
+
+
+def test_a_models_forward_counts_the_same_in_native_layers_and_its_own() -> None:
+    found = []
+    for native in (True, False):
+        target = TargetModel.from_model(tiny_hf_model("llama", torch.float32, head_dim=16), native=native)
+        cache = target.new_cache(1, 32)
+        slot = cache.allocate()
+        with torch.inference_mode(), Work() as work:
+            target.forward(cache, [slot], torch.zeros(1, 5, dtype=torch.int64))
+        found.append(work)
+    own, plain = found
+    weights = sum(p.numel() for name, p in tiny_hf_model("llama", torch.float32, head_dim=16).named_parameters()
+                  if p.ndim == 2 and "embed" not in name)  # fmt: skip
+    assert plain.weight_bytes == 4 * weights
+    assert plain.weight_bytes <= own.weight_bytes < 1.3 * plain.weight_bytes, "panels are filled up to 16 outputs"
+    assert own.operations == plain.operations and own.operations > 2 * 5 * weights
 
 
 def test_the_floor_is_the_larger_quotient() -> None:

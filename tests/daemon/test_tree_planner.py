@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.speculation import GateSettings, Participant, ProbeBudget, SpeculationGate
 from specblock.daemon.tree_outlook import best_budget
@@ -156,6 +157,42 @@ def test_a_hopeless_drafter_goes_off_early(batch: int) -> None:
         gate.record([Participant(f"r{b}", "x") for b in range(batch)], [True] * batch, [1] * batch, 0.02, 0.02, 0.01)
         cycles += 1
     assert cycles == {1: 11, 4: 4}[batch]
+
+
+@pytest.mark.parametrize(("every", "stall_s", "goes_off"), [(5, 0.1, True), (100, 0.1, False)])
+def test_cycles_that_the_curves_do_not_explain_are_charged_all_the_same(
+    every: int, stall_s: float, goes_off: bool
+) -> None:
+    """Drafting that takes far longer every now and then: the corrected curve, a geometric mean, hardly sees it."""
+    costs, clock = curve(), Clock()
+    planner = planner_of(costs, clock, explore_share=0.0, plain_share=0.1)
+    for number in range(600):
+        drafts = planner.begin([Participant("r", "x")])[0]
+        if not drafts:
+            clock.now_s += costs.plain_s(1)
+            planner.record(CycleResult(0.0, costs.plain_s(1), 0.0, committed_tokens=[1]))
+            continue
+        begin_s = clock.now_s
+        clock.now_s += 2e-3 + (stall_s if number % every == every - 1 else 0.0)
+        nodes = planner.nodes(torch.log(torch.tensor([[0.9, 0.7, 0.2]])))
+        draft_s, verify_s = clock.now_s - begin_s, costs.verify_s(nodes + 1, 1)
+        clock.now_s += verify_s
+        planner.record(CycleResult(draft_s, verify_s, 5e-4, [2], *_accepting_one(nodes)))
+    assert planner.speculates("x") != goes_off
+
+
+def _accepting_one(nodes: int) -> tuple[DraftTree, torch.Tensor, list[int]]:
+    rows = torch.arange(nodes + 1)[None]
+    tree = DraftTree(
+        rows,
+        (rows - 1).clamp(min=0),
+        rows,
+        -0.1 * rows.float(),
+        0 * rows - (rows == 0).long(),
+        rows,
+        torch.tensor([nodes + 1]),
+    )
+    return tree, torch.tensor([[0, 1]]), [1]
 
 
 def test_one_stall_does_not_end_speculation_of_a_batch() -> None:

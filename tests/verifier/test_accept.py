@@ -86,6 +86,14 @@ def test_greedy_takes_the_lowest_id_on_ties():
     assert run(logits, tree, [penalised], [1]).paths == ((1,),)
 
 
+def test_greedy_and_broken_logits_choose_as_defined():
+    tree = root_only(torch.zeros(1).long())
+    for row in ([1.0, torch.nan, 3.0], [torch.nan, 1.0, torch.nan], [torch.inf, -torch.inf, torch.inf]):
+        logits = torch.tensor([[row]])
+        a, b = (run(logits, tree, [SamplingParams(temperature=0)], [3], walk=w) for w in (accept, accept_reference))
+        assert a.paths == b.paths == ((int(logits[0, 0].argmax()),),)
+
+
 def test_penalties_count_the_path_and_leave_the_state_alone():
     raw = RawTree([1, 1, 2], [-1, 0, 1], [-1.0, -2.0, -3.0])
     tree = build_tree(torch.tensor([0]), to_candidates([raw]), 5, 3)
