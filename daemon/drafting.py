@@ -16,9 +16,10 @@ from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import rank_of_choice
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.tree import DraftTree, Offers, place_rows, root_only
+from specblock.daemon.planner_types import CycleResult
 from specblock.daemon.request import RequestState
 from specblock.daemon.speculation import Participant
-from specblock.daemon.tree_planner import CycleResult, TreePlanner
+from specblock.daemon.tree_planner import TreePlanner
 from specblock.drafter.interface import AnyDrafter, NewPositions
 from specblock.drafter.plan import NO_SPECULATION, DraftPlan
 from specblock.verifier.model import TargetModel

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from specblock.daemon.engine import Engine
 from specblock.daemon.messages import EngineStatus, GenerationRequest, RequestStats, TokenChunk
+from specblock.daemon.planner_types import PlannerStatus
 from specblock.daemon.request import RequestState
-from specblock.daemon.tree_planner import PlannerStatus
 from specblock.daemon.windows import WindowStore
 from specblock.drafter.checkpoint import load_weights
 from specblock.drafter.network import DraftNetwork

@@ -10,22 +10,21 @@ Source: design section 4; the ratio objective is that of Sequoia (Chen et al., a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from random import Random
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
-from specblock.daemon.speculation import GateSettings, Participant, SpeculationGate
-from specblock.daemon.tree_habit import Habit, Habits
-from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook, best_budget
+from specblock.daemon.planner_types import Cycle, CycleResult, PlannerSettings, PlannerStatus
+from specblock.daemon.speculation import Participant, SpeculationGate
+from specblock.daemon.tree_habit import Habits
+from specblock.daemon.tree_outlook import Stop, TreeOutlook, best_budget
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
-from specblock.drafter.plan import NO_SPECULATION, DraftPlan
+from specblock.drafter.plan import DraftPlan
 from specblock.drafter.survival import Floats, LeafGain, SurvivalTable
 
 Clock = Callable[[], float]
@@ -34,111 +33,6 @@ _LEAF_CHOICES = (4, 8, 16)
 _STATUS_HALF_LIFE_CYCLES = 500.0
 _SURPLUS_HALF_LIFE, _SURPLUS_PRIOR_CYCLES, _MOST_SURPLUS = 200.0, 30.0, 8.0
 _KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlannerSettings:
-    """How the planner explores.
-
-    Attributes:
-        explore_share: cycles that make another choice of leaves than the best one.
-        plain_share: cycles without speculation while it is on, to keep the price of plain decoding known.
-        settle_cycles: cycles with drafts of a new drafter, or of another number of requests, that are all weighed.
-        weigh_every: of later ones every so many is weighed and learned from; those between follow the choice before.
-        gate: when speculation goes off and on.
-    """
-
-    explore_share: float = 0.02
-    plain_share: float = 0.005
-    settle_cycles: int = 96
-    weigh_every: int = 4
-    gate: GateSettings = field(default_factory=GateSettings)
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.explore_share <= 1 and 0 <= self.plain_share <= 1):
-            raise ValueError("planner: explore_share and plain_share must be in [0, 1]")
-        if self.settle_cycles < 0 or self.weigh_every < 1:
-            raise ValueError("planner: settle_cycles must be at least 0, weigh_every at least 1")
-
-
-@dataclass(frozen=True, slots=True)
-class CycleResult:
-    """What a cycle did.
-
-    Attributes:
-        draft_s: measured seconds of drafting, refresh included.
-        verify_s: of verification.
-        other_s: of everything else.
-        committed_tokens: per request of the cycle, bonus included.
-        tree: the verified trees, of all B requests or of the D that drafted; None without speculation.
-        accepted_rows: int64, rows of their accepted paths as in Acceptance.
-        num_accepted: accepted drafts of the same requests.
-    """
-
-    draft_s: float
-    verify_s: float
-    other_s: float
-    committed_tokens: Sequence[int]
-    tree: DraftTree | None = None
-    accepted_rows: Tensor | None = None
-    num_accepted: Sequence[int] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PlannerStatus:
-    """Running means over recent cycles, for metrics. Sizes are means over cycles that speculated.
-
-    Attributes:
-        cycles: cycles recorded, ever.
-        mean_nodes: node budget.
-        mean_leaves: leaves extended in all later blocks together.
-        mean_blocks: drafter forwards.
-        plain_share: share of cycles without speculation.
-        probe_share: seconds spent probing over all device seconds, ever.
-        explored_cycles: cycles that explored, ever.
-        speed_by_domain: estimated speed over plain decoding.
-    """
-
-    cycles: int
-    mean_nodes: float
-    mean_leaves: float
-    mean_blocks: float
-    plain_share: float
-    probe_share: float
-    explored_cycles: int
-    speed_by_domain: dict[str, float]
-
-
-@dataclass(slots=True)
-class _Cycle:
-    """Scratch of the cycle under way."""
-
-    participants: tuple[Participant, ...]
-    speculate: tuple[bool, ...]
-    positions: int
-    probing: bool
-    plain_check: bool
-    explore_block: int
-    habit: Habit
-    weighed: bool
-    begin_s: float
-    growth: Growth = field(default_factory=Growth)
-    block_s: list[float] = field(default_factory=list)
-    last_s: float = 0.0
-    spent_s: float = 0.0
-    nodes: int = 0
-
-    @property
-    def batch(self) -> int:
-        return len(self.participants)
-
-    @property
-    def drafting(self) -> int:
-        return sum(self.speculate)
-
-    @property
-    def plan(self) -> DraftPlan:
-        return DraftPlan(tuple(self.growth.leaf_caps), self.nodes) if self.nodes else NO_SPECULATION
 
 
 class TreePlanner:
@@ -167,7 +61,7 @@ class TreePlanner:
         self.gate = SpeculationGate(self._planner.gate)
         self.outlook = TreeOutlook(self.survival, settings.node_budget)
         self._typical = DraftPlan((), min(8, settings.node_budget))
-        self._cycle: _Cycle | None = None
+        self._cycle: Cycle | None = None
         self._habits = Habits()
         self._explored = 0
         # Real over modelled seconds: what the curves do not know, the weighing itself among it.
@@ -195,7 +89,7 @@ class TreePlanner:
         due = any(speculate) and habit.due(self._planner.settle_cycles, self._planner.weigh_every)
         explores = due and self._settings.blocks > 1 and explore < self._planner.explore_share
         behind = [count for count, yes in zip(new_positions, speculate, strict=False) if yes]
-        self._cycle = _Cycle(
+        self._cycle = Cycle(
             participants=tuple(participants),
             speculate=speculate,
             positions=max([1, *behind]),
@@ -332,7 +226,7 @@ class TreePlanner:
             speed_by_domain=self.gate.speeds(),
         )
 
-    def _outcomes(self, cycle: _Cycle, block: int, stop: Stop) -> tuple[dict[int, float], dict[int, float]]:
+    def _outcomes(self, cycle: Cycle, block: int, stop: Stop) -> tuple[dict[int, float], dict[int, float]]:
         """Tokens per second and uncorrected accepted drafts by number of leaves that the next block extends."""
         growth, outlook = cycle.growth, self.outlook
         scale, spent_s = self._scaled(cycle)
@@ -368,7 +262,7 @@ class TreePlanner:
             return 0
         return self._generator.choice([leaves for leaves in choices if leaves not in (best, 0)] or [0])
 
-    def _scaled(self, cycle: _Cycle) -> tuple[float, float]:
+    def _scaled(self, cycle: Cycle) -> tuple[float, float]:
         """Factor on the gain of those that draft, and drafting seconds so far.
 
         A probe of one request stands for the whole batch, so that it grows the trees that all would grow.
@@ -377,13 +271,13 @@ class TreePlanner:
             return 1.0, self._clock() - cycle.begin_s
         return cycle.batch / cycle.drafting, self.cost.draft_s(cycle.growth.leaf_caps, cycle.batch)
 
-    def _tick(self, cycle: _Cycle) -> None:
+    def _tick(self, cycle: Cycle) -> None:
         """Notes the seconds of the block that just ended; the scores have been read, so the device is done with it."""
         now_s = self._clock()
         cycle.block_s.append(now_s - cycle.last_s)
         cycle.last_s = now_s
 
-    def _under_way(self) -> _Cycle:
+    def _under_way(self) -> Cycle:
         assert self._cycle is not None, "begin() starts a cycle, record() ends it"
         return self._cycle
 

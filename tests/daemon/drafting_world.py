@@ -18,8 +18,9 @@ from torch import Tensor
 from specblock.cuda_ext.ops import build_tree, find_child
 from specblock.cuda_ext.tree import Candidates, DraftTree
 from specblock.daemon.cost_curve import CostCurve, RowCurve
+from specblock.daemon.planner_types import CycleResult
 from specblock.daemon.speculation import Participant
-from specblock.daemon.tree_planner import CycleResult, TreePlanner
+from specblock.daemon.tree_planner import TreePlanner
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.expand import choose_leaves, concatenate, expand_chain, extendable, root_leaf
 from specblock.drafter.plan import DraftPlan, Limits, PlannedLimits

@@ -13,9 +13,10 @@ from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.cost_curve import CostCurve, RowCurve
 from specblock.daemon.engine import Engine, EngineSettings, Listener
 from specblock.daemon.messages import GenerationRequest, TokenChunk
+from specblock.daemon.planner_types import PlannerSettings
 from specblock.daemon.request import RequestState
 from specblock.daemon.speculation import GateSettings
-from specblock.daemon.tree_planner import PlannerSettings, TreePlanner
+from specblock.daemon.tree_planner import TreePlanner
 from specblock.drafter.config import DrafterConfig, DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.interface import AnyDrafter, NewPositions

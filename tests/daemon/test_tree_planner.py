@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.cost_curve import CostCurve
+from specblock.daemon.planner_types import CycleResult, PlannerSettings
 from specblock.daemon.speculation import GateSettings, Participant, ProbeBudget, SpeculationGate
 from specblock.daemon.tree_outlook import best_budget
-from specblock.daemon.tree_planner import CycleResult, PlannerSettings, TreePlanner
+from specblock.daemon.tree_planner import TreePlanner
 from specblock.drafter.plan import NO_SPECULATION
 from tests.daemon.drafting_world import BUDGET, LEAF_CAP, SETTINGS, Clock, World, curve, run
 

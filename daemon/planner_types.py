@@ -1,0 +1,122 @@
+"""What goes into the planner and comes out of it: settings, a cycle under way, what it did, numbers for metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from specblock.cuda_ext.tree import DraftTree
+from specblock.daemon.speculation import GateSettings, Participant
+from specblock.daemon.tree_habit import Habit
+from specblock.daemon.tree_outlook import Growth
+from specblock.drafter.plan import NO_SPECULATION, DraftPlan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannerSettings:
+    """How the planner explores.
+
+    Attributes:
+        explore_share: cycles that make another choice of leaves than the best one.
+        plain_share: cycles without speculation while it is on, to keep the price of plain decoding known.
+        settle_cycles: cycles with drafts of a new drafter, or of another number of requests, that are all weighed.
+        weigh_every: of later ones every so many is weighed and learned from; those between follow the choice before.
+        gate: when speculation goes off and on.
+    """
+
+    explore_share: float = 0.02
+    plain_share: float = 0.005
+    settle_cycles: int = 96
+    weigh_every: int = 4
+    gate: GateSettings = field(default_factory=GateSettings)
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.explore_share <= 1 and 0 <= self.plain_share <= 1):
+            raise ValueError("planner: explore_share and plain_share must be in [0, 1]")
+        if self.settle_cycles < 0 or self.weigh_every < 1:
+            raise ValueError("planner: settle_cycles must be at least 0, weigh_every at least 1")
+
+
+@dataclass(frozen=True, slots=True)
+class CycleResult:
+    """What a cycle did.
+
+    Attributes:
+        draft_s: measured seconds of drafting, refresh included.
+        verify_s: of verification.
+        other_s: of everything else.
+        committed_tokens: per request of the cycle, bonus included.
+        tree: the verified trees, of all B requests or of the D that drafted; None without speculation.
+        accepted_rows: int64, rows of their accepted paths as in Acceptance.
+        num_accepted: accepted drafts of the same requests.
+    """
+
+    draft_s: float
+    verify_s: float
+    other_s: float
+    committed_tokens: Sequence[int]
+    tree: DraftTree | None = None
+    accepted_rows: Tensor | None = None
+    num_accepted: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerStatus:
+    """Running means over recent cycles, for metrics. Sizes are means over cycles that speculated.
+
+    Attributes:
+        cycles: cycles recorded, ever.
+        mean_nodes: node budget.
+        mean_leaves: leaves extended in all later blocks together.
+        mean_blocks: drafter forwards.
+        plain_share: share of cycles without speculation.
+        probe_share: seconds spent probing over all device seconds, ever.
+        explored_cycles: cycles that explored, ever.
+        speed_by_domain: estimated speed over plain decoding.
+    """
+
+    cycles: int
+    mean_nodes: float
+    mean_leaves: float
+    mean_blocks: float
+    plain_share: float
+    probe_share: float
+    explored_cycles: int
+    speed_by_domain: dict[str, float]
+
+
+@dataclass(slots=True)
+class Cycle:
+    """Scratch of the cycle under way."""
+
+    participants: tuple[Participant, ...]
+    speculate: tuple[bool, ...]
+    positions: int
+    probing: bool
+    plain_check: bool
+    explore_block: int
+    habit: Habit
+    weighed: bool
+    begin_s: float
+    growth: Growth = field(default_factory=Growth)
+    block_s: list[float] = field(default_factory=list)
+    last_s: float = 0.0
+    spent_s: float = 0.0
+    nodes: int = 0
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.participants)
+
+    @property
+    def drafting(self) -> int:
+        """D."""
+        return sum(self.speculate)
+
+    @property
+    def plan(self) -> DraftPlan:
+        """The sizes chosen so far."""
+        return DraftPlan(tuple(self.growth.leaf_caps), self.nodes) if self.nodes else NO_SPECULATION
