@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--temperatures", type=float, nargs="+", default=[1.0, 1.0, 1.0, 0.7, 0.3], help="drawn with equal weight"
     )
+    made.add_argument("--rounds", type=int, default=1, help="answers per prompt, each with other random numbers")
     made.add_argument("--most-prompts", type=int, default=0, help="use this many prompts at most (0: all)")
     made.add_argument("--draft-vocab", type=int, default=0, help="size of the draft vocabulary (0: the target's)")
     made.add_argument("--prefix", choices=["argmax", "acceptance"], default="acceptance", help="see LossSettings")
@@ -76,10 +77,10 @@ def main(argv: Sequence[str]) -> int:
     train, heldout = _conversations(target, options)
     vocab = options.draft_vocab or target.vocab_size
     config = config_for_target(target.config, target.fingerprint, target.feature_layers, vocab, options.kind)
-    model = new_network(config, target.embedding.float())
+    model = new_network(config, target.embedding.float().cpu())
     if vocab < target.vocab_size:
         model.set_vocabulary(frequent_tokens(train, target.vocab_size, vocab))
-    initialise_from_target(model, target.output_head, target.final_norm)
+    initialise_from_target(model, target.output_head.cpu(), target.final_norm.cpu())
     settings = TrainSettings(
         steps=options.steps,
         learning_rate=options.learning_rate,
@@ -120,6 +121,7 @@ def _conversations(target: TargetModel, options: argparse.Namespace) -> tuple[li
     prompts: list[Prompt] = [p for path in options.prompts for p in read_prompts(path)]
     if options.most_prompts:
         prompts = prompts[:: max(1, len(prompts) // options.most_prompts)][: options.most_prompts]
+    prompts = prompts * options.rounds
     settings = CollectSettings(
         max_tokens=options.tokens, temperatures=tuple(options.temperatures), slots=64, seed=options.seed
     )
