@@ -75,6 +75,7 @@ def main(argv: Sequence[str]) -> int:
     _say(f"target in {name}")
     target = load_target(options.target, dtype, options.device)
     train, heldout = _conversations(target, options)
+    train = _near(train, options.device)
     vocab = options.draft_vocab or target.vocab_size
     config = config_for_target(target.config, target.fingerprint, target.feature_layers, vocab, options.kind)
     model = new_network(config, target.embedding.float().cpu())
@@ -133,6 +134,13 @@ def _conversations(target: TargetModel, options: argparse.Namespace) -> tuple[li
         made = generate_shards(target, read_prompts(path)[:48], data / f"heldout-{path.stem}", own, _say)
         held.extend(w for shard in made for w in load_windows(shard))
     return [w for shard in shards for w in load_windows(shard)], held
+
+
+def _near(windows: list[Window], device: str) -> list[Window]:
+    """The windows on a GPU if half of its free memory holds them: copying a batch there takes as long as its step."""
+    if not device.startswith("cuda") or sum(w.num_bytes for w in windows) > torch.cuda.mem_get_info(device)[0] // 2:
+        return windows
+    return [w.to(device) for w in windows]
 
 
 def _say(line: str) -> None:

@@ -6,7 +6,7 @@ Legend: P prompt tokens, G generated tokens, F fused feature size, k stored targ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,11 @@ class Window:
         """G."""
         return self.tokens.shape[0] - self.prompt_tokens
 
+    def to(self, device: torch.device | str) -> Window:
+        """The same window with its tensors on ``device``."""
+        moved = {name: getattr(self, name).to(device) for name in ("tokens", "features", "top_ids", "top_log_probs")}
+        return replace(self, **moved)
+
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
@@ -80,14 +85,15 @@ class TrainingBatch:
 
 
 def collate(windows: Sequence[Window], device: torch.device | str = "cpu") -> TrainingBatch:
-    """Right-pads windows into one batch."""
+    """Right-pads windows into one batch, where the windows are; then it goes to ``device``."""
     longest = max(w.features.shape[0] for w in windows)
     batch, size, top_k = len(windows), windows[0].features.shape[1], windows[0].top_ids.shape[1]
-    features = torch.zeros(batch, longest, size, dtype=windows[0].features.dtype)
-    tokens = torch.zeros(batch, longest + 1, dtype=torch.int64)
-    ids = torch.zeros(batch, longest, top_k, dtype=torch.int64)
-    log_probs = torch.full((batch, longest, top_k), -torch.inf)
-    valid = torch.zeros(batch, longest, dtype=torch.bool)
+    here = windows[0].features.device
+    features = torch.zeros(batch, longest, size, dtype=windows[0].features.dtype, device=here)
+    tokens = torch.zeros(batch, longest + 1, dtype=torch.int64, device=here)
+    ids = torch.zeros(batch, longest, top_k, dtype=torch.int64, device=here)
+    log_probs = torch.full((batch, longest, top_k), -torch.inf, device=here)
+    valid = torch.zeros(batch, longest, dtype=torch.bool, device=here)
     for b, w in enumerate(windows):
         count = w.features.shape[0]
         features[b, :count] = w.features
