@@ -79,7 +79,7 @@ def cuda_native_available(name: str) -> bool:
 
 @functools.cache
 def _say_cuda_is_missing() -> None:
-    log.warning("no CUDA kernels in the native library (no nvcc at install time?): using the slower references there")
+    log.warning("the native library has no CUDA kernels (no nvcc at install time?): using the slower references")
 
 
 def serves_cuda(name: str, *tensors: Tensor) -> bool:
