@@ -12,7 +12,7 @@ namespace specblock {
 namespace {
 
 constexpr int kTile = kSplitStep;  // keys in shared memory at once, per buffer
-constexpr int kStep = kTile;       // keys per update of the running maximum
+constexpr int kStep = 32;          // keys per update of the running maximum; their scores fit into the registers
 
 __device__ inline uint32_t pack(float low, float high, __nv_bfloat16) {
   const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
@@ -117,7 +117,9 @@ struct WarpRows {
       hidden[f] = 0;
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const bool* const visible = part.visible(a, first_row + row(f, i));
+        int m = first_row + row(f, i);
+        asm volatile("" : "+r"(m));  // or the pointers of all rows would be held in registers all along
+        const bool* const visible = part.visible(a, m);
 #pragma unroll 4
         for (int n = 0; n < kStep / 8; n++)
           for (int e = 0; e < 2; e++)
@@ -202,7 +204,7 @@ constexpr int shared_bytes() {
 }
 
 template <class T, int D, int Warps, int Frags>
-__global__ void __launch_bounds__(Warps * 32) attend(const SlotAttention a) {
+__global__ void __launch_bounds__(Warps * 32, 1) attend(const SlotAttention a) {
   constexpr int kRows = Warps * Frags * 16, kChunks = D / 8, kPerPass = Warps * 32 / kChunks;
   static_assert(kTile % kPerPass == 0 && kRows % kPerPass == 0);
   constexpr uint32_t kTileBytes = kTile * D * 2;
@@ -218,9 +220,12 @@ __global__ void __launch_bounds__(Warps * 32) attend(const SlotAttention a) {
     return;
   }
   const int chunk = threadIdx.x % kChunks, pass = threadIdx.x / kChunks;
-  const T* const key = static_cast<const T*>(a.key) + part.slot * a.key_slot + part.group * a.key_head + chunk * 8;
-  const T* const value = static_cast<const T*>(a.value) + part.slot * a.value_slot + part.group * a.value_head + chunk * 8;
+  const int slot = static_cast<int>(part.slot(a)), group = part.group(a);
   const auto fetch = [&](int tile) {
+    int which = slot;
+    asm volatile("" : "+r"(which));  // or both pointers would be held in registers all along
+    const T* const key = static_cast<const T*>(a.key) + which * a.key_slot + group * a.key_head + chunk * 8;
+    const T* const value = static_cast<const T*>(a.value) + which * a.value_slot + group * a.value_head + chunk * 8;
     const int first = part.begin + tile * kTile;
     const uint32_t buffer = tile % 2 * kTileBytes;
 #pragma unroll 4
@@ -239,7 +244,7 @@ __global__ void __launch_bounds__(Warps * 32) attend(const SlotAttention a) {
   for (int row = pass; row < kRows; row += kPerPass) {
     const int m = first_row + row;
     uint4 eight = make_uint4(0, 0, 0, 0);
-    if (m < part.rows)
+    if (m < part.rows(a))
       eight = read_8(static_cast<const T*>(a.query) + part.query_offset(a, m) + chunk * 8, a.query_is_aligned);
     *reinterpret_cast<uint4*>(query + place<D>(row, chunk)) = eight;
   }
@@ -274,9 +279,9 @@ __global__ void __launch_bounds__(Warps * 32) attend(const SlotAttention a) {
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 1));
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
       const int m = first_row + warp_row + mine.row(f, i);
-      if (m >= part.rows) continue;
-      if (mine.lane % 4 == 0) reinterpret_cast<float2*>(a.peak)[part.partial + m] = make_float2(mine.top[f][i], sum);
-      float* const to = a.mixture + (part.partial + m) * D + mine.lane % 4 * 2;
+      if (m >= part.rows(a)) continue;
+      if (mine.lane % 4 == 0) reinterpret_cast<float2*>(a.peak)[part.partial(a, m)] = make_float2(mine.top[f][i], sum);
+      float* const to = a.mixture + part.partial(a, m) * D + mine.lane % 4 * 2;
 #pragma unroll
       for (int n = 0; n < D / 8; n++)
         *reinterpret_cast<float2*>(to + n * 8) = make_float2(mine.mixture[f][n][2 * i], mine.mixture[f][n][2 * i + 1]);

@@ -10,38 +10,41 @@
 namespace specblock {
 
 // The part of one request's keys that a block goes through; blockIdx is (tile of query rows, split, request and head).
+// What is needed only before and after the keys are read is computed when asked for: registers are short in between.
 struct SlotPart {
-  int request, group, heads, rows;  // heads: query heads per key/value head; rows: M
-  int64_t slot;
-  int length, all;                  // committed tokens; with the new rows
-  int begin, end;                   // of this split; nothing to do where begin >= end
-  int64_t partial;                  // index of the split's first row in the workspace
+  int length, all;  // committed tokens; with the new rows
+  int begin, end;   // of this split; nothing to do where begin >= end
 
   __device__ explicit SlotPart(const SlotAttention& a) {
-    request = blockIdx.z / a.G;
-    group = blockIdx.z % a.G;
-    heads = a.H / a.G;
-    rows = a.R * heads;
-    slot = a.slots[request];
-    const int64_t committed = a.lengths[request];
+    const int64_t place = slot(a), committed = a.lengths[request(a)];
     // The host cannot look at these; what is out of range is given no keys, and its result is NaN.
-    const bool fits = slot >= 0 && slot < a.num_slots && committed >= 0 && committed + a.R <= a.capacity;
+    const bool fits = place >= 0 && place < a.num_slots && committed >= 0 && committed + a.R <= a.capacity;
     length = fits ? static_cast<int>(committed) : 0;
     all = fits ? length + a.R : 0;
     begin = blockIdx.y * a.split_tokens;
     end = min(begin + a.split_tokens, all);
-    partial = (static_cast<int64_t>(blockIdx.z) * a.splits + blockIdx.y) * rows;
+  }
+
+  __device__ static int request(const SlotAttention& a) { return blockIdx.z / a.G; }
+  __device__ static int group(const SlotAttention& a) { return blockIdx.z % a.G; }
+  __device__ static int64_t slot(const SlotAttention& a) { return a.slots[request(a)]; }
+  __device__ static int rows(const SlotAttention& a) { return a.R * (a.H / a.G); }  // M
+
+  // Index of query row m of this split in the workspace.
+  __device__ static int64_t partial(const SlotAttention& a, int m) {
+    return (static_cast<int64_t>(blockIdx.z) * a.splits + blockIdx.y) * rows(a) + m;
   }
 
   // Query row m is head m % heads of new row m / heads.
-  __device__ int64_t query_offset(const SlotAttention& a, int m) const {
-    return request * a.query_batch + (group * heads + m % heads) * a.query_head + m / heads * a.query_row;
+  __device__ static int64_t query_offset(const SlotAttention& a, int m) {
+    const int heads = a.H / a.G;
+    return request(a) * a.query_batch + (group(a) * heads + m % heads) * a.query_head + m / heads * a.query_row;
   }
 
   // What query row m sees of the new rows; rows of padding behind the last see what the first sees.
-  __device__ const bool* visible(const SlotAttention& a, int m) const {
-    const int row = m < rows ? m / heads : 0;
-    return a.visible + (static_cast<int64_t>(request) * a.R + row) * a.R;
+  __device__ static const bool* visible(const SlotAttention& a, int m) {
+    const int row = m < rows(a) ? m / (a.H / a.G) : 0;
+    return a.visible + (static_cast<int64_t>(request(a)) * a.R + row) * a.R;
   }
 
   __device__ bool hidden(const SlotAttention& a, const bool* visible, int position) const {
@@ -50,9 +53,9 @@ struct SlotPart {
   }
 
   // Marks the split as empty for the block's query rows.
-  __device__ void leave_empty(const SlotAttention& a, int first, int count) const {
-    for (int i = threadIdx.x; i < count && first + i < rows; i += blockDim.x)
-      reinterpret_cast<float2*>(a.peak)[partial + first + i] = make_float2(-INFINITY, 0.0f);
+  __device__ static void leave_empty(const SlotAttention& a, int first, int count) {
+    for (int i = threadIdx.x; i < count && first + i < rows(a); i += blockDim.x)
+      reinterpret_cast<float2*>(a.peak)[partial(a, first + i)] = make_float2(-INFINITY, 0.0f);
   }
 };
 

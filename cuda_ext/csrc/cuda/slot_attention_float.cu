@@ -33,7 +33,7 @@ __device__ inline float product(const float* x, const float* y) {
 }
 
 template <int D>
-__global__ void __launch_bounds__(kThreads) attend_float(const SlotAttention a) {
+__global__ void __launch_bounds__(kThreads, 1) attend_float(const SlotAttention a) {
   constexpr int kVectors = D / 4, kPerPass = kThreads / kVectors, kMixed = D / kPerRow / 4;
   static_assert(kTile % kPerPass == 0);
   extern __shared__ __align__(16) unsigned char memory[];
@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(kThreads) attend_float(const SlotAttention a) 
     return;
   }
   const int vector = threadIdx.x % kVectors, pass = threadIdx.x / kVectors;
-  const float* const key = static_cast<const float*>(a.key) + part.slot * a.key_slot + part.group * a.key_head + vector * 4;
+  const float* const key = static_cast<const float*>(a.key) + part.slot(a) * a.key_slot + part.group(a) * a.key_head + vector * 4;
   const float* const value =
-      static_cast<const float*>(a.value) + part.slot * a.value_slot + part.group * a.value_head + vector * 4;
+      static_cast<const float*>(a.value) + part.slot(a) * a.value_slot + part.group(a) * a.value_head + vector * 4;
   const auto fetch = [&](int tile) {
     const int first = part.begin + tile * kTile;
 #pragma unroll 4
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) attend_float(const SlotAttention a) 
   for (int i = threadIdx.x; i < kRows * D; i += kThreads) {
     const int m = first_row + i / D;
     tiles.query[i / D][i % D] =
-        m < part.rows ? static_cast<const float*>(a.query)[part.query_offset(a, m) + i % D] : 0.0f;
+        m < part.rows(a) ? static_cast<const float*>(a.query)[part.query_offset(a, m) + i % D] : 0.0f;
   }
 
   const int row = threadIdx.x / kPerRow, lane = threadIdx.x % kPerRow, m = first_row + row;
@@ -126,9 +126,9 @@ __global__ void __launch_bounds__(kThreads) attend_float(const SlotAttention a) 
 
 #pragma unroll
   for (int apart = 1; apart < kPerRow; apart *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, apart));
-  if (m >= part.rows) return;
-  if (lane == 0) reinterpret_cast<float2*>(a.peak)[part.partial + m] = make_float2(top, sum);
-  float* const to = a.mixture + (part.partial + m) * D;
+  if (m >= part.rows(a)) return;
+  if (lane == 0) reinterpret_cast<float2*>(a.peak)[part.partial(a, m)] = make_float2(top, sum);
+  float* const to = a.mixture + part.partial(a, m) * D;
 #pragma unroll
   for (int j = 0; j < kMixed; j++) *reinterpret_cast<float4*>(to + (lane + j * kPerRow) * 4) = mixture[j];
 }

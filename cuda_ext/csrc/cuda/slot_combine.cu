@@ -20,8 +20,23 @@ struct alignas(sizeof(T) * N) Vector {
   T x[N];
 };
 
+// to += w * from.
+__device__ inline void add(float w, const float* from, float (&to)[2]) {
+  const float2 x = *reinterpret_cast<const float2*>(from);
+  to[0] = __fmaf_rn(w, x.x, to[0]);
+  to[1] = __fmaf_rn(w, x.y, to[1]);
+}
+
+__device__ inline void add(float w, const float* from, float (&to)[4]) {
+  const float4 x = *reinterpret_cast<const float4*>(from);
+  to[0] = __fmaf_rn(w, x.x, to[0]);
+  to[1] = __fmaf_rn(w, x.y, to[1]);
+  to[2] = __fmaf_rn(w, x.z, to[2]);
+  to[3] = __fmaf_rn(w, x.w, to[3]);
+}
+
 template <class T, int D>
-__global__ void __launch_bounds__(kWarps * 32) combine(const SlotAttention a) {
+__global__ void __launch_bounds__(kWarps * 32, 1) combine(const SlotAttention a) {
   constexpr int N = D / 32;
   const int lane = threadIdx.x % 32;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
@@ -44,9 +59,7 @@ __global__ void __launch_bounds__(kWarps * 32) combine(const SlotAttention a) {
     const float w = __shfl_sync(0xffffffffu, weight, s);
     total = __fmaf_rn(w, __shfl_sync(0xffffffffu, peak.y, s), total);
     if (w == 0.0f) continue;
-    const auto part = *reinterpret_cast<const Vector<float, N>*>(a.mixture + (first + s * rows) * D + lane * N);
-#pragma unroll
-    for (int i = 0; i < N; i++) mixed[i] = __fmaf_rn(w, part.x[i], mixed[i]);
+    add(w, a.mixture + (first + s * rows) * D + lane * N, mixed);
   }
   Vector<T, N> result;
 #pragma unroll
