@@ -169,6 +169,17 @@ def test_slots_and_lengths_out_of_range_give_nan_and_read_nothing() -> None:
         assert case.result()[0].isnan().all()
 
 
+@pytest.mark.gpu
+def test_is_a_proper_operator_on_the_device_too() -> None:
+    case = make("cuda", torch.bfloat16, lengths=[9, 0, 20], rows=6, capacity=32)
+    inputs = (case.query, case.key.nan_to_num(), case.value.nan_to_num(), case.slots, case.lengths, case.visible, 0.125)
+    torch.library.opcheck(torch.ops.specblock.slot_attention.default, inputs)
+    with pytest.raises(RuntimeError, match="device of the other tensors"):
+        torch.ops.specblock.slot_attention(*inputs[:3], case.slots.cpu(), *inputs[4:])
+    with pytest.raises(RuntimeError, match="another type"):
+        torch.ops.specblock.slot_attention(inputs[0], inputs[1].half(), *inputs[2:])
+
+
 def test_the_native_operation_is_the_reference_and_a_proper_operator() -> None:
     if not native_available():
         pytest.skip("native operations were not built")

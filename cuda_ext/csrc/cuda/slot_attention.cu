@@ -71,6 +71,7 @@ template <class T, int D, int Frags>
 struct WarpRows {
   float mixture[Frags][D / 8][4] = {};
   float top[Frags][2], sum[Frags][2];
+  uint32_t held[D / 16][4];  // the query's fragments where there is room for them, with Frags == 1
   int lane;
 
   __device__ WarpRows() : lane(threadIdx.x % 32) {
@@ -81,9 +82,16 @@ struct WarpRows {
   // The warp's row that this lane's values i = 0, 1 (columns 0, 1 and 2, 3 of a fragment) belong to.
   __device__ int row(int f, int i) const { return f * 16 + i * 8 + lane / 4; }
 
+  __device__ uint32_t query_lane(uint32_t query) const { return query + place<D>(lane % 16, lane / 16); }
+
+  __device__ void hold(uint32_t query) {
+    if constexpr (Frags == 1)
+#pragma unroll
+      for (int d = 0; d < D / 16; d++) load_matrices(held[d], query_lane(query) ^ (d * 32));
+  }
+
   // scores[f][n] = the products of the warp's rows with keys first + 8 n .. first + 8 n + 7 of the tile.
   __device__ void score(float (&scores)[Frags][kStep / 8][4], uint32_t query, uint32_t key, int first) const {
-    const uint32_t query_lane = query + place<D>(lane % 16, lane / 16);
     const uint32_t key_lane = key + place<D>(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int f = 0; f < Frags; f++)
@@ -95,7 +103,14 @@ struct WarpRows {
     for (int d = 0; d < D / 16; d++) {
       uint32_t q[Frags][4];
 #pragma unroll
-      for (int f = 0; f < Frags; f++) load_matrices(q[f], (query_lane ^ (d * 32)) + f * 16 * D * 2);
+      for (int f = 0; f < Frags; f++) {
+        if constexpr (Frags == 1) {
+#pragma unroll
+          for (int j = 0; j < 4; j++) q[f][j] = held[d][j];
+        } else {
+          load_matrices(q[f], (query_lane(query) ^ (d * 32)) + f * 16 * D * 2);
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kStep / 16; n++) {
         uint32_t k[4];
@@ -206,7 +221,7 @@ constexpr int shared_bytes() {
 template <class T, int D, int Warps, int Frags>
 __global__ void __launch_bounds__(Warps * 32, 1) attend(const SlotAttention a) {
   constexpr int kRows = Warps * Frags * 16, kChunks = D / 8, kPerPass = Warps * 32 / kChunks;
-  static_assert(kTile % kPerPass == 0 && kRows % kPerPass == 0);
+  static_assert(kTile % kPerPass == 0);
   constexpr uint32_t kTileBytes = kTile * D * 2;
   extern __shared__ __align__(1024) unsigned char memory[];
   unsigned char* const query = memory;            // [kRows][D]
@@ -219,13 +234,13 @@ __global__ void __launch_bounds__(Warps * 32, 1) attend(const SlotAttention a) {
     part.leave_empty(a, first_row, kRows);
     return;
   }
-  const int chunk = threadIdx.x % kChunks, pass = threadIdx.x / kChunks;
   const int slot = static_cast<int>(part.slot(a)), group = part.group(a);
   const auto fetch = [&](int tile) {
-    int which = slot;
-    asm volatile("" : "+r"(which));  // or both pointers would be held in registers all along
-    const T* const key = static_cast<const T*>(a.key) + which * a.key_slot + group * a.key_head + chunk * 8;
-    const T* const value = static_cast<const T*>(a.value) + which * a.value_slot + group * a.value_head + chunk * 8;
+    int thread = threadIdx.x;
+    asm volatile("" : "+r"(thread));  // or all that follows from it would be held in registers all along
+    const int chunk = thread % kChunks, pass = thread / kChunks;
+    const T* const key = static_cast<const T*>(a.key) + slot * a.key_slot + group * a.key_head + chunk * 8;
+    const T* const value = static_cast<const T*>(a.value) + slot * a.value_slot + group * a.value_head + chunk * 8;
     const int first = part.begin + tile * kTile;
     const uint32_t buffer = tile % 2 * kTileBytes;
 #pragma unroll 4
@@ -241,8 +256,8 @@ __global__ void __launch_bounds__(Warps * 32, 1) attend(const SlotAttention a) {
   end_of_copies();
   if (tiles > 1) fetch(1);
   end_of_copies();
-  for (int row = pass; row < kRows; row += kPerPass) {
-    const int m = first_row + row;
+  for (int i = threadIdx.x; i < kRows * kChunks; i += Warps * 32) {
+    const int row = i / kChunks, chunk = i % kChunks, m = first_row + row;
     uint4 eight = make_uint4(0, 0, 0, 0);
     if (m < part.rows(a))
       eight = read_8(static_cast<const T*>(a.query) + part.query_offset(a, m) + chunk * 8, a.query_is_aligned);
@@ -251,6 +266,9 @@ __global__ void __launch_bounds__(Warps * 32, 1) attend(const SlotAttention a) {
 
   WarpRows<T, D, Frags> mine;
   const int warp_row = threadIdx.x / 32 * Frags * 16;
+  const uint32_t warp_query = shared_address(query) + warp_row * D * 2;
+  __syncthreads();
+  mine.hold(warp_query);
   for (int tile = 0; tile < tiles; tile++) {
     wait_for_copies<1>();
     __syncthreads();
@@ -261,7 +279,7 @@ __global__ void __launch_bounds__(Warps * 32, 1) attend(const SlotAttention a) {
       uint32_t hidden[Frags];  // found before the scores, so that the search needs no register that they need
       if (masked) mine.find_hidden(hidden, a, part, first_row + warp_row, first);
       float scores[Frags][kStep / 8][4];
-      mine.score(scores, shared_address(query) + warp_row * D * 2, keys + tile % 2 * kTileBytes, step);
+      mine.score(scores, warp_query, keys + tile % 2 * kTileBytes, step);
       if (masked) mine.hide(scores, hidden);
       mine.weigh(scores, a.scale_log2);
       mine.mix(scores, values + tile % 2 * kTileBytes, step);

@@ -14,7 +14,7 @@
 namespace specblock {
 
 constexpr int kSplitStep = 64;   // keys per step; splits are whole steps
-constexpr int kMaxSplits = 16;   // bounds the workspace: 16 mixtures per row, however large the cache
+constexpr int kMaxSplits = 32;   // enough for one request to fill a device; bounds the workspace, so many mixtures per row
 constexpr int kMinSplit = 256;   // less work than this is not worth a mixture of its own
 
 enum class SlotType : int { kBfloat16, kHalf, kFloat };
