@@ -21,7 +21,7 @@ class CudaScope {
  public:
   explicit CudaScope(const Tensor& on) : index_(on.get_device_index()), guard_(index_) {
     STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this PyTorch was built without CUDA");
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_));
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream_) == AOTI_TORCH_SUCCESS, "PyTorch has no stream");
   }
 
   void* stream() const { return stream_; }
