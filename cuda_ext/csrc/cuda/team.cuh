@@ -164,13 +164,14 @@ class Team {
   int turn_ = 0;
 };
 
+constexpr int kPortableBlocks = 8;  // what every device with clusters grants
+
 // How many blocks a team may have on the current device; the same for every row, so that sums do not depend on the batch.
 template <class Kernel>
 int most_team_blocks(Kernel kernel, int threads, int shared) {
   int device = 0, major = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return 1;
   if (cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess || major < 9) return 1;
-  constexpr int kPortable = 8;
   if (cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
@@ -185,7 +186,7 @@ int most_team_blocks(Kernel kernel, int threads, int shared) {
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters > 0) return kMostBlocks;
   }
   cudaGetLastError();  // a refusal is an answer
-  return kPortable;
+  return kPortableBlocks;
 }
 
 struct TeamLaunch {
@@ -205,21 +206,24 @@ const char* launch_teams(const TeamLaunch& launch, const Given&... given) {
     known_blocks = most_team_blocks(kKernel, launch.threads, launch.shared);
     known_device = device;
   }
-  int blocks = 1;
-  while (blocks < known_blocks && blocks * kPerBlock < launch.size) blocks *= 2;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(launch.rows * blocks));
-  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
-  config.dynamicSmemBytes = launch.shared;
-  config.stream = static_cast<cudaStream_t>(launch.stream);
-  config.attrs = &attribute;
-  config.numAttrs = blocks > 1 ? 1 : 0;
-  const cudaError_t status = cudaLaunchKernelEx(&config, kKernel, given...);
-  if (status != cudaSuccess) cudaGetLastError();
-  return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
+  for (;; known_blocks = kPortableBlocks) {
+    int blocks = 1;
+    while (blocks < known_blocks && blocks * kPerBlock < launch.size) blocks *= 2;
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(launch.rows * blocks));
+    config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+    config.dynamicSmemBytes = launch.shared;
+    config.stream = static_cast<cudaStream_t>(launch.stream);
+    config.attrs = &attribute;
+    config.numAttrs = blocks > 1 ? 1 : 0;
+    const cudaError_t status = cudaLaunchKernelEx(&config, kKernel, given...);
+    if (status == cudaSuccess) return nullptr;
+    cudaGetLastError();
+    if (blocks <= kPortableBlocks) return cudaGetErrorString(status);
+  }
 }
 
 }  // namespace specblock
