@@ -15,7 +15,7 @@ help:  ## this list
 
 setup: $(VENV)/.ready  ## system packages, virtual environment, editable install (idempotent)
 
-$(VENV)/.ready: pyproject.toml setup.py scripts/setup.sh scripts/constraints.txt $(wildcard cuda_ext/csrc/*)
+$(VENV)/.ready: pyproject.toml setup.py scripts/setup.sh scripts/constraints.txt $(wildcard cuda_ext/csrc/* cuda_ext/csrc/cuda/*)
 	@PY='$(PY)' VENV='$(VENV)' TORCH='$(TORCH)' ROOTS='$(ROOTS)' bash scripts/setup.sh
 	@touch $@
 

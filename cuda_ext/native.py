@@ -43,6 +43,7 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("commit_rows", _commit_rows_shape),
         ("attention_inputs", _attention_inputs_shape),
         ("layer_rest", _layer_rest_shape),
+        ("slot_attention", _slot_attention_shape),
     )
     missing = [name for name, _ in shapes if not hasattr(torch.ops.specblock, name)]
     if missing:
@@ -65,6 +66,37 @@ def serves(*tensors: Tensor) -> bool:
     )
 
 
+@functools.cache
+def cuda_native_available(name: str) -> bool:
+    """Whether the library is loaded and has a CUDA kernel of ``specblock::<name>``; says once if it has none."""
+    if not native_available():
+        return False
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"specblock::{name}", "CUDA"):
+        return True
+    _say_cuda_is_missing()
+    return False
+
+
+@functools.cache
+def _say_cuda_is_missing() -> None:
+    log.warning("the native library has no CUDA kernels (no nvcc at install time?): using the slower references")
+
+
+def serves_cuda(name: str, *tensors: Tensor) -> bool:
+    """Whether the CUDA kernel of ``specblock::<name>`` can take these: all on one device, no gradient wanted."""
+    return (
+        tensors[0].is_cuda
+        and not torch.is_grad_enabled()
+        and all(t.device == tensors[0].device for t in tensors)
+        and cuda_native_available(name)
+    )
+
+
+def has_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether ``specblock::<name>`` runs where ``tensor`` is. For operations whose result nothing is derived from."""
+    return native_available() if tensor.is_cpu else tensor.is_cuda and cuda_native_available(name)
+
+
 def _packed_linear_shape(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
@@ -78,6 +110,11 @@ def _rotary_linear_shape(x: Tensor, packed: Tensor, out_features: int, *others: 
 
 
 def _tree_attention_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    batch, heads, rows, size = query.shape
+    return query.new_empty(batch, rows, heads, size)
+
+
+def _slot_attention_shape(query: Tensor, *others: Any) -> Tensor:
     batch, heads, rows, size = query.shape
     return query.new_empty(batch, rows, heads, size)
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specblock.cuda_ext.attention import masked_attention, tree_attention
+from specblock.cuda_ext.attention import masked_attention, slot_attention, tree_attention
 from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.norm import rms_norm
 
@@ -60,6 +60,18 @@ def test_a_row_has_the_same_bits_alone_in_its_tree_and_behind_padding() -> None:
     assert torch.equal(
         native(query, key, value, fewer), native(query, key[:, :, :50], value[:, :, :50], mask[..., :50])
     )
+
+
+def test_slots_give_the_bits_of_gathered_keys() -> None:
+    query, key, value, _ = rows(3, 2, 2, 12, 60, 64, 4)
+    key, value = key.nan_to_num(), value.nan_to_num()
+    slots, lengths = torch.tensor([2, 0, 1]), torch.tensor([48, 0, 30])
+    visible = torch.ones(3, 12, 12, dtype=torch.bool).tril()
+    place = torch.arange(60) - lengths[:, None]
+    mask = (place < 0)[:, None] | (place[:, None] >= 0) & (place[:, None] <= torch.arange(12)[:, None])
+    with torch.no_grad():
+        gathered = tree_attention(query, key[slots], value[slots], mask)
+        assert torch.equal(slot_attention(query, key, value, slots, lengths, visible), gathered)
 
 
 def test_extreme_scores_stay_finite() -> None:
