@@ -11,12 +11,9 @@
 #include <limits>
 #include <vector>
 
-namespace specblock {
+#include "choice_filters.h"
 
-struct ChoiceFilters {
-  double temperature, top_p, min_p;
-  int64_t top_k;
-};
+namespace specblock {
 
 struct Standing {
   int64_t rank;  // tokens before it

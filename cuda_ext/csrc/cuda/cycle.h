@@ -1,0 +1,45 @@
+// The kernels of a cycle beside its forwards, as the bindings call them: device pointers, all contiguous unless a stride is
+// given. Each returns the message of a failed launch, or null. What a CPU operation refuses because an index is out of
+// range cannot be refused here without waiting for the device: such an index never addresses memory, see each kernel.
+#pragma once
+
+#include <cstdint>
+
+namespace specblock {
+
+enum class LogitType : int { kFloat, kDouble, kBfloat16, kHalf };
+
+// Logits [rows][vocab_size] and the laws of their choice: one per row, or per request.
+struct ChoiceInputs {
+  const void* logits;
+  LogitType type;
+  int64_t vocab_size;
+  const double* noise;  // [noise_rows][noise_size]
+  int64_t noise_rows, noise_size;
+  const int64_t* noise_row;  // clamped into the noise
+  const double *temperature, *top_p, *min_p;
+  const int64_t* top_k;
+};
+
+struct WalkInputs {
+  const int64_t *token, *parent;  // [requests][rows]
+  int64_t requests, rows, levels;
+  int64_t *tokens, *path, *count;  // [requests][levels] twice, [requests]
+};
+
+struct CommitInputs {
+  void* storage;  // [layers][slots][heads][capacity][row_bytes]
+  int64_t layers, slots, heads, capacity, row_bytes;
+  const int64_t *slot, *start, *row;  // [requests], [requests], [requests][moved] with row_stride
+  int64_t requests, moved, row_stride;
+};
+
+extern "C" {
+const char* specblock_cuda_philox(const int64_t* seed, const int64_t* choice, const int64_t* position, double* out, int64_t rows,
+                                  int64_t vocab_size, void* stream);
+const char* specblock_cuda_choose(const ChoiceInputs* inputs, int64_t rows, int64_t* out, void* stream);
+const char* specblock_cuda_accept_walk(const ChoiceInputs* inputs, const WalkInputs* walk, void* stream);
+const char* specblock_cuda_commit_rows(const CommitInputs* inputs, void* stream);
+}
+
+}  // namespace specblock
