@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.native import has_kernel
 from specblock.cuda_ext.noise import NoiseRows
 from specblock.cuda_ext.sampling import SamplingBatch, processed_log_probs
 
@@ -24,9 +24,10 @@ def choose(logits_NV: Tensor, sampling: SamplingBatch, noise: NoiseRows) -> Tens
     Returns:
         int64 [N].
     """
-    if logits_NV.is_cpu and native_available():
+    if has_kernel("choose", logits_NV):
         # Widening is exact. A type of its own would make rows depend on whether a neighbour's penalties widened them.
-        wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+        # The CUDA kernel reads every type and computes with all of them alike.
+        wide = logits_NV if logits_NV.dtype == torch.float64 or logits_NV.is_cuda else logits_NV.float()
         chosen: Tensor = torch.ops.specblock.choose(wide.contiguous(), noise.storage, noise.index, *sampling.law)
         return chosen
     return choose_reference(logits_NV, sampling, noise)

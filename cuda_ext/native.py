@@ -92,6 +92,11 @@ def serves_cuda(name: str, *tensors: Tensor) -> bool:
     )
 
 
+def has_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether ``specblock::<name>`` runs where ``tensor`` is. For operations whose result nothing is derived from."""
+    return native_available() if tensor.is_cpu else tensor.is_cuda and cuda_native_available(name)
+
+
 def _packed_linear_shape(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.native import has_kernel
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -61,7 +61,7 @@ def gumbel(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> T
 
     Source: design section 4.1; Gumbel-max trick (Maddison, Tarlow, Minka, NeurIPS 2014).
     """
-    if seed.is_cpu and native_available():
+    if has_kernel("philox_uniform", seed):
         vectors = (v.contiguous() for v in (seed, choice, position))
         uniform = torch.ops.specblock.philox_uniform(*vectors, vocab_size)
     else:

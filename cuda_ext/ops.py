@@ -1,7 +1,7 @@
 """Draft-tree operations; ``reference.py`` defines what each must return.
 
-Growing a tree is native on CPUs. Everything else, and every device without a native operation, is vectorised: no Python
-loop runs over nodes, and nothing here reads a value back from the device. Legend: B requests, M raw
+Growing a tree and keeping its rows are native on CPUs and CUDA. Everything else, and every device without a native
+operation, is vectorised: no Python loop runs over nodes, and nothing here reads a value back from the device. Legend: B requests, M raw
 candidates, R = budget + 1 rows, D tree depth.
 """
 
@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.native import has_kernel
 from specblock.cuda_ext.tree import Candidates, DraftTree, Offers
 
 _HASH_ROOT, _HASH_MULTIPLIER = 0x27D4EB2F165667C5, -7046029254386353131  # odd 64-bit constants (wrap-around product)
+_CUDA_CANDIDATES = 4096  # as many as fit the shared memory of one block
 NOT_OFFERED = 1 << 30  # a rank behind every real one
 
 
@@ -56,7 +57,8 @@ def grow_tree(
 
     Source: method reference 4.3 (merge all levels, remove losers physically), 4.4.
     """
-    if root_token.is_cpu and native_available():
+    fits = root_token.is_cpu or candidates.token.shape[1] <= _CUDA_CANDIDATES
+    if fits and has_kernel("grow_tree", root_token):
         c = candidates
         fields = (root_token, c.token, c.parent, c.score, c.depth, c.block, c.slot, c.valid)
         grown = torch.ops.specblock.grow_tree(*(field.contiguous() for field in fields), budget, merge)
@@ -188,7 +190,7 @@ def commit_rows(storage: Tensor, slots: Tensor, start: Tensor, rows: Tensor) -> 
         start: int64 [B], committed length; tree row r was written at position ``start + r``.
         rows: int64 [B, A], accepted tree rows in path order; rows[:, j] moves to position ``start + j``. Pad with j.
     """
-    if storage.is_cpu and native_available():
+    if has_kernel("commit_rows", storage):
         torch.ops.specblock.commit_rows(storage, slots.contiguous(), start.contiguous(), rows.contiguous())
         return
     commit_rows_vectorised(storage, slots, start, rows)

@@ -10,9 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.native import has_kernel
 from specblock.cuda_ext.noise import NoiseRows
 from specblock.cuda_ext.sampling import SamplingBatch
+
+_CUDA_WANTED = 128  # the most tokens that the CUDA kernel finds
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +52,10 @@ def best_tokens(
         width: W, at most V.
         num_top: T, at most V.
     """
-    logits = logits.to(torch.float32)
-    if logits.is_cpu and native_available():
+    if logits.is_cpu or logits.dtype == torch.float64:  # the CUDA kernel reads narrower types and computes alike
+        logits = logits.to(torch.float32)
+    fits = logits.is_cpu or max(width, num_top) <= _CUDA_WANTED
+    if fits and has_kernel("draft_top", logits):
         found = torch.ops.specblock.draft_top(
             logits.contiguous(),
             noise.storage if noise else None,
@@ -63,7 +67,7 @@ def best_tokens(
             num_top,
         )
         return BestTokens(*found)
-    return ranked_reference(logits, noise, ids, sampling, scale, width, num_top)
+    return ranked_reference(logits.to(torch.float32), noise, ids, sampling, scale, width, num_top)
 
 
 def ranked_reference(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.native import has_kernel
 from specblock.cuda_ext.tree import Candidates
 from specblock.drafter.proposals import Proposals
 
@@ -59,7 +59,7 @@ def expand_chain(proposals: Proposals, leaves: Leaves, offset: int, block: int) 
     Returns:
         [B, n * K * W] candidates, leaf-major, then slot, then rank.
     """
-    if proposals.token.is_cpu and native_available():
+    if has_kernel("expand_chain", proposals.token):
         of_slots = (proposals.token, proposals.log_prob, proposals.fan_out)
         of_leaves = (leaves.node, leaves.depth, leaves.score, leaves.valid)
         parent, depth, blocks, slot, rank, score, valid = torch.ops.specblock.expand_chain(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from specblock.cuda_ext.choice import choose
-from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.native import has_kernel
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import find_child
 from specblock.cuda_ext.sampling import SamplingBatch
@@ -109,11 +109,12 @@ def accept(
         first_position: absolute position of the token that follows each root.
         sampling: the same parameters as tensors on the logits' device, if the caller has them already.
     """
-    # Other types would have to be widened as a whole, to read the few rows that are visited.
-    served = logits_BRV.is_cpu and logits_BRV.dtype in (torch.float32, torch.float64) and native_available()
+    # On a CPU, other types would have to be widened as a whole, to read the few rows that are visited.
+    device, wide = logits_BRV.device, logits_BRV.dtype in (torch.float32, torch.float64)
+    served = (wide or logits_BRV.is_cuda) and has_kernel("accept_walk", logits_BRV)
     if not served or any(state.adjusts for state in states):
         return accept_reference(logits_BRV, tree, states, noise, slots, first_position, sampling)
-    sampling = SamplingBatch.of([state.params for state in states]) if sampling is None else sampling
+    sampling = SamplingBatch.of([state.params for state in states], device) if sampling is None else sampling
     level_W = torch.arange(min(noise.width, tree.num_rows))
     slot_B1, first_B1 = torch.tensor([slots, first_position])[..., None]
     rows_at = noise.rows(slot_B1, first_B1 + level_W)
@@ -122,12 +123,13 @@ def accept(
         tree.token.contiguous(),
         tree.parent.contiguous(),
         rows_at.storage,
-        rows_at.index.view(len(slots), -1),
+        rows_at.index.view(len(slots), -1).to(device),
         *sampling.law,
     )
-    lengths: list[int] = counts.tolist()
+    said_by: list[list[int]] = torch.cat([tokens, counts[:, None]], dim=1).tolist()  # the one wait for the device
+    lengths = [said.pop() for said in said_by]
     longest = max(lengths)
-    paths = tuple(tuple(said[:count]) for said, count in zip(tokens.tolist(), lengths, strict=True))
+    paths = tuple(tuple(said[:count]) for said, count in zip(said_by, lengths, strict=True))
     return Acceptance(paths, tokens[:, :longest], [count - 1 for count in lengths], rows[:, :longest])
 
 

@@ -10,6 +10,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "greedy_chain.h"
+
 namespace specblock {
 
 constexpr float kNever = -std::numeric_limits<float>::infinity();
@@ -43,25 +45,22 @@ struct ExpandedRow {
 inline void expand(const ProposalRow& from, const ExpandedRow& to) {
   int64_t at = 0;
   for (int64_t leaf = 0; leaf < from.leaves; leaf++) {
-    double summed = 0;  // as torch.cumsum adds up float32
-    bool alive = true;
+    GreedyChain chain{from.leaf_score[leaf]};
     for (int64_t slot = 0; slot < from.slots; slot++) {
       const int64_t place = leaf * from.slots + slot, first = place * from.width;
-      const float greedy = from.log_prob[first];
-      summed += greedy;
-      const float above = from.leaf_score[leaf] + (static_cast<float>(summed) - greedy);
+      chain.enter(from.log_prob[first]);
       const int64_t kept = std::max<int64_t>(1, from.fan_out[place]);
       const int64_t parent = slot == 0 ? from.leaf_node[leaf] : from.offset + first - from.width;
       for (int64_t rank = 0; rank < from.width; rank++, at++) {
-        to.score[at] = above + from.log_prob[first + rank];
+        to.score[at] = chain.score(from.log_prob[first + rank]);
         to.parent[at] = parent;
         to.depth[at] = from.leaf_depth[leaf] + slot + 1;
         to.block[at] = from.block;
         to.slot[at] = slot;
         to.rank[at] = rank;
-        to.valid[at] = alive && rank < kept && from.leaf_valid[leaf] && std::isfinite(to.score[at]);
+        to.valid[at] = from.leaf_valid[leaf] && rank < kept && chain.may_follow(to.score[at]);
       }
-      alive = alive && to.valid[at - from.width];
+      chain.leave();
     }
   }
 }

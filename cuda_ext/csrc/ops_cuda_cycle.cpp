@@ -8,22 +8,11 @@
 
 #include <tuple>
 
-#include "cuda/cycle.h"
-#include "cuda_checks.h"
+#include "cuda_cycle.h"
 
 namespace {
 
 using namespace specblock;
-
-LogitType logit_type(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float: return LogitType::kFloat;
-    case ScalarType::Double: return LogitType::kDouble;
-    case ScalarType::BFloat16: return LogitType::kBfloat16;
-    case ScalarType::Half: return LogitType::kHalf;
-    default: STD_TORCH_CHECK(false, "logits: expected a floating-point type"); return LogitType::kFloat;
-  }
-}
 
 // Logits [..., V]; N laws.
 ChoiceInputs choice_inputs(const Tensor& logits, int64_t dims, const Tensor& noise, const Tensor& noise_row,
@@ -33,12 +22,7 @@ ChoiceInputs choice_inputs(const Tensor& logits, int64_t dims, const Tensor& noi
   const int64_t V = logits.size(dims - 1);
   STD_TORCH_CHECK(V > 0 && V < (int64_t{1} << 31), "choose: the vocabulary is empty or too large");
   STD_TORCH_CHECK(noise.size(1) >= V && noise.size(0) > 0, "noise does not fit the logits");
-  for (const Tensor* t : {&temperature, &top_p, &min_p}) {
-    check_cuda_contiguous(*t, logits, ScalarType::Double, 1, "sampling parameters");
-    STD_TORCH_CHECK(t->size(0) == N, "sampling parameters: one per row expected");
-  }
-  check_cuda_contiguous(top_k, logits, ScalarType::Long, 1, "top_k");
-  STD_TORCH_CHECK(top_k.size(0) == N, "top_k: one per row expected");
+  check_cuda_sampling(temperature, top_p, top_k, min_p, logits, N);
   return {.logits = logits.const_data_ptr(), .type = logit_type(logits), .vocab_size = V, .noise = read<double>(noise),
           .noise_rows = noise.size(0), .noise_size = noise.size(1), .noise_row = read<int64_t>(noise_row),
           .temperature = read<double>(temperature), .top_p = read<double>(top_p), .min_p = read<double>(min_p),

@@ -7,7 +7,6 @@ namespace specblock {
 namespace {
 
 constexpr int kThreads = 512;
-constexpr int64_t kPerBlock = 4096;  // tokens that are worth a block
 
 __device__ __forceinline__ ChoiceFilters filters_of(const ChoiceInputs& inputs, int64_t row) {
   return {inputs.temperature[row], inputs.top_p[row], inputs.min_p[row], inputs.top_k[row]};
@@ -78,12 +77,12 @@ __global__ void __launch_bounds__(kThreads) accept_walk_kernel(const ChoiceInput
 
 template <class Logit>
 const char* choose(const ChoiceInputs& inputs, int64_t rows, int64_t* out, void* stream) {
-  return launch_teams<choose_kernel<Logit>>(rows, inputs.vocab_size, kPerBlock, kThreads, stream, inputs, out);
+  return launch_teams<choose_kernel<Logit>>({rows, inputs.vocab_size, kThreads, sizeof(TeamShared), stream}, inputs, out);
 }
 
 template <class Logit>
 const char* accept_walk(const ChoiceInputs& inputs, const WalkInputs& walk, void* stream) {
-  return launch_teams<accept_walk_kernel<Logit>>(walk.requests, inputs.vocab_size, kPerBlock, kThreads, stream, inputs, walk);
+  return launch_teams<accept_walk_kernel<Logit>>({walk.requests, inputs.vocab_size, kThreads, sizeof(TeamShared), stream}, inputs, walk);
 }
 
 }  // namespace

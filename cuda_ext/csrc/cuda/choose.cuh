@@ -5,40 +5,15 @@
 // first, and in float64 only where the float32 one cannot tell on which side of top-p the token stands.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <climits>
 
 #include "../choice_filters.h"
+#include "keys.cuh"
 #include "team.cuh"
 
 namespace specblock {
 
 constexpr int kNoToken = INT_MAX;
-
-template <class Logit>
-__device__ __forceinline__ double widened(Logit logit) {
-  if constexpr (sizeof(Logit) == 2) return static_cast<double>(static_cast<float>(logit));
-  else return static_cast<double>(logit);
-}
-
-// In the order of the values, -0 below 0.
-__device__ __forceinline__ uint32_t ordered_key(float value) {
-  const uint32_t bits = __float_as_uint(value);
-  return bits >> 31 ? ~bits : bits | 0x80000000u;
-}
-
-__device__ __forceinline__ float value_of(uint32_t key) { return __uint_as_float(key >> 31 ? key & 0x7FFFFFFFu : ~key); }
-
-__device__ __forceinline__ uint64_t ordered_key(double value) {
-  const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(value));
-  return bits >> 63 ? ~bits : bits | 0x8000000000000000u;
-}
-
-__device__ __forceinline__ double value_of(uint64_t key) {
-  return __longlong_as_double(static_cast<long long>(key >> 63 ? key & 0x7FFFFFFFFFFFFFFFu : ~key));
-}
 
 struct Peak {
   double score, largest;      // best score, largest value
@@ -177,7 +152,7 @@ class TeamChoice {
   }
 
   __device__ double total_of_best(int64_t top_k) {
-    const auto key = team_.largest_key<decltype(key_of(Logit()))>(size_, top_k, [&](int64_t i) { return key_of(logits_[i]); });
+    const auto key = team_.largest_key<decltype(key_of(Logit())), true>(size_, top_k, [&](int64_t i) { return key_of(logits_[i]); });
     const double edge = divisor_ == 1 ? static_cast<double>(value_of(key)) : static_cast<double>(value_of(key)) / divisor_;
     const Before above = sum_above(edge, false);
     return above.mass + static_cast<double>(top_k - above.rank) * exp(edge - largest_);

@@ -34,12 +34,57 @@ struct CommitInputs {
   int64_t requests, moved, row_stride;
 };
 
+// Greedy chains and alternatives: n leaves of K slots and W ranks for each request.
+struct ExpandInputs {
+  const int64_t *fan_out, *leaf_node, *leaf_depth;
+  const float *log_prob, *leaf_score;
+  const bool* leaf_valid;
+  int64_t requests, leaves, slots, width, offset, block;
+  int64_t *parent, *depth, *blocks, *slot, *rank;
+  float* score;
+  bool* valid;
+};
+
+constexpr int64_t kMostCandidates = 4096;
+
+// Candidates [requests][size] into trees of keep + 1 rows. A parent that does not precede its child counts as the root.
+struct GrowInputs {
+  const int64_t *root_token, *token, *parent, *depth, *block, *slot;
+  const float* score;
+  const bool* valid;
+  int64_t requests, size, keep;
+  bool merge;
+  int64_t *to_token, *to_parent, *to_depth, *to_block, *to_slot, *to_size, *parent_row;
+  float* to_score;
+};
+
+constexpr int64_t kMostWanted = 128;
+
+// The best tokens of draft logits [rows][vocab_size]. Noise rows and ids are clamped into the noise.
+struct TopInputs {
+  const void* logits;
+  LogitType type;
+  int64_t rows, vocab_size;
+  const double* noise;  // [noise_rows][noise_size], or null
+  int64_t noise_rows, noise_size;
+  const int64_t *noise_row, *ids;  // [rows]; [vocab_size] or null
+  const double *temperature, *top_p, *min_p;
+  const int64_t* top_k;
+  double scale;
+  int64_t width, num_top;  // at most kMostWanted
+  int64_t* token;
+  float *log_prob, *top;
+};
+
 extern "C" {
 const char* specblock_cuda_philox(const int64_t* seed, const int64_t* choice, const int64_t* position, double* out, int64_t rows,
                                   int64_t vocab_size, void* stream);
 const char* specblock_cuda_choose(const ChoiceInputs* inputs, int64_t rows, int64_t* out, void* stream);
 const char* specblock_cuda_accept_walk(const ChoiceInputs* inputs, const WalkInputs* walk, void* stream);
 const char* specblock_cuda_commit_rows(const CommitInputs* inputs, void* stream);
+const char* specblock_cuda_draft_top(const TopInputs* inputs, void* stream);
+const char* specblock_cuda_expand_chain(const ExpandInputs* inputs, void* stream);
+const char* specblock_cuda_grow_tree(const GrowInputs* inputs, void* stream);
 }
 
 }  // namespace specblock

@@ -66,7 +66,7 @@ __device__ __forceinline__ T lane_below(T value, int offset) {
 struct TeamShared {
   double warp[kWarp][6], block[2][6], team[2][6];
   uint32_t histogram[2][256], summed[256];
-  uint64_t digit[2];
+  uint64_t digit[3];  // the digit, what is left of the rank, whether that is all that the digit's bin holds
 };
 
 // One per thread; the blocks' shared memory is in `room`.
@@ -104,8 +104,9 @@ class Team {
     return value;
   }
 
-  // The `rank`-th largest (1-based) of the keys that `key_of(i)` gives for i < size, by 8 bits at a time.
-  template <class Key, class KeyOf>
+  // Of the keys that `key_of(i)` gives for i < size, by 8 bits at a time: the `rank`-th largest (1-based), or, if it need
+  // not be exact, a key that exactly `rank` of them reach, where they differ from each other.
+  template <class Key, bool kExact, class KeyOf>
   __device__ Key largest_key(int64_t size, int64_t rank, KeyOf key_of) {
     Key prefix = 0;
     for (int shift = 8 * static_cast<int>(sizeof(Key)) - 8; shift >= 0; shift -= 8) {
@@ -130,6 +131,7 @@ class Team {
       __syncthreads();
       prefix |= static_cast<Key>(room_.digit[0]) << shift;
       rank = static_cast<int64_t>(room_.digit[1]);
+      if (!kExact && room_.digit[2] != 0) break;
     }
     return prefix;
   }
@@ -155,6 +157,7 @@ class Team {
     for (; left > room_.summed[bin]; bin--) left -= room_.summed[bin];
     room_.digit[0] = static_cast<uint64_t>(bin);
     room_.digit[1] = static_cast<uint64_t>(left);
+    room_.digit[2] = left == room_.summed[bin];
   }
 
   TeamShared& room_;
@@ -185,26 +188,33 @@ int most_team_blocks(Kernel kernel, int threads, int shared) {
   return kPortable;
 }
 
-// One team per row. `per_block`: entries of a row that are worth a block.
+struct TeamLaunch {
+  int64_t rows, size;  // teams, and entries of a row
+  int threads, shared;  // of a block
+  void* stream;
+};
+
+// One team per row.
 template <auto kKernel, class... Given>
-const char* launch_teams(int64_t rows, int64_t size, int64_t per_block, int threads, void* stream, const Given&... given) {
+const char* launch_teams(const TeamLaunch& launch, const Given&... given) {
+  constexpr int64_t kPerBlock = 4096;  // entries that are worth a block
   static thread_local int known_device = -1, known_blocks = 1;
   int device = 0;
   cudaGetDevice(&device);
   if (device != known_device) {
-    known_blocks = most_team_blocks(kKernel, threads, sizeof(TeamShared));
+    known_blocks = most_team_blocks(kKernel, launch.threads, launch.shared);
     known_device = device;
   }
   int blocks = 1;
-  while (blocks < known_blocks && blocks * per_block < size) blocks *= 2;
+  while (blocks < known_blocks && blocks * kPerBlock < launch.size) blocks *= 2;
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;
   attribute.val.clusterDim = {static_cast<unsigned>(blocks), 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(rows * blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = sizeof(TeamShared);
-  config.stream = static_cast<cudaStream_t>(stream);
+  config.gridDim = dim3(static_cast<unsigned>(launch.rows * blocks));
+  config.blockDim = dim3(static_cast<unsigned>(launch.threads));
+  config.dynamicSmemBytes = launch.shared;
+  config.stream = static_cast<cudaStream_t>(launch.stream);
   config.attrs = &attribute;
   config.numAttrs = blocks > 1 ? 1 : 0;
   const cudaError_t status = cudaLaunchKernelEx(&config, kKernel, given...);
