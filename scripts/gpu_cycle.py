@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Times what a decode cycle does beside its forwards, at the sizes of an 8-billion-parameter Llama.
 
-``rows`` is for gpu_check.py; alone, the script prints them. Times are by events of the device around one call that finds
-it idle, so they contain launches. "In a graph" is a replay of the recorded call, without them.
+``rows`` is for gpu_check.py; alone, the script prints them. Times are by events around one call that finds the device
+idle, so they contain launches. "In a graph" is a replay of the recorded call, without them.
 """
 
 from __future__ import annotations
