@@ -47,35 +47,36 @@ class TeamChoice {
         divisor_(filters.temperature == 0 ? 1.0 : filters.temperature) {}
 
   __device__ int find() {
-    const bool greedy = filters_.temperature == 0;
-    Peak peak = scan(greedy);
-    if (greedy) return peak.nan_at != kNoToken ? peak.nan_at : number(peak.at);
-    if (peak.nan_at != kNoToken) return 0;
-    largest_ = peak.largest;
-    const int first = peak.largest_at;  // nothing stands before it
-    const bool nucleus = filters_.top_p < 1;
+    const bool greedy = filters_.temperature == 0, nucleus = filters_.top_p < 1;
     const int64_t top_k = filters_.top_k < size_ ? filters_.top_k : 0;
-    if (filters_.min_p > 0) {
-      least_ = largest_ + log(filters_.min_p);
-      // What min-p drops can only have hidden the best of the others where it was the best itself.
-      if (peak.at != kNoToken && scaled(peak.at) < least_) peak = scan(false);
-    }
-    for (;;) {
+    const bool whole = nucleus && top_k <= 0;  // top-p is a share of the whole vocabulary's mass
+    int first = kNoToken;  // nothing stands before it
+    for (bool fresh = true;; fresh = false) {
+      const Peak peak = scan(greedy);
+      if (fresh) {
+        if (greedy) return peak.nan_at != kNoToken ? peak.nan_at : number(peak.at);
+        if (peak.nan_at != kNoToken) return 0;
+        largest_ = peak.largest;
+        first = peak.largest_at;
+        if (filters_.min_p > 0) {
+          least_ = largest_ + log(filters_.min_p);
+          // What min-p drops can only have hidden the best of the others where it was the best itself.
+          if (peak.at != kNoToken && scaled(peak.at) < least_) continue;
+        }
+      }
       const int best = peak.at;
       if (best == kNoToken || best == first || (!nucleus && top_k <= 0)) return number(best);
       const double value = scaled(best);
-      const bool all = nucleus && top_k <= 0;
-      const Before at = before(value, best, nucleus, all && total_ < 0);
-      if (all && total_ < 0) total_ = at.total;
+      const Before at = before(value, best, nucleus, whole && total_ < 0);
+      if (whole && total_ < 0) total_ = at.total;
       if (at.rank == 0 || ((top_k <= 0 || at.rank < top_k) && (!nucleus || within(at.mass, top_k)))) return best;
       edge_ = value;  // nothing behind this token is kept either
       edge_at_ = best;
-      peak = scan(false);
     }
   }
 
  private:
-  static constexpr int kBatch = 8;  // loads under way per thread
+  static constexpr int kBatch = sizeof(Logit) == 8 ? 4 : 8;  // loads under way per thread
   // The float32 sum is off by 1e-5 at most: an exponent of at most 88 is off by 6e-8 of itself, the rest are last bits.
   static constexpr double kDoubt = 1e-4;
 
