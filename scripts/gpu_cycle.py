@@ -225,25 +225,41 @@ def rows(device: str) -> Iterator[Row]:
     size, batches = (LLAMA_8B, (1, 4, 16)) if device == "cuda" else (SMALL, (1,))
     torch.manual_seed(0)
     with torch.inference_mode():
-        yield from noise_rows(size, device)
+        yield from row_operations(size, device)
         for batch in batches:
             yield from of_batch(batch, size, device)
 
 
-def noise_rows(size: Size, device: str) -> Iterator[Row]:
-    """Noise of five positions, and the choice of single rows."""
+def row_operations(size: Size, device: str) -> Iterator[Row]:
+    """Noise of five positions, and the best tokens of the slots of one block: of the root's and of sixteen leaves'."""
     import torch
 
-    from specblock.cuda_ext.noise import philox_uniform
+    from specblock.cuda_ext.noise import NoiseRows, gumbel, philox_uniform
+    from specblock.cuda_ext.ranking import best_tokens, ranked_reference
+    from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 
+    vocab_size = size.vocab_size
     vectors = torch.arange(15, device=device).view(3, 5).contiguous().unbind(0)
     yield from compared(
-        f"uniform numbers, 5 positions, V={size.vocab_size}",
-        lambda: torch.ops.specblock.philox_uniform(*vectors, size.vocab_size),
-        lambda: philox_uniform(*vectors, size.vocab_size),
+        f"uniform numbers, 5 positions, V={vocab_size}",
+        lambda: torch.ops.specblock.philox_uniform(*vectors, vocab_size),
+        lambda: philox_uniform(*vectors, vocab_size),
         device,
         True,
     )
+    storage = gumbel(*vectors, vocab_size)
+    for count in (WIDTH_K, LEAVES * WIDTH_K):
+        logits = torch.randn(count, vocab_size, device=device) * 3
+        noise = NoiseRows(storage, torch.arange(count, device=device) % len(storage))
+        law = SamplingBatch.of([SamplingParams(temperature=0.8, top_p=0.95)] * count, device)
+        given = (logits, noise, None, law, 1.4, WIDTH_W, 20)
+        yield from compared(
+            f"best tokens, {count} rows, V={vocab_size}",
+            lambda given=given: best_tokens(*given),
+            lambda given=given: ranked_reference(*given),
+            device,
+            True,
+        )
 
 
 def show(row: Row) -> str:
