@@ -105,3 +105,47 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     wide_mask = mask[:, None].expand(-1, groups, -1, -1).reshape(batch, 1, groups * rows, -1)
     mixed = F.scaled_dot_product_attention(packed, key, value, attn_mask=wide_mask, scale=scale)
     return mixed.view(batch, heads, rows, dim).transpose(1, 2)
+
+
+def slot_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """Softmax attention of new rows over the storage of all slots; shapes say nothing about lengths.
+
+    Args:
+        query: [B, heads, R, D].
+        key: [S, kv_heads, C, D], whole storage; row r of request b lies at position ``lengths[b] + r``.
+        value: [S, kv_heads, C, D].
+        slots: int64 [B], slot of each request.
+        lengths: int64 [B], keys before the new rows, all of them visible; at most C - R.
+        visible: bool [B, R, R], which new rows each row sees; at least one per row.
+        scale: of the scores; None is D^-0.5.
+
+    Returns:
+        [B, R, heads, D].
+    """
+    return slot_attention_reference(query, key, value, slots, lengths, visible, scale)
+
+
+def slot_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    visible: Tensor,
+    scale: float | None = None,
+) -> Tensor:
+    """The readable definition of ``slot_attention``, for every device and type."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rows = visible.shape[-1]
+    column_BC = torch.arange(key.shape[2], device=key.device) - lengths[:, None]
+    staged = visible.gather(2, column_BC.clamp(0, rows - 1)[:, None].expand(-1, rows, -1))
+    mask = (column_BC < 0)[:, None] | (staged & (column_BC < rows)[:, None])
+    return masked_attention(query, key[slots], value[slots], mask, scale)
