@@ -18,6 +18,7 @@ from specblock.cuda_ext.attention import tree_attention
 from specblock.cuda_ext.noise import NoiseRows, NoiseWindow
 from specblock.cuda_ext.ops import grow_tree
 from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.transfer import on_device
 from specblock.cuda_ext.tree import Candidates
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.expand import (
@@ -101,9 +102,9 @@ class BlockDrafter:
         Returns:
             u [B, 1, K, H] of each request's newest position (of padding, if it has none: finite and meaningless).
         """
-        slots_B = torch.tensor(slots, device=new.tokens.device)
-        base = torch.tensor([cache.rows[s] for s in slots], device=new.tokens.device)
-        rotary_base = torch.tensor([cache.rotary[s] for s in slots], device=new.tokens.device)
+        newest_position = [max(0, count - 1) for count in new.counts]
+        numbers = [slots, [cache.rows[s] for s in slots], [cache.rotary[s] for s in slots], newest_position]
+        slots_B, base, rotary_base, newest = on_device(numbers, new.tokens.device)
         num_positions, width = new.tokens.shape[1], self.model.config.num_slots
         order_P = torch.arange(num_positions, device=base.device)
         # Padding may reach further than this, even out of the storage: nothing looks at it.
@@ -111,7 +112,6 @@ class BlockDrafter:
         row = base[:, None] * width + torch.arange(num_positions * width, device=base.device)
         in_order = cache.in_order(slots)
         mask_BTS = torch.arange(end, device=base.device) <= row[:, :, None]  # causal over rows (method reference 1.6)
-        newest = torch.tensor([max(0, count - 1) for count in new.counts], device=base.device)
         newest_rows = rows_of(newest, num_positions, width)
         newest_mask = mask_BTS if newest_rows is None else take_rows(mask_BTS, newest_rows)
 
@@ -157,9 +157,8 @@ class BlockDrafter:
             new = published_positions(cache, slots, new)
         hidden_BnKH = self.refresh(cache, slots, new)
         device = root_token.device
-        root_index = torch.tensor([cache.positions[s] for s in slots], device=device)  # L, index of the root token
+        slots_B, root_index = on_device([slots, [cache.positions[s] for s in slots]], device)  # L, the root's index
         leaves = root_leaf(hidden_BnKH, root_index > 0, self.model.config.num_slots + self.scratch_rows)
-        slots_B = torch.tensor(slots, device=device)
         domains = [cache.domains[s] for s in slots]
         parts: list[Candidates] = []
         leaf_caps: list[int] = []
@@ -209,8 +208,8 @@ class BlockDrafter:
         width, device = self.model.config.num_slots, slots_B.device
         num_leaves = leaves.token.shape[1]
         first_row = self._scratch_start(block)
-        root_row = torch.tensor([(cache.rows[s] - 1) * width for s in slots], device=device)
-        root_rotary = torch.tensor([cache.last_rotary[s] for s in slots], device=device)
+        numbers = [[(cache.rows[s] - 1) * width for s in slots], [cache.last_rotary[s] for s in slots]]
+        root_row, root_rotary = on_device(numbers, device)
         start = root_row + first_row
         end = (max(cache.rows[s] for s in slots) - 1) * width + first_row + num_leaves * width
         in_order = cache.in_order(slots)

@@ -12,6 +12,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
+from specblock.cuda_ext.transfer import on_device
+
 MAX_DOMAINS = 31
 
 
@@ -40,7 +42,7 @@ class TokenBias(nn.Module):
         rows = [self._row_of.get(key, 0) for key in keys]
         if not any(rows):
             return None
-        return self.table[torch.tensor(rows, device=self.table.device)]
+        return self.table[on_device(rows, self.table.device)]
 
     def row(self, key: int) -> int:
         """The row of a domain that is being counted; with all rows taken the one counted longest ago gives way."""

@@ -72,6 +72,11 @@ class ForwardGraphs:
         """(requests, rows) of every graph, in the order of recording."""
         return tuple(size for size, recording in self._recordings.items() if recording.replay is not None)
 
+    def sizes_up_to(self, most_rows: int) -> list[tuple[int, int]]:
+        """(requests, rows) of the graphs that serve any number of requests with up to so many rows each."""
+        needed = [rows for below, rows in zip((0, *ROW_BUCKETS), ROW_BUCKETS, strict=False) if below < most_rows]
+        return [(batch, rows) for batch in reversed(self._batches) for rows in reversed(needed)]
+
     def run(
         self,
         body: Body,

@@ -260,6 +260,15 @@ class TargetModel:
             hidden_BRH = hidden_BRH[torch.arange(batch, device=self.device)[:, None], logits_rows.to(self.device)]
         return TargetOutput(self._head(hidden_BRH), features)
 
+    def record_graphs(self, cache: TargetCache, most_rows: int) -> None:
+        """Records the forwards over an empty cache with up to so many rows per slot, where there are graphs at all."""
+        if self.by_slot is None or not self.by_slot.graphs:
+            return
+        for batch, rows in self.by_slot.recorded(cache).sizes_up_to(most_rows):
+            fitting = min(rows, cache.capacity_tokens)  # one that is filled up to ``rows``
+            tokens = torch.zeros(batch, fitting, dtype=torch.int64, device=self.device)
+            self.forward(cache, list(range(batch)), tokens)
+
     @torch.no_grad()
     def prefill(
         self, cache: TargetCache, slot: int, tokens: Sequence[int] | Tensor, chunk_tokens: int = 256

@@ -106,7 +106,7 @@ class SlotForward:
             if output is not None:
                 return output
         numbers = on_device([slots, lengths, lengths], self._device)
-        return self._forward(cache, SlotRows(tokens, depth, visible, numbers))
+        return self._forward(cache, SlotRows(tokens, depth, visible.contiguous(), numbers))
 
     def recorded(self, cache: TargetCache) -> ForwardGraphs:
         """The graphs over one cache; they go when it goes."""
