@@ -139,10 +139,10 @@ class DraftNetwork(nn.Module, ABC):
 
     def refresh_vocabulary(self) -> None:
         """Recomputes the derived index tables after weights were loaded."""
-        ids = torch.arange(self.d2t.shape[0], device=self.d2t.device) + self.d2t
+        order = torch.arange(self.d2t.shape[0], device=self.d2t.device)
+        ids = order + self.d2t
+        to_draft = torch.full((self.t2d.shape[0],), -1, dtype=torch.int64, device=ids.device).index_copy_(0, ids, order)
         self.draft_ids = ids  # [Vd] target id of each draft id
-        to_draft = torch.full((self.t2d.shape[0],), -1, dtype=torch.int64, device=ids.device)
-        to_draft[ids] = torch.arange(ids.shape[0], device=ids.device)
         self.to_draft = to_draft  # [V] draft id of each target id, -1 outside
         self.token_bias.refresh()
 

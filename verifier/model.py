@@ -260,6 +260,16 @@ class TargetModel:
             hidden_BRH = hidden_BRH[torch.arange(batch, device=self.device)[:, None], logits_rows.to(self.device)]
         return TargetOutput(self._head(hidden_BRH), features)
 
+    @property
+    def num_graphs(self) -> int:
+        """Recorded forwards."""
+        return 0 if self.by_slot is None else self.by_slot.num_graphs
+
+    @property
+    def num_graph_failures(self) -> int:
+        """Forwards that could not be recorded and run without."""
+        return 0 if self.by_slot is None else self.by_slot.num_failures
+
     def record_graphs(self, cache: TargetCache, most_rows: int) -> None:
         """Records the forwards over an empty cache with up to so many rows per slot, where there are graphs at all."""
         if self.by_slot is None or not self.by_slot.graphs:

@@ -108,6 +108,16 @@ class SlotForward:
         numbers = on_device([slots, lengths, lengths], self._device)
         return self._forward(cache, SlotRows(tokens, depth, visible.contiguous(), numbers))
 
+    @property
+    def num_graphs(self) -> int:
+        """Graphs over all caches."""
+        return sum(len(graphs.sizes) for graphs in self._recorded.values())
+
+    @property
+    def num_failures(self) -> int:
+        """Recordings that failed, over all caches."""
+        return sum(graphs.failures for graphs in self._recorded.values())
+
     def recorded(self, cache: TargetCache) -> ForwardGraphs:
         """The graphs over one cache; they go when it goes."""
         found = self._recorded.get(cache)
