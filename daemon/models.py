@@ -121,7 +121,7 @@ def serving_drafter(config: DaemonConfig, target: TargetModel, directory: Path |
     if directory is None:
         # It has no later blocks: the planner must not measure or explore any.
         return LookupDrafter(replace(settings, blocks=1), target.device, target.dtype)
-    return BlockDrafter(load_network(target, directory), settings)
+    return BlockDrafter(load_network(target, directory), settings, graphs=config.engine.cuda_graphs)
 
 
 def load_pair(

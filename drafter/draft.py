@@ -36,18 +36,30 @@ from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.layers import rows_of, take_rows
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.plan import DraftPlan, FixedLimits, Limits
-from specblock.drafter.proposals import propose
+from specblock.drafter.proposals import Proposals, Ranking, propose
 from specblock.drafter.published import published_positions
+from specblock.drafter.slots import POSITIONS, SlotBlocks
 
 
 class BlockDrafter:
     """Grows one tree per request and cycle from a :class:`DraftNetwork` and its cache."""
 
-    def __init__(self, model: DraftNetwork, settings: DraftSettings) -> None:
+    def __init__(
+        self, model: DraftNetwork, settings: DraftSettings, graphs: bool = False, by_slot: bool | None = None
+    ) -> None:
+        """Args:
+        model: the network.
+        settings: how trees are grown.
+        graphs: record blocks as CUDA graphs, on a CUDA device; for a cache that serves for long.
+        by_slot: run blocks through ``SlotBlocks``; None does so on CUDA devices.
+        """
         self.model = model.pack()
         self.settings = settings
         self._fixed = FixedLimits(settings)
         self._fan_out = FanOutRule.of(settings, self.device)
+        self.by_slot: SlotBlocks | None = None
+        if self.device.type == "cuda" if by_slot is None else by_slot:
+            self.by_slot = SlotBlocks(model, settings, self._fan_out, graphs and self.device.type == "cuda")
 
     @property
     def max_depth(self) -> int:
@@ -91,8 +103,10 @@ class BlockDrafter:
     def new_cache(self, num_slots: int, capacity_positions: int) -> DrafterCache:
         """A cache that fits this drafter's geometry, dtype and device."""
         # One more for the root's position, one more for the published refresh, which stores a position twice.
+        width = self.model.config.num_slots
+        padding = 0 if self.by_slot is None else max(POSITIONS[-1] * width, width + self.scratch_rows)
         return DrafterCache(
-            self.model.config, num_slots, capacity_positions + 2, self.scratch_rows, self.dtype, self.device
+            self.model.config, num_slots, capacity_positions + 2, self.scratch_rows, self.dtype, self.device, padding
         )
 
     @torch.no_grad()
@@ -155,11 +169,14 @@ class BlockDrafter:
         limits = limits or self._fixed
         if self.settings.published_refresh:
             new = published_positions(cache, slots, new)
-        hidden_BnKH = self.refresh(cache, slots, new)
         device = root_token.device
-        slots_B, root_index = on_device([slots, [cache.positions[s] for s in slots]], device)  # L, the root's index
+        after = [cache.positions_after(s, count) for s, count in zip(slots, new.counts, strict=True)]
+        slots_B, root_index = on_device([slots, after], device)  # L, the root's index
+        bias_rows = self.model.token_bias.rows([cache.domains[s] for s in slots])
+        depth_B1 = torch.zeros_like(slots_B)[:, None]
+        ranking = Ranking(self._noise_rows(noise, slots_B, root_index, depth_B1), sampling, bias_rows)
+        hidden_BnKH, proposals = self._first_block(cache, slots, new, ranking)
         leaves = root_leaf(hidden_BnKH, root_index > 0, self.model.config.num_slots + self.scratch_rows)
-        domains = [cache.domains[s] for s in slots]
         parts: list[Candidates] = []
         leaf_caps: list[int] = []
         for block in range(self.num_blocks):
@@ -172,11 +189,8 @@ class BlockDrafter:
                 offset = sum(part.token.shape[1] for part in parts[:-1])
                 first_row = self._scratch_start(block - 1) if block > 1 else 0
                 leaves = choose_leaves(parts[-1], hidden_BnKH, leaves, score, offset, first_row, count)
-                hidden_BnKH = self._later_block(cache, slots, slots_B, leaves, block)
-            noise_rows = self._noise_rows(noise, slots_B, root_index, leaves)
-            proposals = propose(
-                self.model, self.settings, self._fan_out, hidden_BnKH, noise_rows, sampling, domains, first=block == 0
-            )
+                ranking = Ranking(self._noise_rows(noise, slots_B, root_index, leaves.depth), sampling, bias_rows)
+                hidden_BnKH, proposals = self._next_block(cache, slots, slots_B, leaves, block, ranking)
             if self.model.independent_slots:
                 parts.append(expand_product(proposals, leaves.valid[:, 0], self.settings.beam))
             else:
@@ -188,18 +202,39 @@ class BlockDrafter:
         return Draft(tree, DraftPlan(tuple(leaf_caps), budget), depth, offers)
 
     def _noise_rows(
-        self, noise: NoiseWindow | None, slots_B: Tensor, root_index: Tensor, leaves: Leaves
+        self, noise: NoiseWindow | None, slots_B: Tensor, root_index: Tensor, depth_Bn: Tensor
     ) -> NoiseRows | None:
         """Noise at the positions that the leaves' slots predict, B * n * K rows."""
         if noise is None:
             return None
         width = self.model.config.num_slots
-        depth_BnK = leaves.depth[:, :, None] + torch.arange(1, width + 1, device=root_index.device)
+        depth_BnK = depth_Bn[:, :, None] + torch.arange(1, width + 1, device=root_index.device)
         return noise.rows(slots_B[:, None, None], root_index[:, None, None] + depth_BnK)
+
+    def _first_block(
+        self, cache: DrafterCache, slots: list[int], new: NewPositions, ranking: Ranking
+    ) -> tuple[Tensor, Proposals]:
+        """Refresh and block 1: u [B, 1, K, H] of each newest position and what it proposes."""
+        if self.by_slot is None or new.tokens.shape[1] > POSITIONS[-1]:
+            hidden = self.refresh(cache, slots, new)
+            return hidden, propose(self.model, self.settings, self._fan_out, hidden, ranking, first=True)
+        found = self.by_slot.first(cache, slots, new, ranking)
+        for slot, count in zip(slots, new.counts, strict=True):
+            cache.advance(slot, count)
+        return found
 
     def _scratch_start(self, block: int) -> int:
         """First row of a later block (``block`` >= 1) behind the root position's first row."""
         return self.model.config.num_slots * (1 + (block - 1) * self.settings.leaf_cap)
+
+    def _next_block(
+        self, cache: DrafterCache, slots: list[int], slots_B: Tensor, leaves: Leaves, block: int, ranking: Ranking
+    ) -> tuple[Tensor, Proposals]:
+        """A later block: u [B, n, K, H] and what it proposes."""
+        if self.by_slot is not None:
+            return self.by_slot.later(cache, slots, leaves, self._scratch_start(block), ranking)
+        hidden = self._later_block(cache, slots, slots_B, leaves, block)
+        return hidden, propose(self.model, self.settings, self._fan_out, hidden, ranking, first=False)
 
     def _later_block(
         self, cache: DrafterCache, slots: list[int], slots_B: Tensor, leaves: Leaves, block: int

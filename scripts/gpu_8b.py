@@ -162,10 +162,11 @@ def copy_bandwidth(shape: Shape, device: str, timer: Timer) -> float:
     return 2 * shape.copied_bytes / (1e-3 * found.get("device_ms", found["ms"]))
 
 
-def set_graphs(target: TargetModel, on: bool) -> None:
-    """Lets decode forwards run as graphs or not, where there are any."""
-    if target.by_slot is not None:
-        target.by_slot.graphs = on
+def set_graphs(on: bool, *models: TargetModel | BlockDrafter | None) -> None:
+    """Lets the forwards of decode cycles run as graphs or not, where there are any."""
+    for model in models:
+        if model is not None and model.by_slot is not None:
+            model.by_slot.graphs = on
 
 
 def forward_rows(shape: Shape, device: str, target: TargetModel, timer: Timer, bytes_per_s: float) -> Iterator[Row]:
@@ -183,7 +184,7 @@ def forward_rows(shape: Shape, device: str, target: TargetModel, timer: Timer, b
             floor_ms = 1e3 * (weights + batch * prefix * shape.kv_bytes_per_token) / bytes_per_s
             for count in shape.rows:
                 for graphs in (False, True) if timer.cuda else (False,):
-                    set_graphs(target, graphs)
+                    set_graphs(graphs, target)
                     call = verify_call(target, cache, batch, count, prefix)
                     found = timer.of(call)
                     how = "graph" if graphs else "eager"
@@ -227,16 +228,17 @@ def drafting_rows(shape: Shape, drafters: dict[str, BlockDrafter], timer: Timer,
     from specblock.drafter.interface import NewPositions
     from specblock.drafter.weight_bytes import weight_bytes_per_cycle
 
-    for prefix in shape.prefixes[:2]:
+    most = max(shape.batches[:2])
+    for name, drafter in drafters.items():
+        cache = drafter.new_cache(most, max(shape.prefixes[:2]) + 4)
+        cache.keys.normal_(), cache.values.normal_()
+        features = torch.randn(most, 2, 3 * shape.hidden, dtype=drafter.dtype, device=drafter.device)
+        tokens = torch.zeros(most, 2, dtype=torch.int64, device=drafter.device)
+        floor_ms = 1e3 * weight_bytes_per_cycle(drafter.model, drafter.num_blocks) / bytes_per_s
         for batch in shape.batches[:2]:
-            for name, drafter in drafters.items():
-                device = drafter.device
-                cache = drafter.new_cache(batch, prefix + 4)
-                cache.keys.normal_(), cache.values.normal_()
-                features = torch.randn(batch, 2, 3 * shape.hidden, dtype=drafter.dtype, device=device)
-                tokens = torch.zeros(batch, 2, dtype=torch.int64, device=device)
-                new = NewPositions(features, tokens, [2] * batch)
-                sampling = SamplingBatch.of([SamplingParams(temperature=0.0)] * batch, device)
+            new = NewPositions(features[:batch], tokens[:batch], [2] * batch)
+            sampling = SamplingBatch.of([SamplingParams(temperature=0.0)] * batch, drafter.device)
+            for prefix in shape.prefixes[:2]:
 
                 def draft(
                     drafter: BlockDrafter = drafter, cache: Any = cache, new: NewPositions = new,
@@ -248,13 +250,19 @@ def drafting_rows(shape: Shape, drafters: dict[str, BlockDrafter], timer: Timer,
                         cache.advance(slot, prefix)
                     drafter.draft(cache, slots, new, new.tokens[:, 1], sampling, None)
 
-                floor_ms = 1e3 * weight_bytes_per_cycle(drafter.model, drafter.num_blocks) / bytes_per_s
-                found = timer.of(draft)
-                yield {
-                    "what": f"8B drafting, {name}, batch {batch}, prefix {prefix}", **found, "drafter": name,
-                    "forwards": drafter.num_blocks, "nodes": drafter.settings.node_budget, "batch": batch,
-                    "prefix": prefix, "floor_ms": floor_ms, "over_floor": found["ms"] / floor_ms,
-                }  # fmt: skip
+                for graphs in (False, True) if timer.cuda else (False,):
+                    set_graphs(graphs, drafter)
+                    found = timer.of(draft)
+                    how = "graphs" if graphs else "eager"
+                    yield {
+                        "what": f"8B drafting, {name}, batch {batch}, prefix {prefix}, {how}", **found,
+                        "drafter": name, "forwards": drafter.num_blocks, "nodes": drafter.settings.node_budget,
+                        "batch": batch, "prefix": prefix, "graphs": graphs, "floor_ms": floor_ms,
+                        "over_floor": found["ms"] / floor_ms,
+                    }  # fmt: skip
+        if drafter.by_slot is not None:
+            counts = {"recorded": drafter.by_slot.num_graphs, "failed": drafter.by_slot.num_failures}
+            yield {"what": f"8B graphs of {name}", **counts}
 
 
 class Clock:
@@ -306,7 +314,7 @@ def cycle_rows(shape: Shape, target: TargetModel, drafters: dict[str, BlockDraft
         for batch in shape.batches[:2]:
             for name, drafter in {"plain": None, **drafters}.items():
                 for graphs in (False, True) if timer.cuda and temperature == 0.0 else (timer.cuda,):
-                    set_graphs(target, graphs)
+                    set_graphs(graphs, target, drafter)
                     how = "graphs" if graphs else "eager"
                     yield {
                         "what": f"8B cycle, {name}, batch {batch}, T {temperature}, {how}", "batch": batch,
@@ -351,13 +359,13 @@ def swap_rows(shape: Shape, target: TargetModel, drafter: BlockDrafter, timer: T
     from specblock.daemon.engine_host import EngineHost
     from specblock.daemon.windows import WindowLimits, WindowStore
 
-    set_graphs(target, timer.cuda)
+    set_graphs(timer.cuda, target, drafter)
     engine = engine_of(shape, target, drafter, shape.batches[1], Clock(timer), 0.0)
     begin = timer.wait()
     engine.record_graphs()
     yield {"what": "8B graphs of an engine recorded", "seconds": timer.wait() - begin, "graphs": target.num_graphs}
     cycle_ms = statistics.median(step_ms(engine, timer) for _ in range(shape.cycles))
-    graphs = target.num_graphs
+    graphs = all_graphs(target, drafter)
     weights = {name: value.cpu().clone() for name, value in drafter.model.state_dict().items()}
     places = {name: value.data_ptr() for name, value in drafter.model.state_dict().items()}
     host = EngineHost(engine, WindowStore(WindowLimits(budget_bytes=10**6), time.time), 0.0, 4)
@@ -371,8 +379,14 @@ def swap_rows(shape: Shape, target: TargetModel, drafter: BlockDrafter, timer: T
     moved = sum(value.data_ptr() != places[name] for name, value in drafter.model.state_dict().items())
     yield {
         "what": "8B swap of the drafter under load, stall", **spread(stalls), "cycle_ms": cycle_ms,
-        "running": still_decoding, "graphs_before": graphs, "graphs_after": target.num_graphs, "tensors_moved": moved,
+        "running": still_decoding, "graphs_before": graphs, "graphs_after": all_graphs(target, drafter),
+        "tensors_moved": moved,
     }  # fmt: skip
+
+
+def all_graphs(target: TargetModel, drafter: BlockDrafter) -> int:
+    """Graphs of both models."""
+    return target.num_graphs + (0 if drafter.by_slot is None else drafter.by_slot.num_graphs)
 
 
 def rows(device: str, shape: Shape = LLAMA_8B) -> Iterator[Row]:
@@ -386,6 +400,8 @@ def rows(device: str, shape: Shape = LLAMA_8B) -> Iterator[Row]:
     target = build_target(shape, device)
     drafters = {kind: build_drafter(shape, kind, target, device) for kind in DRAFTERS}
     yield {"what": "8B models built", "seconds": timer.wait() - begin}
+    gc.collect()
+    gc.freeze()  # recording collects garbage each time: what was imported is none
     parts: tuple[Callable[[], Iterator[Row]], ...] = (
         lambda: forward_rows(shape, device, target, timer, bytes_per_s),
         lambda: drafting_rows(shape, drafters, timer, bytes_per_s),

@@ -15,11 +15,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from specblock.cuda_ext.recording import CudaRecorder, Recorder, batch_buckets, root_cause
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +30,6 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 """tokens int64 [B, R], depth int64 [B, R], visible bool [B, R, R], numbers int64 [3, B]; see ``SlotRows``."""
 Body = Callable[[Inputs], tuple[Tensor, Tensor]]
 """What is recorded: inputs -> logits [B, R, V], features [B, R, F]."""
-Recorder = Callable[[Callable[[], None]], Callable[[], None]]
-"""Runs an action once or more and returns what repeats it, reading and writing the same memory."""
 
 
 @dataclass(slots=True)
@@ -158,11 +157,9 @@ class ForwardGraphs:
             recording.replay = self._record(action)
         except Exception as error:  # whatever it was: there is a way without graphs
             self.failures += 1
-            cause: BaseException = error
-            while cause.__context__ is not None:  # ending a broken recording raises again, and says less
-                cause = cause.__context__
-            reason = (str(cause).strip() or repr(cause)).splitlines()[0]
-            log.warning("no CUDA graph for %d requests of %d rows, going on without more graphs: %s", *size, reason)
+            log.warning(
+                "no CUDA graph for %d requests of %d rows, going on without more graphs: %s", *size, root_cause(error)
+            )
 
     def _result_views(self, logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Where a graph leaves its results: the beginning of buffers that fit the largest one."""
@@ -175,39 +172,3 @@ class ForwardGraphs:
                 )
         whole = self._results
         return whole[0][: logits.numel()].view(logits.shape), whole[1][: features.numel()].view(features.shape)
-
-
-class CudaRecorder:
-    """Records CUDA graphs that share a memory pool; they must not run at the same time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
-
-    def __call__(self, action: Callable[[], None]) -> Callable[[], None]:
-        """Runs the action twice to let libraries set themselves up, then records it."""
-        with torch.cuda.device(self._device):
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-                self._pool = torch.cuda.graph_pool_handle()
-            current = torch.cuda.current_stream()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                action()
-                action()
-            current.wait_stream(self._stream)
-            graph = torch.cuda.CUDAGraph()
-            try:
-                # Other threads (a trainer, say) may go on calling CUDA as they like.
-                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    action()
-            finally:
-                torch.cuda.set_stream(current)  # a capture that failed leaves its own
-            return graph.replay
-
-
-def batch_buckets(num_slots: int) -> tuple[int, ...]:
-    """Powers of two below the number of slots, and that number."""
-    powers = [1 << power for power in range(num_slots.bit_length()) if 1 << power < num_slots]
-    return (*powers, num_slots)

@@ -8,6 +8,8 @@ import torch
 from specblock.cuda_ext.ops import ancestor_mask
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.drafter.checkpoint import load_weights
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.draft import BlockDrafter
 from specblock.verifier.model import TargetModel
 from tests.daemon.test_engine import drafter_of, random_requests, run, target_of
 from tests.gpu.test_device import pair
@@ -23,10 +25,11 @@ def test_text_with_graphs_is_text_without(family: str) -> None:
     texts = []
     for graphs in (False, True):
         target, drafter = pair("cuda", torch.float64, family)
-        assert target.by_slot is not None
-        target.by_slot.graphs = graphs
-        texts.append(run(target, drafter, requests, slots=5)[0])
-        assert target.num_graph_failures == 0
+        assert target.by_slot is not None and drafter.by_slot is not None
+        target.by_slot.graphs = drafter.by_slot.graphs = graphs
+        tokens, keep = run(target, drafter, requests, slots=5)
+        texts.append((tokens, {name: state.accepted for name, state in keep.states.items()}))
+        assert target.num_graph_failures == drafter.by_slot.num_failures == 0
     assert texts[0] == texts[1]
 
 
@@ -55,7 +58,7 @@ def test_every_size_gives_the_logits_of_masks(dtype: torch.dtype, head_dim: int)
 
 def test_graphs_are_recorded_at_start_and_survive_a_swap() -> None:
     target = TargetModel.from_model(target_of("llama", torch.float32).transformers_model.cuda())
-    drafter = drafter_of(target)
+    drafter = BlockDrafter(drafter_of(target).model.cuda(), DraftSettings(node_budget=24), graphs=True)
     engine = Engine(target, drafter, EngineSettings(slots=3, capacity_tokens=60), lambda: 0.0, drafter_version="a")
     engine.record_graphs()
     recorded = target.num_graphs
@@ -63,8 +66,10 @@ def test_graphs_are_recorded_at_start_and_survive_a_swap() -> None:
     weights = {name: value.cpu() * 1 for name, value in drafter.model.state_dict().items()}
     for request in random_requests(3, seed=42):
         engine.submit(request)
+    assert drafter.by_slot is not None
     for cycle in range(8):
         if cycle == 4:
             load_weights(drafter.model, weights, "b")
         engine.step()
+    assert drafter.by_slot.num_graphs > 0 and drafter.by_slot.num_failures == 0
     assert target.num_graphs == recorded and target.num_graph_failures == 0

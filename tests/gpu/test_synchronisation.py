@@ -36,7 +36,8 @@ def test_drafting_and_the_forward_wait_for_nothing(
 ) -> None:
     target, drafter = pair("cuda", torch.float32)
     assert target.by_slot is not None
-    target.by_slot.graphs = graphs
+    assert drafter.by_slot is not None
+    target.by_slot.graphs = drafter.by_slot.graphs = graphs
     engine = Engine(target, drafter, EngineSettings(slots=3, capacity_tokens=120, prefill_chunk_tokens=7), lambda: 0.0)
     for index in range(3):
         sampling = SamplingParams(temperature=temperature, top_p=0.9, seed=index)
@@ -55,3 +56,4 @@ def test_drafting_and_the_forward_wait_for_nothing(
     assert all(len(state.tokens) > 15 for state in engine.running)
     if graphs:
         assert target.num_graphs > 0 and target.num_graph_failures == 0
+        assert drafter.by_slot.num_graphs > 0 and drafter.by_slot.num_failures == 0

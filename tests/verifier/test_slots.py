@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import Gemma2Config, Gemma2ForCausalLM, MistralConfig, MistralForCausalLM
 
 from specblock.cuda_ext.ops import ancestor_mask
+from specblock.cuda_ext.recording import batch_buckets
 from specblock.cuda_ext.tree import DraftTree
-from specblock.verifier.graphs import ForwardGraphs, batch_buckets
+from specblock.verifier.graphs import ForwardGraphs
 from specblock.verifier.kv_cache import TargetCache
 from specblock.verifier.model import TargetModel
 from specblock.verifier.slots import MOST_ROWS
