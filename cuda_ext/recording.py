@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +33,15 @@ class CudaRecorder:
                 action()
             current.wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
+            collecting = gc.isenabled()
+            gc.disable()  # what it would free in between, another graph perhaps, could break this one
             try:
                 # Other threads (a trainer, say) may go on calling CUDA as they like.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     action()
             finally:
+                if collecting:
+                    gc.enable()
                 torch.cuda.set_stream(current)  # a capture that failed leaves its own
             return graph.replay
 

@@ -12,6 +12,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -336,9 +337,28 @@ def cycle_times(
     for _ in range(shape.cycles):
         engine.step()
     parts = [1e3 * (b - a) / shape.cycles for a, b in zip(before, spent(engine), strict=True)]
+    clock.waits = False
+    waits = waits_of(engine.step, timer)
     done = [state.total for state in engine.running]
     tokens = sum(t.committed for t in done) / sum(t.cycles for t in done)
-    return spread(times) | dict(zip(("draft_ms", "verify_ms", "commit_ms"), parts, strict=True)) | {"tokens": tokens}
+    found = dict(zip(("draft_ms", "verify_ms", "commit_ms"), parts, strict=True))
+    return spread(times) | found | {"tokens": tokens, "waits": waits}
+
+
+def waits_of(action: Callable[[], Any], timer: Timer) -> int:
+    """How many operations of ``action`` make the host wait for the device."""
+    import torch
+
+    if not timer.cuda:
+        return 0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            action()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
 
 
 def step_ms(engine: Engine, timer: Timer) -> float:

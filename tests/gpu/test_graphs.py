@@ -59,7 +59,7 @@ def test_every_size_gives_the_logits_of_masks(dtype: torch.dtype, head_dim: int)
 def test_graphs_are_recorded_at_start_and_survive_a_swap() -> None:
     target = TargetModel.from_model(target_of("llama", torch.float32).transformers_model.cuda())
     drafter = BlockDrafter(drafter_of(target).model.cuda(), DraftSettings(node_budget=24), graphs=True)
-    engine = Engine(target, drafter, EngineSettings(slots=3, capacity_tokens=60), lambda: 0.0, drafter_version="a")
+    engine = Engine(target, drafter, EngineSettings(slots=3, capacity_tokens=160), lambda: 0.0, drafter_version="a")
     engine.record_graphs()
     recorded = target.num_graphs
     assert recorded >= 3 * 4 and target.num_graph_failures == 0
