@@ -41,7 +41,9 @@ def run_tests(device: str) -> bool:
     import pytest
 
     marker = "gpu" if device == "cuda" else "not gpu"
-    without_our_defaults = ["-p", "no:cacheprovider", "-o", "addopts=", "--import-mode=importlib", "-q"]
+    # Without pytest-timeout our settings have an unknown key, which must stay a warning.
+    without_our_defaults = ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings="]
+    without_our_defaults += ["--import-mode=importlib", "-q"]
     return pytest.main([str(ROOT / "tests" / "gpu"), "-m", marker, *without_our_defaults]) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,9 @@ def without_waiting(call: Callable[..., Any]) -> Callable[..., Any]:
     """``call``, in which every operation that waits for the device is an error."""
 
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that it does not notice everything
+            torch.cuda.set_sync_debug_mode("error")
         try:
             return call(*args, **kwargs)
         finally:
