@@ -108,7 +108,7 @@ class EngineActor:
         planner = profiled_planner(target, drafter, config.engine.slots, os.getpid()) if chosen else None
         engine = Engine(target, drafter, settings, time.perf_counter, feedback, version, planner)
         engine.speculation = config.engine.speculation
-        engine.record_graphs()
+        engine.use_graphs()
         # Requests pass through the waiting line on their way to a free slot; the gateway's 429 is the real limit.
         places = config.engine.slots + config.engine.max_waiting
         self._host = EngineHost(engine, self._windows, config.engine.stream_interval_s, places)

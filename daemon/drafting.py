@@ -21,6 +21,7 @@ from specblock.daemon.planner_types import CycleResult
 from specblock.daemon.request import RequestState
 from specblock.daemon.speculation import Participant
 from specblock.daemon.tree_planner import TreePlanner
+from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.interface import AnyDrafter, NewPositions
 from specblock.drafter.plan import NO_SPECULATION, DraftPlan
 from specblock.verifier.model import TargetModel
@@ -102,6 +103,11 @@ class Drafting:
     def tree_rows(self) -> int:
         """Most rows of a tree, root included."""
         return self._drafter.settings.node_budget + 1 if self._drafter else 1
+
+    def use_graphs(self) -> None:
+        """See ``Engine.use_graphs``."""
+        if isinstance(self._drafter, BlockDrafter):
+            self._drafter.use_graphs(self._cache)
 
     def reset(self, slot: int, domain: str) -> None:
         """Forgets a slot, for its next request, of text of ``domain``."""

@@ -129,9 +129,16 @@ class Engine:
                 return self._retire(state, (), "", "abort")
         return None
 
-    def record_graphs(self) -> None:
-        """Records the target's forwards of every size that cycles may have, instead of when each is first needed."""
-        self.target.record_graphs(self._cache, self._drafting.tree_rows)
+    def use_graphs(self, ahead: bool = True) -> None:
+        """Runs cycles as CUDA graphs where there are any: an engine that serves for long gets recording's time back.
+
+        Args:
+            ahead: record the target's forwards of every size now, instead of when each is first needed.
+        """
+        self._drafting.use_graphs()
+        self.target.use_graphs(self._cache)
+        if ahead:
+            self.target.record_graphs(self._cache, self._drafting.tree_rows)
 
     def swap_between_cycles(self, apply: Callable[[], bool]) -> None:
         """Runs ``apply`` before the next cycle. It returns True if the drafter's cached rows stay valid."""

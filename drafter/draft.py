@@ -45,12 +45,12 @@ class BlockDrafter:
     """Grows one tree per request and cycle from a :class:`DraftNetwork` and its cache."""
 
     def __init__(
-        self, model: DraftNetwork, settings: DraftSettings, graphs: bool = False, by_slot: bool | None = None
+        self, model: DraftNetwork, settings: DraftSettings, graphs: bool = True, by_slot: bool | None = None
     ) -> None:
         """Args:
         model: the network.
         settings: how trees are grown.
-        graphs: record blocks as CUDA graphs, on a CUDA device; for a cache that serves for long.
+        graphs: record blocks as CUDA graphs over caches given to ``use_graphs``, on a CUDA device.
         by_slot: run blocks through ``SlotBlocks``; None does so on CUDA devices.
         """
         self.model = model.pack()
@@ -108,6 +108,11 @@ class BlockDrafter:
         return DrafterCache(
             self.model.config, num_slots, capacity_positions + 2, self.scratch_rows, self.dtype, self.device, padding
         )
+
+    def use_graphs(self, cache: DrafterCache) -> None:
+        """Records blocks over a cache that will serve for long, where there are graphs: each when first needed."""
+        if self.by_slot is not None:
+            self.by_slot.use_graphs(cache)
 
     @torch.no_grad()
     def refresh(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:

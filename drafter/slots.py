@@ -55,12 +55,14 @@ class SlotBlocks:
         """Recordings that failed, over all caches."""
         return sum(graphs.failures for graphs in self._recorded.values())
 
-    def recorded(self, cache: DrafterCache) -> BlockGraphs:
-        """The graphs over one cache; they go when it goes."""
-        found = self._recorded.get(cache)
-        if found is None:
-            found = self._recorded[cache] = BlockGraphs(cache.keys.device, len(cache.positions))
-        return found
+    def graphs_over(self, cache: DrafterCache) -> BlockGraphs | None:
+        """The graphs over one cache, which go when it goes; None before ``use_graphs``, or if there are to be none."""
+        return self._recorded.get(cache) if self.graphs else None
+
+    def use_graphs(self, cache: DrafterCache) -> None:
+        """From now on blocks over this cache are recorded: it will serve for longer than that takes."""
+        if cache not in self._recorded and cache.keys.is_cuda:
+            self._recorded[cache] = BlockGraphs(cache.keys.device, len(cache.positions))
 
     def first(
         self, cache: DrafterCache, slots: Sequence[int], new: NewPositions, ranking: Ranking
@@ -158,10 +160,10 @@ class SlotBlocks:
         inputs += tuple(getattr(sampling, name) for name in SamplingBatch.__dataclass_fields__)
         inputs += () if noise is None else (noise.index.view(batch, -1),)
         inputs += () if ranking.bias_rows is None else (ranking.bias_rows,)
-        found = None
-        if self.graphs:
+        graphs, found = self.graphs_over(cache), None
+        if graphs is not None:
             store = None if noise is None else noise.storage.data_ptr()
-            found = self.recorded(cache).run((*key, store, ranking.bias_rows is None), body, inputs)
+            found = graphs.run((*key, store, ranking.bias_rows is None), body, inputs)
         hidden, token, log_prob, fan_out = body(inputs) if found is None else found
         return hidden, Proposals(token, log_prob, fan_out)
 

@@ -179,6 +179,7 @@ def forward_rows(shape: Shape, device: str, target: TargetModel, timer: Timer, b
     while slots > 1 and not fits(device, slots * (capacity + 96) * shape.kv_bytes_per_token):
         slots //= 2
     cache = target.new_cache(slots, capacity)
+    target.use_graphs(cache)
     cache.keys.normal_(), cache.values.normal_()  # zeros would draw less power than real keys do
     for prefix in shape.prefixes:
         for batch in (b for b in shape.batches if b <= slots):
@@ -232,6 +233,7 @@ def drafting_rows(shape: Shape, drafters: dict[str, BlockDrafter], timer: Timer,
     most = max(shape.batches[:2])
     for name, drafter in drafters.items():
         cache = drafter.new_cache(most, max(shape.prefixes[:2]) + 4)
+        drafter.use_graphs(cache)
         cache.keys.normal_(), cache.values.normal_()
         features = torch.randn(most, 2, 3 * shape.hidden, dtype=drafter.dtype, device=drafter.device)
         tokens = torch.zeros(most, 2, dtype=torch.int64, device=drafter.device)
@@ -290,6 +292,7 @@ def engine_of(
     most = 9 * (4 * shape.cycles + 8)  # tokens that so many cycles can commit
     settings = EngineSettings(slots=batch, capacity_tokens=shape.prompt + most)
     engine = Engine(target, drafter, settings, clock, drafter_version="a")
+    engine.use_graphs(ahead=False)
     for index in range(batch):
         prompt = torch.randint(0, shape.vocab, (shape.prompt,), generator=torch.Generator().manual_seed(index)).tolist()
         engine.submit(
@@ -342,7 +345,8 @@ def cycle_times(
     done = [state.total for state in engine.running]
     tokens = sum(t.committed for t in done) / sum(t.cycles for t in done)
     found = dict(zip(("draft_ms", "verify_ms", "commit_ms"), parts, strict=True))
-    return spread(times) | found | {"tokens": tokens, "waits": waits}
+    graphs = all_graphs(target, drafter)
+    return spread(times) | found | {"tokens": tokens, "waits": waits, "recorded": graphs[0], "failed": graphs[1]}
 
 
 def waits_of(action: Callable[[], Any], timer: Timer) -> int:
@@ -358,7 +362,7 @@ def waits_of(action: Callable[[], Any], timer: Timer) -> int:
             action()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    return sum("called a synchronizing" in str(warning.message) for warning in caught)
 
 
 def step_ms(engine: Engine, timer: Timer) -> float:
@@ -382,7 +386,7 @@ def swap_rows(shape: Shape, target: TargetModel, drafter: BlockDrafter, timer: T
     set_graphs(timer.cuda, target, drafter)
     engine = engine_of(shape, target, drafter, shape.batches[1], Clock(timer), 0.0)
     begin = timer.wait()
-    engine.record_graphs()
+    engine.use_graphs()
     yield {"what": "8B graphs of an engine recorded", "seconds": timer.wait() - begin, "graphs": target.num_graphs}
     cycle_ms = statistics.median(step_ms(engine, timer) for _ in range(shape.cycles))
     graphs = all_graphs(target, drafter)
@@ -404,9 +408,12 @@ def swap_rows(shape: Shape, target: TargetModel, drafter: BlockDrafter, timer: T
     }  # fmt: skip
 
 
-def all_graphs(target: TargetModel, drafter: BlockDrafter) -> int:
-    """Graphs of both models."""
-    return target.num_graphs + (0 if drafter.by_slot is None else drafter.by_slot.num_graphs)
+def all_graphs(target: TargetModel, drafter: BlockDrafter | None) -> tuple[int, int]:
+    """Graphs of both models, and how many could not be recorded."""
+    if drafter is None or drafter.by_slot is None:
+        return target.num_graphs, target.num_graph_failures
+    blocks = drafter.by_slot
+    return target.num_graphs + blocks.num_graphs, target.num_graph_failures + blocks.num_failures
 
 
 def rows(device: str, shape: Shape = LLAMA_8B) -> Iterator[Row]:

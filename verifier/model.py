@@ -270,11 +270,16 @@ class TargetModel:
         """Forwards that could not be recorded and run without."""
         return 0 if self.by_slot is None else self.by_slot.num_failures
 
+    def use_graphs(self, cache: TargetCache) -> None:
+        """Records forwards over a cache that will serve for long, where there are graphs: each when first needed."""
+        if self.by_slot is not None:
+            self.by_slot.use_graphs(cache)
+
     def record_graphs(self, cache: TargetCache, most_rows: int) -> None:
-        """Records the forwards over an empty cache with up to so many rows per slot, where there are graphs at all."""
-        if self.by_slot is None or not self.by_slot.graphs:
-            return
-        for batch, rows in self.by_slot.recorded(cache).sizes_up_to(most_rows):
+        """Records them now: those over an empty cache with up to so many rows per slot."""
+        self.use_graphs(cache)
+        graphs = None if self.by_slot is None else self.by_slot.graphs_over(cache)
+        for batch, rows in [] if graphs is None else graphs.sizes_up_to(most_rows):
             fitting = min(rows, cache.capacity_tokens)  # one that is filled up to ``rows``
             tokens = torch.zeros(batch, fitting, dtype=torch.int64, device=self.device)
             self.forward(cache, list(range(batch)), tokens)

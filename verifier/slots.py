@@ -98,8 +98,8 @@ class SlotForward:
             visible: bool [B, R, R], which new rows each row sees, itself included.
         """
         lengths = cache.lengths_with_room(slots, tokens.shape[1])
-        if self.graphs:
-            graphs = self.recorded(cache)
+        graphs = self.graphs_over(cache)
+        if graphs is not None:
             output = graphs.run(
                 lambda rows: self._forward(cache, SlotRows(*rows)), slots, lengths, tokens, depth, visible
             )
@@ -118,13 +118,14 @@ class SlotForward:
         """Recordings that failed, over all caches."""
         return sum(graphs.failures for graphs in self._recorded.values())
 
-    def recorded(self, cache: TargetCache) -> ForwardGraphs:
-        """The graphs over one cache; they go when it goes."""
-        found = self._recorded.get(cache)
-        if found is None:
-            found = ForwardGraphs(self._device, cache.num_slots, cache.capacity_tokens)
-            self._recorded[cache] = found
-        return found
+    def graphs_over(self, cache: TargetCache) -> ForwardGraphs | None:
+        """The graphs over one cache, which go when it goes; None before ``use_graphs``, or if there are to be none."""
+        return self._recorded.get(cache) if self.graphs else None
+
+    def use_graphs(self, cache: TargetCache) -> None:
+        """From now on forwards over this cache are recorded: it will serve for longer than that takes."""
+        if cache not in self._recorded and self._device.type == "cuda":
+            self._recorded[cache] = ForwardGraphs(self._device, cache.num_slots, cache.capacity_tokens)
 
     def _forward(self, cache: TargetCache, rows: SlotRows) -> tuple[Tensor, Tensor]:
         order_R = torch.arange(rows.tokens.shape[1], device=self._device)

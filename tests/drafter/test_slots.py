@@ -51,7 +51,7 @@ def pair(kind: str, recorder: FakeRecorder | None, **changes: Any) -> tuple[Bloc
         def recorded(cache: DrafterCache) -> BlockGraphs:
             return kept.setdefault(id(cache), BlockGraphs(slots.device, len(cache.positions), recorder))
 
-        slots.by_slot.graphs, slots.by_slot.recorded = True, recorded  # type: ignore[method-assign]
+        slots.by_slot.graphs, slots.by_slot.graphs_over = True, recorded  # type: ignore[method-assign]
     return masks, slots
 
 

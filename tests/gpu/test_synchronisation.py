@@ -40,8 +40,9 @@ def test_drafting_and_the_forward_wait_for_nothing(
     target, drafter = pair("cuda", torch.float32)
     assert target.by_slot is not None
     assert drafter.by_slot is not None
-    target.by_slot.graphs = drafter.by_slot.graphs = graphs
     engine = Engine(target, drafter, EngineSettings(slots=3, capacity_tokens=120, prefill_chunk_tokens=7), lambda: 0.0)
+    if graphs:
+        engine.use_graphs()
     for index in range(3):
         sampling = SamplingParams(temperature=temperature, top_p=0.9, seed=index)
         prompt = tuple(range(2, 12 + index))

@@ -55,7 +55,7 @@ def with_graphs(target: TargetModel, recorder: FakeRecorder) -> TargetModel:
             id(cache), ForwardGraphs(target.device, cache.num_slots, cache.capacity_tokens, recorder)
         )
 
-    slots.graphs, slots.recorded = True, recorded  # type: ignore[method-assign]
+    slots.graphs, slots.graphs_over = True, recorded  # type: ignore[method-assign]
     return target
 
 
