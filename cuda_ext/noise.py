@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from specblock.cuda_ext.native import has_kernel
+from specblock.cuda_ext.transfer import on_device
 
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -133,7 +134,7 @@ class NoiseWindow:
             return
         vocab_size = self._rows.shape[2]
         # Requests that start together want whole windows at once; their scratch memory must not grow with the batch.
-        for part in torch.split(torch.tensor(wanted, device=self._rows.device), max(1, _PASS_VALUES // vocab_size)):
+        for part in torch.split(on_device(wanted, self._rows.device), max(1, _PASS_VALUES // vocab_size)):
             slot_N, position_N, seed_N, choice_N = part.unbind(1)
             self._rows[slot_N, position_N % self._width] = gumbel(seed_N, choice_N, position_N, vocab_size)
 

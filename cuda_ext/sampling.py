@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from specblock.cuda_ext.transfer import on_device
+
 _PREFIX_TOKENS = 1024  # a nucleus that needs more than this is found by a full sort
 
 
@@ -89,13 +91,11 @@ class SamplingBatch:
     def of(cls, params: Sequence[SamplingParams], device: torch.device | str = "cpu") -> SamplingBatch:
         """Stacks the parameters of several requests."""
 
-        def floats(name: str) -> Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=torch.float64, device=device)
-
-        def ints(name: str) -> Tensor:
-            return torch.tensor([getattr(p, name) for p in params], dtype=torch.int64, device=device)
-
-        return cls(floats("temperature"), floats("top_p"), ints("top_k"), floats("min_p"), ints("seed"), ints("choice"))
+        reals = [[getattr(p, name) for p in params] for name in ("temperature", "top_p", "min_p")]
+        whole = [[getattr(p, name) for p in params] for name in ("top_k", "seed", "choice")]
+        temperature, top_p, min_p = on_device(reals, device, torch.float64)
+        top_k, seed, choice = on_device(whole, device, torch.int64)
+        return cls(temperature, top_p, top_k, min_p, seed, choice)
 
     def rows(self, index: Tensor) -> SamplingBatch:
         """The batch for rows ``index`` (int64 [M], repeats allowed)."""

@@ -81,7 +81,13 @@ class EngineActor:
         torch.set_num_threads(config.engine.threads)
         self._name = name
         version, weights = serving_version(config)
-        target = load_target(config.target.source, dtype_of(config), config.target.device, config.target.revision)
+        target = load_target(
+            config.target.source,
+            dtype_of(config),
+            config.target.device,
+            config.target.revision,
+            graphs=config.engine.cuda_graphs,
+        )
         drafter = self.load_drafter(config, target, weights)
         self._keeps_windows = config.drafter.has_weights
         self._windows = WindowStore(window_limits(config), time.time)
@@ -102,6 +108,7 @@ class EngineActor:
         planner = profiled_planner(target, drafter, config.engine.slots, os.getpid()) if chosen else None
         engine = Engine(target, drafter, settings, time.perf_counter, feedback, version, planner)
         engine.speculation = config.engine.speculation
+        engine.use_graphs()
         # Requests pass through the waiting line on their way to a free slot; the gateway's 429 is the real limit.
         places = config.engine.slots + config.engine.max_waiting
         self._host = EngineHost(engine, self._windows, config.engine.stream_interval_s, places)

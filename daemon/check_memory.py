@@ -16,6 +16,7 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 _RESIDENT_DRAFTERS = 2  # serving and previous
 _TRAINING_BYTES_PER_PARAMETER = 16  # float32 master weights, gradients and two Adam moments
 _MIB = 2**20
+MOST_ROWS = 96  # of a recorded forward; verifier/graphs.py, which takes PyTorch to import
 _NVIDIA_SMI_DEADLINE_S = 20
 
 
@@ -38,7 +39,7 @@ def needs_bytes(
     """
     width = DTYPE_BYTES[config.target.dtype]
     drafter_elements = _elements(drafter_tensors)
-    engine = _elements(target_tensors) * width + kv_bytes(config, target)
+    engine = _elements(target_tensors) * width + kv_bytes(config, target) + graph_bytes(config, target)
     engine += drafter_elements * width * _RESIDENT_DRAFTERS
     host = config.ray.object_store_memory_bytes
     if config.drafter.has_weights:  # else no windows are kept
@@ -58,8 +59,17 @@ def kv_bytes(config: DaemonConfig, target: Mapping[str, Any]) -> int:
     heads = int(target.get("num_key_value_heads") or target.get("num_attention_heads") or 1)
     head_dim = int(target.get("head_dim") or int(target["hidden_size"]) // int(target["num_attention_heads"]))
     rows = config.target.max_context_tokens + config.drafter.node_budget + 1
+    rows += MOST_ROWS if config.target.device.startswith("cuda") else 0  # where batches are filled up
     layers = int(target["num_hidden_layers"])
     return 2 * layers * config.engine.slots * heads * head_dim * rows * DTYPE_BYTES[config.target.dtype]
+
+
+def graph_bytes(config: DaemonConfig, target: Mapping[str, Any]) -> int:
+    """Bytes that recorded forwards hold on to: logits and features of the largest, once as results, once in between."""
+    if not config.engine.cuda_graphs or not config.target.device.startswith("cuda"):
+        return 0
+    row = int(target["vocab_size"]) + 3 * int(target["hidden_size"])
+    return 2 * config.engine.slots * MOST_ROWS * row * DTYPE_BYTES[config.target.dtype]
 
 
 def free_bytes(device: str) -> int:

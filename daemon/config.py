@@ -103,6 +103,8 @@ class EngineConfig(Section):
     """Largest max_tokens a request may ask for."""
     threads: int = Field(default=1, ge=1, le=512)
     """CPU threads of the engine process."""
+    cuda_graphs: bool = True
+    """Decode cycles run as recorded CUDA graphs; ignored on a CPU. Recording takes memory and some seconds at start."""
     speculation: bool = True
     """false: plain decoding only, nothing is drafted."""
     stream_interval_s: float = Field(default=0.02, ge=0, le=1)

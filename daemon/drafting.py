@@ -15,11 +15,13 @@ import torch
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import rank_of_choice
 from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.transfer import on_device
 from specblock.cuda_ext.tree import DraftTree, Offers, place_rows, root_only
 from specblock.daemon.planner_types import CycleResult
 from specblock.daemon.request import RequestState
 from specblock.daemon.speculation import Participant
 from specblock.daemon.tree_planner import TreePlanner
+from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.interface import AnyDrafter, NewPositions
 from specblock.drafter.plan import NO_SPECULATION, DraftPlan
 from specblock.verifier.model import TargetModel
@@ -50,18 +52,22 @@ class Drafted:
         """The plan of the request in ``row`` of the batch."""
         return self.plan if self.speculate[row] else NO_SPECULATION
 
-    def ranks(self, result: VerifyResult) -> list[int]:
-        """Per request of the batch, ``rank_of_choice`` where acceptance stopped; -1 for those that did not draft."""
-        ranks = [-1] * len(self.speculate)
+    def nodes_and_ranks(self, result: VerifyResult) -> tuple[list[int], list[int]]:
+        """Per request of the batch, drafted nodes and ``rank_of_choice`` where acceptance stopped.
+
+        Without drafts these are 0 and -1, known without asking the device.
+        """
+        nodes, ranks = [0] * len(self.speculate), [-1] * len(self.speculate)
         if self.offers is None:
-            return ranks
+            return nodes, ranks
         members = [row for row, yes in enumerate(self.speculate) if yes]
         last = [result.num_accepted[row] for row in members]
-        member_D, last_D = torch.tensor([members, last], device=self.tree.token.device)
+        member_D, last_D = on_device([members, last], self.tree.token.device)
         rank_D = rank_of_choice(self.offers, result.rows[member_D, last_D], result.tokens[member_D, last_D])
-        for row, rank in zip(members, rank_D.tolist(), strict=True):
-            ranks[row] = rank
-        return ranks
+        found = torch.stack([self.tree.size[member_D] - 1, rank_D]).tolist()
+        for row, count, rank in zip(members, *found, strict=True):
+            nodes[row], ranks[row] = count, rank
+        return nodes, ranks
 
 
 class Drafting:
@@ -98,6 +104,11 @@ class Drafting:
         """Most rows of a tree, root included."""
         return self._drafter.settings.node_budget + 1 if self._drafter else 1
 
+    def use_graphs(self) -> None:
+        """See ``Engine.use_graphs``."""
+        if isinstance(self._drafter, BlockDrafter):
+            self._drafter.use_graphs(self._cache)
+
     def reset(self, slot: int, domain: str) -> None:
         """Forgets a slot, for its next request, of text of ``domain``."""
         self.noise.reset(slot)
@@ -119,7 +130,7 @@ class Drafting:
 
     def draft(self, states: Sequence[RequestState], sampling: SamplingBatch) -> Drafted:
         """Trees for all requests of a cycle; absorbs what the last verification left."""
-        roots = torch.tensor([s.tokens[-1] for s in states], device=self._target.device)
+        roots = on_device([s.tokens[-1] for s in states], self._target.device)
         speculate = self._speculating(states)
         rows = [i for i, yes in enumerate(speculate) if yes]
         if self._drafter is None or not rows:
@@ -127,7 +138,7 @@ class Drafting:
         drafting = [states[i] for i in rows]
         for state in drafting:
             self._catch_up(state)
-        index = torch.tensor(rows, device=self._target.device)
+        index = on_device(rows, self._target.device)
         draft = self._drafter.draft(
             self._cache,
             [s.slot for s in drafting],
@@ -212,11 +223,11 @@ class Drafting:
         width = max(1, *counts)
         size, dtype, device = self._target.feature_size, self._target.dtype, self._target.device
         padded = torch.zeros(len(states), width, size, dtype=dtype, device=device)
-        following = torch.zeros(len(states), width, dtype=torch.int64)
+        following: list[list[int]] = []
         for row, (state, taken, count) in enumerate(zip(states, features, counts, strict=True)):
             at = self._cache.positions[state.slot]
-            following[row, :count] = torch.tensor(state.tokens[at + 1 : at + 1 + count], dtype=torch.int64)
+            following.append(state.tokens[at + 1 : at + 1 + count] + [0] * (width - count))
             if taken is not None:
                 padded[row, :count] = taken[:count]
                 state.pending = [taken[count:]] if keep and count < taken.shape[0] else []
-        return NewPositions(padded, following.to(self._target.device), counts)
+        return NewPositions(padded, on_device(following, device), counts)

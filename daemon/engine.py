@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.transfer import on_device
 from specblock.daemon.drafting import Drafted, Drafting
 from specblock.daemon.messages import GenerationRequest, TokenChunk
 from specblock.daemon.request import CycleCounts, Kept, RequestState, check_request
@@ -128,6 +129,17 @@ class Engine:
                 return self._retire(state, (), "", "abort")
         return None
 
+    def use_graphs(self, ahead: bool = True) -> None:
+        """Runs cycles as CUDA graphs where there are any: an engine that serves for long gets recording's time back.
+
+        Args:
+            ahead: record the target's forwards of every size now, instead of when each is first needed.
+        """
+        self._drafting.use_graphs()
+        self.target.use_graphs(self._cache)
+        if ahead:
+            self.target.record_graphs(self._cache, self._drafting.tree_rows)
+
     def swap_between_cycles(self, apply: Callable[[], bool]) -> None:
         """Runs ``apply`` before the next cycle. It returns True if the drafter's cached rows stay valid."""
         self._pending_swap = apply
@@ -172,7 +184,7 @@ class Engine:
     def _commit(self, states: list[RequestState], drafted: Drafted, result: VerifyResult) -> list[Kept]:
         """Takes what belongs to each completion out of its accepted path, with all that is remembered about it."""
         everything: list[Kept] = []
-        nodes, ranks = (drafted.tree.size - 1).tolist(), drafted.ranks(result)
+        nodes, ranks = drafted.nodes_and_ranks(result)
         for row, (state, path) in enumerate(zip(states, result.paths, strict=True)):
             kept = state.take(path, self.target.eos_token_ids)
             count, whole = len(kept.tokens), len(kept.tokens) == len(path)
@@ -228,7 +240,7 @@ class Engine:
         """One chunk of the prompt; the drafter follows."""
         prompt = state.request.prompt_tokens
         end = min(state.prefilled + self.settings.prefill_chunk_tokens, len(prompt) - 1)
-        chunk = torch.tensor([prompt[state.prefilled : end]], device=self.target.device)
+        chunk = on_device([prompt[state.prefilled : end]], self.target.device)
         none = torch.zeros(1, 0, dtype=torch.int64, device=self.target.device)
         output = self.target.forward(self._cache, [state.slot], chunk, logits_rows=none)
         self._cache.advance([state.slot], [chunk.shape[1]])

@@ -111,6 +111,7 @@ class EngineHost:
                 event.set()
             return valid
 
+        weights = self._near(weights)
         late = TimeoutError("the decode loop did not reach the swap in time")
         if not self._swapping.acquire(timeout=timeout_s):  # the engine holds one swap: a second would replace it
             raise late
@@ -261,6 +262,19 @@ class EngineHost:
             self._per_position.append(0)
         for position in range(len(histogram) - 1):
             self._per_position[position] += sum(histogram[position + 1 :])
+
+    def _near(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The weights on the drafter's device, brought there while decoding goes on: only copies there stall it."""
+        drafter = self.engine.drafter
+        if drafter is None or drafter.device.type != "cuda":
+            return weights
+        stream = torch.cuda.Stream(drafter.device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            near = {name: tensor.to(drafter.device) for name, tensor in weights.items()}
+        stream.synchronize()
+        for tensor in near.values():
+            tensor.record_stream(torch.cuda.default_stream(drafter.device))  # the decode thread's, which reads them
+        return near
 
     def _load(self, version: str, weights: dict[str, Tensor]) -> bool:
         model = self.engine.drafter.model if self.engine.drafter is not None else None

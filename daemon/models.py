@@ -68,11 +68,16 @@ def draft_settings(config: DaemonConfig) -> DraftSettings:
 
 
 def load_target(
-    model: str, dtype: torch.dtype, device: str, revision: str | None = None, native: bool = True
+    model: str,
+    dtype: torch.dtype,
+    device: str,
+    revision: str | None = None,
+    native: bool = True,
+    graphs: bool = True,
 ) -> TargetModel:
     """The target, from a directory or a hub id; ``revision`` is a branch, tag or commit of the latter.
 
-    ``native=False`` leaves its layers as transformers made them, for comparisons.
+    ``native=False`` leaves its layers as transformers made them, for comparisons; ``graphs`` is ``engine.cuda_graphs``.
 
     Raises:
         IncompatibleError: missing, or of a family that cannot be served.
@@ -80,7 +85,7 @@ def load_target(
     try:
         if revision is not None and not Path(model).is_dir():
             model = snapshot_download(model, revision=revision)
-        return TargetModel.load(model, dtype=dtype, device=device, native=native)
+        return TargetModel.load(model, dtype=dtype, device=device, native=native, graphs=graphs)
     except (ValueError, OSError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]  # the hub's advice goes over several lines
         raise IncompatibleError(reason) from None
@@ -116,7 +121,7 @@ def serving_drafter(config: DaemonConfig, target: TargetModel, directory: Path |
     if directory is None:
         # It has no later blocks: the planner must not measure or explore any.
         return LookupDrafter(replace(settings, blocks=1), target.device, target.dtype)
-    return BlockDrafter(load_network(target, directory), settings)
+    return BlockDrafter(load_network(target, directory), settings, graphs=config.engine.cuda_graphs)
 
 
 def load_pair(

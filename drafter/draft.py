@@ -18,6 +18,7 @@ from specblock.cuda_ext.attention import tree_attention
 from specblock.cuda_ext.noise import NoiseRows, NoiseWindow
 from specblock.cuda_ext.ops import grow_tree
 from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.transfer import on_device
 from specblock.cuda_ext.tree import Candidates
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.expand import (
@@ -35,18 +36,30 @@ from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.layers import rows_of, take_rows
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.plan import DraftPlan, FixedLimits, Limits
-from specblock.drafter.proposals import propose
+from specblock.drafter.proposals import Proposals, Ranking, propose
 from specblock.drafter.published import published_positions
+from specblock.drafter.slots import POSITIONS, SlotBlocks
 
 
 class BlockDrafter:
     """Grows one tree per request and cycle from a :class:`DraftNetwork` and its cache."""
 
-    def __init__(self, model: DraftNetwork, settings: DraftSettings) -> None:
+    def __init__(
+        self, model: DraftNetwork, settings: DraftSettings, graphs: bool = True, by_slot: bool | None = None
+    ) -> None:
+        """Args:
+        model: the network.
+        settings: how trees are grown.
+        graphs: record blocks as CUDA graphs over caches given to ``use_graphs``, on a CUDA device.
+        by_slot: run blocks through ``SlotBlocks``; None does so on CUDA devices.
+        """
         self.model = model.pack()
         self.settings = settings
         self._fixed = FixedLimits(settings)
         self._fan_out = FanOutRule.of(settings, self.device)
+        self.by_slot: SlotBlocks | None = None
+        if self.device.type == "cuda" if by_slot is None else by_slot:
+            self.by_slot = SlotBlocks(model, settings, self._fan_out, graphs and self.device.type == "cuda")
 
     @property
     def max_depth(self) -> int:
@@ -90,9 +103,16 @@ class BlockDrafter:
     def new_cache(self, num_slots: int, capacity_positions: int) -> DrafterCache:
         """A cache that fits this drafter's geometry, dtype and device."""
         # One more for the root's position, one more for the published refresh, which stores a position twice.
+        width = self.model.config.num_slots
+        padding = 0 if self.by_slot is None else max(POSITIONS[-1] * width, width + self.scratch_rows)
         return DrafterCache(
-            self.model.config, num_slots, capacity_positions + 2, self.scratch_rows, self.dtype, self.device
+            self.model.config, num_slots, capacity_positions + 2, self.scratch_rows, self.dtype, self.device, padding
         )
+
+    def use_graphs(self, cache: DrafterCache) -> None:
+        """Records blocks over a cache that will serve for long, where there are graphs: each when first needed."""
+        if self.by_slot is not None:
+            self.by_slot.use_graphs(cache)
 
     @torch.no_grad()
     def refresh(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:
@@ -101,9 +121,9 @@ class BlockDrafter:
         Returns:
             u [B, 1, K, H] of each request's newest position (of padding, if it has none: finite and meaningless).
         """
-        slots_B = torch.tensor(slots, device=new.tokens.device)
-        base = torch.tensor([cache.rows[s] for s in slots], device=new.tokens.device)
-        rotary_base = torch.tensor([cache.rotary[s] for s in slots], device=new.tokens.device)
+        newest_position = [max(0, count - 1) for count in new.counts]
+        numbers = [slots, [cache.rows[s] for s in slots], [cache.rotary[s] for s in slots], newest_position]
+        slots_B, base, rotary_base, newest = on_device(numbers, new.tokens.device)
         num_positions, width = new.tokens.shape[1], self.model.config.num_slots
         order_P = torch.arange(num_positions, device=base.device)
         # Padding may reach further than this, even out of the storage: nothing looks at it.
@@ -111,7 +131,6 @@ class BlockDrafter:
         row = base[:, None] * width + torch.arange(num_positions * width, device=base.device)
         in_order = cache.in_order(slots)
         mask_BTS = torch.arange(end, device=base.device) <= row[:, :, None]  # causal over rows (method reference 1.6)
-        newest = torch.tensor([max(0, count - 1) for count in new.counts], device=base.device)
         newest_rows = rows_of(newest, num_positions, width)
         newest_mask = mask_BTS if newest_rows is None else take_rows(mask_BTS, newest_rows)
 
@@ -155,12 +174,14 @@ class BlockDrafter:
         limits = limits or self._fixed
         if self.settings.published_refresh:
             new = published_positions(cache, slots, new)
-        hidden_BnKH = self.refresh(cache, slots, new)
         device = root_token.device
-        root_index = torch.tensor([cache.positions[s] for s in slots], device=device)  # L, index of the root token
+        after = [cache.positions_after(s, count) for s, count in zip(slots, new.counts, strict=True)]
+        slots_B, root_index = on_device([slots, after], device)  # L, the root's index
+        bias_rows = self.model.token_bias.rows([cache.domains[s] for s in slots])
+        depth_B1 = torch.zeros_like(slots_B)[:, None]
+        ranking = Ranking(self._noise_rows(noise, slots_B, root_index, depth_B1), sampling, bias_rows)
+        hidden_BnKH, proposals = self._first_block(cache, slots, new, ranking)
         leaves = root_leaf(hidden_BnKH, root_index > 0, self.model.config.num_slots + self.scratch_rows)
-        slots_B = torch.tensor(slots, device=device)
-        domains = [cache.domains[s] for s in slots]
         parts: list[Candidates] = []
         leaf_caps: list[int] = []
         for block in range(self.num_blocks):
@@ -173,11 +194,8 @@ class BlockDrafter:
                 offset = sum(part.token.shape[1] for part in parts[:-1])
                 first_row = self._scratch_start(block - 1) if block > 1 else 0
                 leaves = choose_leaves(parts[-1], hidden_BnKH, leaves, score, offset, first_row, count)
-                hidden_BnKH = self._later_block(cache, slots, slots_B, leaves, block)
-            noise_rows = self._noise_rows(noise, slots_B, root_index, leaves)
-            proposals = propose(
-                self.model, self.settings, self._fan_out, hidden_BnKH, noise_rows, sampling, domains, first=block == 0
-            )
+                ranking = Ranking(self._noise_rows(noise, slots_B, root_index, leaves.depth), sampling, bias_rows)
+                hidden_BnKH, proposals = self._next_block(cache, slots, slots_B, leaves, block, ranking)
             if self.model.independent_slots:
                 parts.append(expand_product(proposals, leaves.valid[:, 0], self.settings.beam))
             else:
@@ -189,18 +207,39 @@ class BlockDrafter:
         return Draft(tree, DraftPlan(tuple(leaf_caps), budget), depth, offers)
 
     def _noise_rows(
-        self, noise: NoiseWindow | None, slots_B: Tensor, root_index: Tensor, leaves: Leaves
+        self, noise: NoiseWindow | None, slots_B: Tensor, root_index: Tensor, depth_Bn: Tensor
     ) -> NoiseRows | None:
         """Noise at the positions that the leaves' slots predict, B * n * K rows."""
         if noise is None:
             return None
         width = self.model.config.num_slots
-        depth_BnK = leaves.depth[:, :, None] + torch.arange(1, width + 1, device=root_index.device)
+        depth_BnK = depth_Bn[:, :, None] + torch.arange(1, width + 1, device=root_index.device)
         return noise.rows(slots_B[:, None, None], root_index[:, None, None] + depth_BnK)
+
+    def _first_block(
+        self, cache: DrafterCache, slots: list[int], new: NewPositions, ranking: Ranking
+    ) -> tuple[Tensor, Proposals]:
+        """Refresh and block 1: u [B, 1, K, H] of each newest position and what it proposes."""
+        if self.by_slot is None or new.tokens.shape[1] > POSITIONS[-1]:
+            hidden = self.refresh(cache, slots, new)
+            return hidden, propose(self.model, self.settings, self._fan_out, hidden, ranking, first=True)
+        found = self.by_slot.first(cache, slots, new, ranking)
+        for slot, count in zip(slots, new.counts, strict=True):
+            cache.advance(slot, count)
+        return found
 
     def _scratch_start(self, block: int) -> int:
         """First row of a later block (``block`` >= 1) behind the root position's first row."""
         return self.model.config.num_slots * (1 + (block - 1) * self.settings.leaf_cap)
+
+    def _next_block(
+        self, cache: DrafterCache, slots: list[int], slots_B: Tensor, leaves: Leaves, block: int, ranking: Ranking
+    ) -> tuple[Tensor, Proposals]:
+        """A later block: u [B, n, K, H] and what it proposes."""
+        if self.by_slot is not None:
+            return self.by_slot.later(cache, slots, leaves, self._scratch_start(block), ranking)
+        hidden = self._later_block(cache, slots, slots_B, leaves, block)
+        return hidden, propose(self.model, self.settings, self._fan_out, hidden, ranking, first=False)
 
     def _later_block(
         self, cache: DrafterCache, slots: list[int], slots_B: Tensor, leaves: Leaves, block: int
@@ -209,8 +248,8 @@ class BlockDrafter:
         width, device = self.model.config.num_slots, slots_B.device
         num_leaves = leaves.token.shape[1]
         first_row = self._scratch_start(block)
-        root_row = torch.tensor([(cache.rows[s] - 1) * width for s in slots], device=device)
-        root_rotary = torch.tensor([cache.last_rotary[s] for s in slots], device=device)
+        numbers = [[(cache.rows[s] - 1) * width for s in slots], [cache.last_rotary[s] for s in slots]]
+        root_row, root_rotary = on_device(numbers, device)
         start = root_row + first_row
         end = (max(cache.rows[s] for s in slots) - 1) * width + first_row + num_leaves * width
         in_order = cache.in_order(slots)

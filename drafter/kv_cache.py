@@ -18,6 +18,7 @@ class DrafterCache:
 
     Attributes:
         positions: finished positions; position i is the pair (h_i, x_{i+1}).
+        padding_rows: rows of each slot at the very end, to write what nobody reads.
         rows: stored positions, and rotary: index of the next one. Both equal ``positions`` unless the published
             refresh is imitated, which stores some twice and skips indices.
         domains: ``domain_key`` of each slot's kind of text.
@@ -34,8 +35,11 @@ class DrafterCache:
         scratch_rows: int,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        padding_rows: int = 0,
     ) -> None:
-        rows = capacity_positions * config.num_slots + scratch_rows + 1  # the last one takes padding
+        # The one behind scratch rows takes padding, and so do the rows behind it.
+        rows = capacity_positions * config.num_slots + scratch_rows + 1 + padding_rows
+        self.padding_rows = padding_rows
         shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, rows, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -55,6 +59,15 @@ class DrafterCache:
         self.last_rotary[slot] = self.rotary[slot] + count - 1
         self.rotary[slot] += count + skipped
         self.surplus[slot] = (0, 0)
+
+    def positions_after(self, slot: int, count: int) -> int:
+        """Finished positions of a slot once ``advance`` has counted ``count``."""
+        return self.positions[slot] + count - self.surplus[slot][0]
+
+    def put(self, layer: int, slots_B: Tensor, rows_BT: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Writes rows ``[B, kv_heads, T, D]`` at ``rows_BT`` int64 [B, T], all of which the storage has."""
+        self.keys[layer][slots_B[:, None], :, rows_BT] = keys.transpose(1, 2)
+        self.values[layer][slots_B[:, None], :, rows_BT] = values.transpose(1, 2)
 
     def reset(self, slot: int, domain: str = "") -> None:
         """Forgets a slot, whose next text is of ``domain``; stale rows stay finite and are masked."""

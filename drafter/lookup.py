@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import grow_tree
 from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.transfer import on_device
 from specblock.cuda_ext.tree import Candidates
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.interface import Draft, NewPositions
@@ -104,9 +105,9 @@ class LookupDrafter:
     ) -> Draft:
         """One cycle; see ``BlockDrafter.draft``."""
         self.refresh(cache, slots, new)
-        length = torch.tensor([cache.positions[s] for s in slots], device=self._device)
+        slots_B, length = on_device([slots, [cache.positions[s] for s in slots]], self._device)
         longest = max(1, *(cache.positions[s] for s in slots))
-        candidates = continuations(cache.tokens[slots, :longest], length)
+        candidates = continuations(cache.tokens[slots_B, :longest], length)
         budget = (limits or self._fixed).nodes(candidates.score.masked_fill(~candidates.valid, -torch.inf))
         tree, offers = grow_tree(root_token, candidates, budget, _DRAFT_TOKENS)
         return Draft(tree, DraftPlan((), budget), _DRAFT_TOKENS, offers)

@@ -139,14 +139,21 @@ class DraftNetwork(nn.Module, ABC):
 
     def refresh_vocabulary(self) -> None:
         """Recomputes the derived index tables after weights were loaded."""
-        ids = torch.arange(self.d2t.shape[0], device=self.d2t.device) + self.d2t
-        self.draft_ids = ids  # [Vd] target id of each draft id
-        to_draft = torch.full((self.t2d.shape[0],), -1, dtype=torch.int64, device=ids.device)
-        to_draft[ids] = torch.arange(ids.shape[0], device=ids.device)
-        self.to_draft = to_draft  # [V] draft id of each target id, -1 outside
+        order = torch.arange(self.d2t.shape[0], device=self.d2t.device)
+        ids = order + self.d2t
+        to_draft = torch.full((self.t2d.shape[0],), -1, dtype=torch.int64, device=ids.device).index_copy_(0, ids, order)
+        self.draft_ids = _kept_in_place(self.draft_ids, ids)  # [Vd] target id of each draft id
+        self.to_draft = _kept_in_place(self.to_draft, to_draft)  # [V] draft id of each target id, -1 outside
         self.token_bias.refresh()
 
     @property
     def full_vocabulary(self) -> bool:
         """True when draft ids and target ids are the same."""
         return self.config.draft_vocab_size == self.config.vocab_size
+
+
+def _kept_in_place(old: Tensor, new: Tensor) -> Tensor:
+    """``new``, in the memory of ``old`` where it fits: recorded graphs read from there."""
+    if old.shape != new.shape or old.device != new.device or old.is_inference():
+        return new
+    return old.copy_(new)

@@ -6,7 +6,6 @@ Source: method reference section 3; design 4.1 (shared noise).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,14 +29,27 @@ class Proposals:
     fan_out: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """How proposals of B requests are ranked.
+
+    Attributes:
+        noise: the target's noise at the slots' positions, B * n * K rows, or None to rank by log q alone.
+        sampling: parameters of the B requests.
+        bias_rows: int64 [B], ``TokenBias.rows`` of the requests' domains; None where there is nothing to add.
+    """
+
+    noise: NoiseRows | None
+    sampling: SamplingBatch
+    bias_rows: Tensor | None
+
+
 def propose(
     network: DraftNetwork,
     settings: DraftSettings,
     rule: FanOutRule,
     hidden_BnKH: Tensor,
-    noise: NoiseRows | None,
-    sampling: SamplingBatch,
-    domains: Sequence[int],
+    ranking: Ranking,
     first: bool,
 ) -> Proposals:
     """Best tokens, their log-probabilities and the fan-out of every slot.
@@ -47,23 +59,22 @@ def propose(
         settings: widths and noise.
         rule: fan-outs where the rank head decides.
         hidden_BnKH: u of the slots.
-        noise: the target's noise at the slots' positions, B * n * K rows, or None to rank by log q alone.
-        sampling: parameters of the B requests.
-        domains: ``domain_key`` of the B requests' domains.
+        ranking: how they are ranked.
         first: these are slots of block 1.
     """
     normed = network.norm(hidden_BnKH)
-    logits, bias_BV = network.lm_head(normed), network.token_bias.of(domains)
-    if bias_BV is not None:
+    logits = network.lm_head(normed)
+    if ranking.bias_rows is not None:
+        bias_BV = network.token_bias.table[ranking.bias_rows]
         logits = logits.float() + bias_BV.float()[:, None, None]  # bfloat16 would lose small ones
     vocab_size, num_leaves_slots = logits.shape[-1], logits.shape[1] * logits.shape[2]
     ranked = network.has_rank_head and settings.rank_head
     width = min(settings.beam if first or not ranked else max(settings.fan_out), vocab_size)
     best = best_tokens(
         logits.flatten(0, 2),
-        noise,
+        ranking.noise,
         None if network.full_vocabulary else network.draft_ids,
-        sampling.repeated(num_leaves_slots),
+        ranking.sampling.repeated(num_leaves_slots),
         settings.noise_scale,
         width,
         min(RANK_TOP, vocab_size),

@@ -12,6 +12,8 @@ from hashlib import blake2b
 import torch
 from torch import Tensor, nn
 
+from specblock.cuda_ext.transfer import on_device
+
 MAX_DOMAINS = 31
 
 
@@ -35,12 +37,15 @@ class TokenBias(nn.Module):
         self.register_buffer("stamps", torch.zeros(1 + MAX_DOMAINS, dtype=torch.int64))
         self._row_of: dict[int, int] = {}
 
+    def rows(self, keys: Sequence[int]) -> Tensor | None:
+        """int64 [B]: rows of domains given by key; None where all of them are zero."""
+        rows = [self._row_of.get(key, 0) for key in keys]
+        return on_device(rows, self.table.device) if any(rows) else None
+
     def of(self, keys: Sequence[int]) -> Tensor | None:
         """Bias [B, Vd] of domains given by key; None where all of it is zero."""
-        rows = [self._row_of.get(key, 0) for key in keys]
-        if not any(rows):
-            return None
-        return self.table[torch.tensor(rows, device=self.table.device)]
+        rows = self.rows(keys)
+        return None if rows is None else self.table[rows]
 
     def row(self, key: int) -> int:
         """The row of a domain that is being counted; with all rows taken the one counted longest ago gives way."""

@@ -41,7 +41,9 @@ def run_tests(device: str) -> bool:
     import pytest
 
     marker = "gpu" if device == "cuda" else "not gpu"
-    without_our_defaults = ["-p", "no:cacheprovider", "-o", "addopts=", "--import-mode=importlib", "-q"]
+    # Without pytest-timeout our settings have an unknown key, which must stay a warning.
+    without_our_defaults = ["-p", "no:cacheprovider", "-o", "addopts=", "-o", "filterwarnings="]
+    without_our_defaults += ["--import-mode=importlib", "-q"]
     return pytest.main([str(ROOT / "tests" / "gpu"), "-m", marker, *without_our_defaults]) == 0
 
 
@@ -138,6 +140,10 @@ def measure(device: str, num_prompts: int) -> dict[str, Any]:
     target, drafter = load_pair(str(models / "demo-target"), models / "demo-drafter", dtype, device, DraftSettings())
     assert drafter is not None
     rows = [*forward_times(device, target, drafter), *decoding_speeds(target, drafter.model, num_prompts)]
+    if device == "cuda":
+        from gpu_8b import rows as rows_of_8b
+
+        rows += rows_of_8b(device)
     return {
         "facts": facts(device, dtype=dtype, temperature=TEMPERATURE, top_p=TOP_P, new_tokens=NEW_TOKENS),
         "rows": rows,
@@ -147,9 +153,13 @@ def measure(device: str, num_prompts: int) -> dict[str, Any]:
 def show(row: Row) -> str:
     """One line of the table."""
     if "ms" in row:
-        return f"{row['what']:<42}{row['ms']:9.2f} ms   (interquartile range {row['iqr_ms']:.2f})"
+        over = f", {row['over_floor']:.2f} times what reading takes" if "over_floor" in row else ""
+        return f"{row['what']:<58}{row['ms']:9.2f} ms   (interquartile range {row['iqr_ms']:.2f}){over}"
+    if "tokens_per_s" not in row:
+        others = ", ".join(f"{name} {value}" for name, value in row.items() if name != "what")
+        return f"{row['what']:<58}{others}"
     return (
-        f"{row['what']:<42}{row['tokens_per_s']:9.1f} tokens/s (interquartile range "
+        f"{row['what']:<58}{row['tokens_per_s']:9.1f} tokens/s (interquartile range "
         f"{row['iqr_tokens_per_s']:.1f}), acceptance length {row['acceptance_length']:.2f}"
     )
 

@@ -20,6 +20,7 @@ from specblock.cuda_ext.native import has_kernel
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.ops import find_child
 from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.transfer import on_device
 from specblock.cuda_ext.tree import DraftTree
 from specblock.verifier.history import ChoiceState, PathHistory
 
@@ -72,7 +73,7 @@ class TokenChooser:
         ]
         if not drawn or self._sampling is None:
             return logits_NV.argmax(dim=-1)
-        row, member, slot, position = torch.tensor(drawn, device=logits_NV.device).unbind(1)
+        row, member, slot, position = on_device(drawn, logits_NV.device).unbind(1)
         everyone = len(drawn) == len(self._samples)
         choice = choose(
             logits_NV if everyone else logits_NV[row],
@@ -115,8 +116,8 @@ def accept(
     if not served or any(state.adjusts for state in states):
         return accept_reference(logits_BRV, tree, states, noise, slots, first_position, sampling)
     sampling = SamplingBatch.of([state.params for state in states], device) if sampling is None else sampling
-    level_W = torch.arange(min(noise.width, tree.num_rows))
-    slot_B1, first_B1 = torch.tensor([slots, first_position])[..., None]
+    level_W = torch.arange(min(noise.width, tree.num_rows), device=device)
+    slot_B1, first_B1 = on_device([slots, first_position], device)[..., None]
     rows_at = noise.rows(slot_B1, first_B1 + level_W)
     tokens, rows, counts = torch.ops.specblock.accept_walk(
         logits_BRV.contiguous(),
@@ -154,7 +155,7 @@ def accept_reference(
     level = 0
     while members:
         everyone = len(members) == num_requests
-        member_N = every_B if everyone else torch.tensor(members, device=device)
+        member_N = every_B if everyone else on_device(members, device)
         chosen_B = chooser.choose(
             members, logits_BRV[member_N, row_B[member_N]], [first_position[b] + level for b in members]
         )
@@ -176,5 +177,5 @@ def _pack(tokens: list[list[int]], rows: list[list[int]], device: torch.device) 
     width = max(len(path) for path in tokens)
     padded_tokens = [path + [-1] * (width - len(path)) for path in tokens]
     padded_rows = [path + list(range(len(path), width)) for path in rows]
-    packed = torch.tensor([padded_tokens, padded_rows], device=device)
+    packed = on_device([padded_tokens, padded_rows], device)
     return Acceptance(tuple(map(tuple, tokens)), packed[0], [len(path) - 1 for path in tokens], packed[1])

@@ -20,11 +20,15 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from specblock.cuda_ext.ops import commit_rows
+from specblock.cuda_ext.transfer import on_device
 
 
 @dataclass(slots=True)
 class _Staging:
-    """Where the forward under way writes and reads: set once per forward, followed by every layer."""
+    """Where the forward under way writes and reads: set once per forward, followed by every layer.
+
+    After ``stage_on_device`` everything is read: the attention picks slots and lengths itself.
+    """
 
     read: slice | Tensor
     write_slots: slice | Tensor
@@ -73,9 +77,10 @@ class TargetCache:
     """Keys and values of every slot, with exact rollback.
 
     Attributes:
-        keys: [L, S, G, C, D]; zero-initialised, so that masked entries are always finite.
-        values: [L, S, G, C, D].
+        keys: [L, S, G, C + padding rows, D]; zero-initialised, so that masked entries are always finite.
+        values: the same.
         lengths: committed tokens per slot (host).
+        padding_rows: positions of each slot behind its capacity, to write what nobody reads.
         as_transformers: the same storage behind transformers' ``Cache`` interface.
     """
 
@@ -89,10 +94,12 @@ class TargetCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device | str,
+        padding_rows: int = 0,
     ) -> None:
         if num_slots < 1 or capacity_tokens < 1:
             raise ValueError(f"a cache needs slots and capacity, got {num_slots} slots of {capacity_tokens} tokens")
-        shape = (num_layers, num_slots, num_kv_heads, capacity_tokens, head_dim)
+        self.padding_rows = padding_rows
+        shape = (num_layers, num_slots, num_kv_heads, capacity_tokens + padding_rows, head_dim)
         # Tensors born in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self.keys = torch.zeros(shape, dtype=dtype, device=device)
@@ -111,7 +118,7 @@ class TargetCache:
     @property
     def capacity_tokens(self) -> int:
         """C: committed prefix and staged rows of one slot together."""
-        return int(self.keys.shape[3])
+        return int(self.keys.shape[3]) - self.padding_rows
 
     @property
     def num_free_slots(self) -> int:
@@ -136,6 +143,25 @@ class TargetCache:
         self.lengths[slot] = 0
         heapq.heappush(self._free, slot)
 
+    def lengths_with_room(self, slots: Sequence[int], num_rows: int) -> list[int]:
+        """The committed length of each slot.
+
+        Raises:
+            ValueError: a slot has no room for so many more rows.
+        """
+        assert len(set(slots)) == len(slots), "a slot appears twice in the batch"
+        lengths = [self.lengths[slot] for slot in slots]
+        for slot, length in zip(slots, lengths, strict=True):
+            if length + num_rows > self.capacity_tokens:
+                raise ValueError(
+                    f"cache slot {slot} holds {length} of {self.capacity_tokens} tokens: no room for {num_rows} rows"
+                )
+        return lengths
+
+    def stage_on_device(self, slot_B: Tensor, position_BR: Tensor) -> None:
+        """Prepares a forward whose rows go where device tensors say; whoever computed them has checked for room."""
+        self.staging = _Staging(slice(None), slot_B[:, None], position_BR, int(self.keys.shape[3]))
+
     def stage(self, slots: Sequence[int], num_rows: int) -> list[int]:
         """Prepares a forward of ``num_rows`` rows per slot.
 
@@ -145,23 +171,17 @@ class TargetCache:
         Raises:
             ValueError: a slot has no room for the rows.
         """
-        assert len(set(slots)) == len(slots), "a slot appears twice in the batch"
-        lengths = [self.lengths[slot] for slot in slots]
-        for slot, length in zip(slots, lengths, strict=True):
-            if length + num_rows > self.capacity_tokens:
-                raise ValueError(
-                    f"cache slot {slot} holds {length} of {self.capacity_tokens} tokens: no room for {num_rows} rows"
-                )
+        lengths = self.lengths_with_room(slots, num_rows)
         device = self.keys.device
         contiguous = list(slots) == list(range(slots[0], slots[0] + len(slots)))
-        read = slice(slots[0], slots[0] + len(slots)) if contiguous else torch.tensor(slots, device=device)
+        read = slice(slots[0], slots[0] + len(slots)) if contiguous else on_device(slots, device)
         visible = max(lengths) + num_rows
         if contiguous and len(set(lengths)) == 1:
             self.staging = _Staging(read, read, slice(lengths[0], visible), visible)
         else:
-            start_B = torch.tensor(lengths, device=device)
+            slot_B, start_B = on_device([list(slots), lengths], device)
             position_BR = start_B[:, None] + torch.arange(num_rows, device=device)
-            self.staging = _Staging(read, torch.tensor(slots, device=device)[:, None], position_BR, visible)
+            self.staging = _Staging(read, slot_B[:, None], position_BR, visible)
         return lengths
 
     def commit(self, slots: Sequence[int] | Tensor, rows_BA: Tensor, counts: Sequence[int] | Tensor) -> None:
@@ -174,9 +194,9 @@ class TargetCache:
         """
         slot_list, count_list = host_list(slots), host_list(counts)
         rows_BA = rows_BA[:, : max(count_list, default=0)].to(self.keys.device)
-        slot_B = torch.tensor(slot_list, device=self.keys.device)
-        start_B = torch.tensor([self.lengths[slot] for slot in slot_list], device=self.keys.device)
         if rows_BA.shape[1] > 1:  # the root is always row 0 and stays where it is
+            numbers = [slot_list, [self.lengths[slot] for slot in slot_list]]
+            slot_B, start_B = on_device(numbers, self.keys.device)
             commit_rows(self.keys, slot_B, start_B, rows_BA)
             commit_rows(self.values, slot_B, start_B, rows_BA)
         self.advance(slot_list, count_list)

@@ -25,6 +25,7 @@ _IDENTITY_FIELDS = (
     "rope_parameters",
 )
 _SAMPLED_EMBEDDING_ROWS = 64
+SLOT_ATTENTION = "specblock_slots"  # SDPA but for forwards over slots; see slots.py
 
 
 def open_pretrained(
@@ -83,7 +84,7 @@ def check_model(model: Any) -> None:
     check_config(model.config)
     if not hasattr(getattr(model, "model", None), "layers") or model.get_output_embeddings() is None:
         raise ValueError(f"incompatible architecture: {name} has no model.layers with an output head")
-    if model.config._attn_implementation != "sdpa":
+    if model.config._attn_implementation not in ("sdpa", SLOT_ATTENTION):
         raise ValueError(f"incompatible model: attention must be 'sdpa', not {model.config._attn_implementation!r}")
 
 

@@ -6,6 +6,7 @@ fused feature size, V vocabulary, P prompt tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 from torch import Tensor
 
 from specblock.cuda_ext.linear import PackedLinear
+from specblock.cuda_ext.transfer import on_device
 from specblock.verifier import loading
 from specblock.verifier.kv_cache import TargetCache, host_list
 from specblock.verifier.native import use_native_layers
+from specblock.verifier.slots import MOST_ROWS, SlotForward, use_slot_attention
 
 _CHECK_TOKENS = 4
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +55,14 @@ class TargetModel:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, feature_layers: tuple[int, ...] | None, model_name: str, native: bool
+        self,
+        model: Any,
+        tokenizer: Any,
+        feature_layers: tuple[int, ...] | None,
+        model_name: str,
+        native: bool,
+        graphs: bool = True,
+        by_slot: bool | None = None,
     ) -> None:
         loading.check_model(model)
         self._model = model.eval().requires_grad_(False)
@@ -74,7 +85,11 @@ class TargetModel:
         self.feature_layers = self._checked_layers(feature_layers)
         for index in self.feature_layers:
             self._decoder.layers[index].register_forward_hook(self._capture(index))
+        self.by_slot: SlotForward | None = None
+        """The forward of decode cycles, where it is another one than that of prompts."""
         self._check_forward(expected)
+        if not self.native and (self.device.type == "cuda" if by_slot is None else by_slot):
+            self.by_slot = self._checked_slots(expected, graphs)
 
     @classmethod
     def load(
@@ -86,6 +101,7 @@ class TargetModel:
         feature_layers: tuple[int, ...] | None = None,
         local_files_only: bool = False,
         native: bool = True,
+        graphs: bool = True,
     ) -> TargetModel:
         """Opens a target from a Hugging Face directory or hub id.
 
@@ -97,6 +113,7 @@ class TargetModel:
             local_files_only: never ask the hub.
             native: put native layers in place where there are some (float32 on a CPU); False keeps
                 ``transformers_model`` as transformers runs it.
+            graphs: record the forwards of decode cycles as CUDA graphs, on a CUDA device.
 
         Raises:
             ValueError: directory missing, architecture incompatible, or feature layers invalid.
@@ -104,7 +121,7 @@ class TargetModel:
         model, tokenizer = loading.open_pretrained(
             path_or_id, dtype=dtype, device=device, local_files_only=local_files_only
         )
-        target = cls(model, tokenizer, feature_layers, path_or_id, native)
+        target = cls(model, tokenizer, feature_layers, path_or_id, native, graphs)
         if len(tokenizer) > target.vocab_size:
             raise ValueError(
                 f"target model {path_or_id}: the tokenizer has {len(tokenizer)} tokens, the model {target.vocab_size}"
@@ -113,10 +130,27 @@ class TargetModel:
 
     @classmethod
     def from_model(
-        cls, model: Any, tokenizer: Any = None, feature_layers: tuple[int, ...] | None = None, native: bool = False
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        feature_layers: tuple[int, ...] | None = None,
+        native: bool = False,
+        *,
+        graphs: bool = True,
+        by_slot: bool | None = None,
     ) -> TargetModel:
-        """Wraps a transformers causal language model that is already in memory; ``native`` changes its layers."""
-        return cls(model, tokenizer, feature_layers, model.config.name_or_path or type(model).__name__, native)
+        """Wraps a transformers causal language model that is already in memory.
+
+        Args:
+            model: the model; it is changed as the other arguments say.
+            tokenizer: its tokenizer, if there is any.
+            feature_layers: see ``load``.
+            native: see ``load``.
+            graphs: see ``load``.
+            by_slot: run decode cycles through ``SlotForward``; None does so on CUDA devices.
+        """
+        name = model.config.name_or_path or type(model).__name__
+        return cls(model, tokenizer, feature_layers, name, native, graphs, by_slot)
 
     @property
     def feature_size(self) -> int:
@@ -175,6 +209,7 @@ class TargetModel:
             head_dim=getattr(config, "head_dim", None) or self.hidden_size // heads,
             dtype=self.dtype,
             device=self.device,
+            padding_rows=0 if self.by_slot is None else MOST_ROWS,
         )
 
     @torch.no_grad()
@@ -190,6 +225,8 @@ class TargetModel:
     ) -> TargetOutput:
         """Runs R new rows per slot on top of each committed prefix; their keys and values are staged, not committed.
 
+        Where it runs as a CUDA graph, the next forward over the same cache overwrites what this one returned.
+
         Args:
             cache: where the prefixes are.
             slots: [B] distinct slots (host values preferred: a device tensor is waited for).
@@ -203,21 +240,49 @@ class TargetModel:
             ValueError: a slot has no room for R rows.
         """
         batch, rows = tokens.shape
-        length_B = torch.tensor(cache.stage(host_list(slots), rows), device=self.device)
+        slot_list = host_list(slots)
         order_R = torch.arange(rows, device=self.device)
         visible_BRR = order_R <= order_R[:, None] if tree_mask is None else tree_mask
         # Every row sees itself, so a padding row is never a softmax over nothing.
-        visible_BRR = visible_BRR | torch.eye(rows, dtype=torch.bool, device=self.device)
+        visible_BRR = (visible_BRR | torch.eye(rows, dtype=torch.bool, device=self.device)).expand(batch, -1, -1)
+        depth_BR = (order_R if depth is None else depth).expand(batch, -1)
+        if self.by_slot is not None and cache.padding_rows and logits_rows is None and rows <= MOST_ROWS:
+            return TargetOutput(*self.by_slot(cache, slot_list, tokens, depth_BR, visible_BRR))
+        length_B = on_device(cache.stage(slot_list, rows), self.device)
         assert cache.staging is not None
         hidden_BRH, features = self._run(
             tokens,
-            _visibility(visible_BRR.expand(batch, -1, -1), length_B, cache.staging.visible_tokens),
-            length_B[:, None] + (order_R if depth is None else depth),
+            _visibility(visible_BRR, length_B, cache.staging.visible_tokens),
+            length_B[:, None] + depth_BR,
             cache.as_transformers,
         )
         if logits_rows is not None:
             hidden_BRH = hidden_BRH[torch.arange(batch, device=self.device)[:, None], logits_rows.to(self.device)]
         return TargetOutput(self._head(hidden_BRH), features)
+
+    @property
+    def num_graphs(self) -> int:
+        """Recorded forwards."""
+        return 0 if self.by_slot is None else self.by_slot.num_graphs
+
+    @property
+    def num_graph_failures(self) -> int:
+        """Forwards that could not be recorded and run without."""
+        return 0 if self.by_slot is None else self.by_slot.num_failures
+
+    def use_graphs(self, cache: TargetCache) -> None:
+        """Records forwards over a cache that will serve for long, where there are graphs: each when first needed."""
+        if self.by_slot is not None:
+            self.by_slot.use_graphs(cache)
+
+    def record_graphs(self, cache: TargetCache, most_rows: int) -> None:
+        """Records them now: those over an empty cache with up to so many rows per slot."""
+        self.use_graphs(cache)
+        graphs = None if self.by_slot is None else self.by_slot.graphs_over(cache)
+        for batch, rows in [] if graphs is None else graphs.sizes_up_to(most_rows):
+            fitting = min(rows, cache.capacity_tokens)  # one that is filled up to ``rows``
+            tokens = torch.zeros(batch, fitting, dtype=torch.int64, device=self.device)
+            self.forward(cache, list(range(batch)), tokens)
 
     @torch.no_grad()
     def prefill(
@@ -247,7 +312,9 @@ class TargetModel:
             logits = output.logits[0]
         return torch.cat(features), logits[0]
 
-    def _run(self, tokens_BR: Tensor, mask_B1RT: Tensor, position_BR: Tensor, past: Any) -> tuple[Tensor, Tensor]:
+    def _run(
+        self, tokens_BR: Tensor, mask_B1RT: Tensor, position_BR: Tensor, past: Any, **others: Any
+    ) -> tuple[Tensor, Tensor]:
         self._capturing = True
         try:
             hidden_BRH: Tensor = self._decoder(
@@ -256,6 +323,7 @@ class TargetModel:
                 position_ids=position_BR,
                 use_cache=True,
                 **{self._cache_argument: past},
+                **others,
             ).last_hidden_state
             return hidden_BRH, torch.cat([self._captured[index] for index in self.feature_layers], dim=-1)
         finally:
@@ -290,10 +358,38 @@ class TargetModel:
     def _check_forward(self, expected: Tensor) -> None:
         """Holds our forward to the model's own, so a family that scales logits or masks differently is refused."""
         logits = self.forward(self.new_cache(1, _CHECK_TOKENS), [0], self._check_tokens()).logits.float()
-        # Two attention kernels may round differently; a wrong scale or mask is far outside this.
-        if not torch.allclose(logits, expected, rtol=0.02, atol=0.02 * float(expected.abs().max())):
+        if not _agree(logits, expected, self.dtype):
             name = type(self._model).__name__
             raise ValueError(f"incompatible architecture: {name} computes its logits in a way the verifier does not")
+
+    @torch.no_grad()
+    def _checked_slots(self, expected: Tensor, graphs: bool) -> SlotForward | None:
+        """The forward over slots, if this model's attention is one that it can do."""
+        before = self._model.config._attn_implementation
+        use_slot_attention(self._model)
+        self.by_slot = by_slot = SlotForward(self._run, self._head, self.device, False)
+        try:
+            tokens, prefix = self._check_tokens(), _CHECK_TOKENS // 2
+            cache = self.new_cache(2, _CHECK_TOKENS)
+            self.prefill(cache, 1, tokens[0, :prefix])
+            logits = self.forward(cache, [1], tokens[:, prefix:]).logits.float()
+            if _agree(logits, expected[:, prefix:], self.dtype):
+                by_slot.graphs = graphs and self.device.type == "cuda"
+                return by_slot
+            reason = "its logits differ"
+        except (ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+        log.warning(
+            "%s does not attend by slot (%s): masks instead, without graphs", type(self._model).__name__, reason
+        )
+        self._model.config._attn_implementation = before
+        return None
+
+
+def _agree(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Two attention kernels round differently, more so in half precision; a wrong scale or mask is far outside this."""
+    bound = 0.02 if dtype.itemsize >= 4 else 0.04
+    return torch.allclose(logits, expected, rtol=bound, atol=bound * float(expected.abs().max()))
 
 
 def _visibility(visible_BRR: Tensor, length_B: Tensor, visible_tokens: int) -> Tensor:

@@ -21,7 +21,8 @@ from specblock.cuda_ext.ops import (
     rank_of_choice,
 )
 from specblock.cuda_ext.tree import Candidates, DraftTree, Offers, root_only
-from tests.strategies import RawTree, random_candidates, raw_trees, to_candidates
+from tests.random_trees import random_candidates
+from tests.strategies import RawTree, raw_trees, to_candidates
 
 
 def laid_out(tree: RawTree, budget: int) -> list[reference.Row]:

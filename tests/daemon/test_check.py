@@ -18,6 +18,7 @@ from specblock.daemon.config import DaemonConfig, TargetConfig
 from specblock.daemon.config_loader import parse_config
 from specblock.daemon.errors import DeviceError, ExitCode
 from specblock.daemon.safetensors_header import TensorInfo, read_header
+from specblock.verifier.graphs import ROW_BUCKETS
 
 TARGET = {
     "model_type": "llama",
@@ -232,7 +233,14 @@ def test_memory_is_counted_where_it_is_used(folder: Path) -> None:
     assert kv_bytes(base.with_dtype("float32"), TARGET) == 2 * kv_bytes(base, TARGET)
     on_gpu = ("target.device=cuda", "ray.engine_gpus=1", "adaptation.enabled=false", "target.dtype=bfloat16")
     gpu = config(folder, "engine.slots=2", *on_gpu)
-    assert needs_bytes(gpu, TARGET, tensors, tensors) == {"cpu": host, "cuda:0": engine}
+    rows = check_memory.MOST_ROWS
+    assert rows == ROW_BUCKETS[-1]
+    assert kv_bytes(gpu, TARGET) - kv_bytes(base, TARGET) == 2 * 2 * 2 * 1 * 4 * rows * 2, "where batches are filled up"
+    results = 2 * 2 * rows * (int(TARGET["vocab_size"]) + 3 * int(TARGET["hidden_size"])) * 2
+    engine += kv_bytes(gpu, TARGET) - kv_bytes(base, TARGET)
+    assert needs_bytes(gpu, TARGET, tensors, tensors) == {"cpu": host, "cuda:0": engine + results}
+    without = config(folder, "engine.slots=2", "engine.cuda_graphs=false", *on_gpu)
+    assert needs_bytes(without, TARGET, tensors, tensors) == {"cpu": host, "cuda:0": engine}
     lookup = config(folder, "engine.slots=2", "target.dtype=bfloat16", *LOOKUP)
     weightless = 10 * 2 + kv_bytes(lookup, TARGET) + lookup.ray.object_store_memory_bytes + lookup.redis.maxmemory_bytes
     assert needs_bytes(lookup, TARGET, tensors, {}) == {"cpu": weightless}, "no windows, no trainer"

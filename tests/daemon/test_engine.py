@@ -91,6 +91,7 @@ def run(
     planner: TreePlanner | None = None,
     segment_cycles: int = 32,
     speculation: bool = True,
+    graphs: bool = False,
 ) -> tuple[dict[str, list[int]], Keep]:
     keep = Keep()
     settings = EngineSettings(
@@ -98,6 +99,8 @@ def run(
     )
     engine = Engine(target, drafter, settings, lambda c=itertools.count(): float(next(c)), keep, "v0", planner)
     engine.speculation = speculation and drafter is not None
+    if graphs:
+        engine.use_graphs(ahead=False)
     for request in requests:
         engine.submit(request)
     tokens: dict[str, list[int]] = {r.request_id: [] for r in requests}

@@ -15,7 +15,7 @@ from specblock.cuda_ext.ops import build_tree, find_child
 from specblock.cuda_ext.tree import DraftTree
 from specblock.drafter.forgetting import ForgettingRatio, non_decreasing
 from specblock.drafter.survival import LeafGain, SurvivalTable, extra_tokens
-from tests.strategies import random_candidates
+from tests.random_trees import random_candidates
 
 GRID = torch.linspace(-14, 0, 200)
 

@@ -15,7 +15,7 @@ from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.cuda_ext.tree import DraftTree
 from specblock.verifier.accept import Acceptance, accept, accept_reference
 from specblock.verifier.history import ChoiceState
-from tests.strategies import random_candidates
+from tests.random_trees import random_candidates
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 VOCABULARY, BUDGET, DEPTH = 50, 31, 5

@@ -19,7 +19,7 @@ from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.cuda_ext.tree import Candidates, DraftTree
 from specblock.drafter.expand import Leaves, expand_chain, expand_vectorised
 from specblock.drafter.proposals import Proposals
-from tests.strategies import random_candidates
+from tests.random_trees import random_candidates
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -22,7 +22,7 @@ from specblock.verifier.history import ChoiceState
 from specblock.verifier.kv_cache import TargetCache
 from specblock.verifier.model import TargetModel
 from specblock.verifier.verify import verify
-from tests.strategies import random_candidates
+from tests.random_trees import random_candidates
 
 FAMILIES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen3": (Qwen3Config, Qwen3ForCausalLM)}
 

@@ -5,7 +5,7 @@ import torch
 
 from specblock.cuda_ext.ops import ancestor_mask, build_tree
 from specblock.verifier.kv_cache import TargetCache
-from tests.strategies import random_candidates
+from tests.random_trees import random_candidates
 from tests.verifier.helpers import tiny_target
 
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from specblock.cuda_ext.ops import ancestor_mask, build_tree
 from specblock.verifier.model import TargetModel, default_feature_layers
-from tests.strategies import random_candidates
+from tests.random_trees import random_candidates
 from tests.verifier.helpers import tiny_hf_model, tiny_target
 
 BOTH = pytest.mark.parametrize("family", ["llama", "qwen3"])

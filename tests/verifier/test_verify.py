@@ -10,7 +10,7 @@ from specblock.cuda_ext.tree import root_only
 from specblock.verifier.history import ChoiceState
 from specblock.verifier.result import topk_log_probs
 from specblock.verifier.verify import verify
-from tests.strategies import random_candidates
+from tests.random_trees import random_candidates
 from tests.verifier.helpers import Request, decode, tiny_hf_model, tiny_target
 
 PROMPTS = [[4, 9, 30, 2, 71], [8], [90, 1, 1]]

@@ -1,0 +1,178 @@
+"""A drafter's blocks in fixed shapes: slots, lengths and what is seen are data on the device.
+
+The counterpart of ``BlockDrafter``'s own forwards for CUDA devices: the attention reads the whole storage through
+``slot_attention``, so that a block can be recorded as a graph.
+
+Legend: B requests, P new positions, K slots, T = P * K rows, n leaves, W rows of the cycle so far, H hidden.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from specblock.cuda_ext.attention import slot_attention
+from specblock.cuda_ext.noise import NoiseRows
+from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.transfer import on_device
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.expand import Leaves
+from specblock.drafter.fan_out import FanOutRule
+from specblock.drafter.graphs import BlockGraphs, Tensors
+from specblock.drafter.interface import NewPositions
+from specblock.drafter.kv_cache import DrafterCache
+from specblock.drafter.network import DraftNetwork
+from specblock.drafter.proposals import Proposals, Ranking, propose
+
+POSITIONS = (1, 2, 4, 8, 16)
+"""New positions that one forward takes; more are absorbed the other way."""
+
+
+class SlotBlocks:
+    """Block 1 and later blocks of a network over the slots of a cache.
+
+    Attributes:
+        graphs: whether to record them; may be changed at any time.
+    """
+
+    def __init__(self, network: DraftNetwork, settings: DraftSettings, rule: FanOutRule, graphs: bool) -> None:
+        self.graphs = graphs
+        self._network, self._settings, self._rule = network, settings, rule
+        self._recorded: weakref.WeakKeyDictionary[DrafterCache, BlockGraphs] = weakref.WeakKeyDictionary()
+
+    @property
+    def num_graphs(self) -> int:
+        """Graphs over all caches."""
+        return sum(map(len, self._recorded.values()))
+
+    @property
+    def num_failures(self) -> int:
+        """Recordings that failed, over all caches."""
+        return sum(graphs.failures for graphs in self._recorded.values())
+
+    def graphs_over(self, cache: DrafterCache) -> BlockGraphs | None:
+        """The graphs over one cache, which go when it goes; None before ``use_graphs``, or if there are to be none."""
+        return self._recorded.get(cache) if self.graphs else None
+
+    def use_graphs(self, cache: DrafterCache) -> None:
+        """From now on blocks over this cache are recorded: it will serve for longer than that takes."""
+        if cache not in self._recorded and cache.keys.is_cuda:
+            self._recorded[cache] = BlockGraphs(cache.keys.device, len(cache.positions))
+
+    def first(
+        self, cache: DrafterCache, slots: Sequence[int], new: NewPositions, ranking: Ranking
+    ) -> tuple[Tensor, Proposals]:
+        """Block 1: u [B, 1, K, H] of each newest position, and what it proposes. All rows are stored.
+
+        The counters of the cache are the caller's to advance, afterwards.
+        """
+        width, most = self._network.config.num_slots, next(p for p in POSITIONS if p >= new.tokens.shape[1])
+        more = most - new.tokens.shape[1]
+        tokens, features = F.pad(new.tokens, (0, more)), F.pad(new.features, (0, 0, 0, more))
+        counters = [
+            (1, slot, cache.rows[slot] * width, cache.rotary[slot], max(0, count - 1))
+            for slot, count in zip(slots, new.counts, strict=True)
+        ]
+        inputs = (on_device(counters, tokens.device), features, tokens)
+
+        def body(given: Tensors) -> Tensors:
+            numbers, features, tokens, *rest = given
+            real, slot_B, base, rotary, newest = (column.contiguous() for column in numbers.unbind(1))
+            order_T = torch.arange(most * width, device=tokens.device)
+            visible = (order_T <= order_T[:, None]).expand(tokens.shape[0], -1, -1).contiguous()
+            rows = self._write_from(cache, real, base)[:, None] + order_T
+
+            def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                cache.put(layer, slot_B, rows, key, value)
+                return slot_attention(query, cache.keys[layer], cache.values[layer], slot_B, base, visible)
+
+            index = self._network.rotary_index(rotary[:, None] + torch.arange(most, device=tokens.device))
+            tables = self._network.rotary_tables(index)
+            u = self._network.run_layers(self._network.first_inputs(features, tokens), tables, attend)
+            every = torch.arange(tokens.shape[0], device=tokens.device)
+            return self._proposed(u[every, newest][:, None], rest, ranking, first=True)
+
+        return self._run(cache, ("first", most), body, inputs, ranking)
+
+    def later(
+        self, cache: DrafterCache, slots: Sequence[int], leaves: Leaves, first_row: int, ranking: Ranking
+    ) -> tuple[Tensor, Proposals]:
+        """A later block over all leaves: u [B, n, K, H] and what it proposes.
+
+        Args:
+            cache: its counters stand behind block 1.
+            slots: slot of each request.
+            leaves: what the block extends.
+            first_row: the block's first row behind the root position's first row.
+            ranking: how proposals are ranked.
+        """
+        width, num_leaves = self._network.config.num_slots, leaves.token.shape[1]
+        end = first_row + num_leaves * width  # W
+        roots = [max(0, cache.rows[slot] - 1) * width for slot in slots]  # 0: nothing to draft from, and nothing is
+        counters = [(1, slot, root, cache.last_rotary[slot]) for slot, root in zip(slots, roots, strict=True)]
+        seen = leaves.seen[:, :, :end]
+        inputs = (on_device(counters, seen.device), leaves.hidden, leaves.token, leaves.depth, seen)
+
+        def body(given: Tensors) -> Tensors:
+            numbers, hidden, token, depth, seen, *rest = given
+            real, slot_B, root_row, rotary = (column.contiguous() for column in numbers.unbind(1))
+            visible = self._visible(seen, first_row)
+            own = torch.arange(first_row, end, device=token.device)
+            rows = self._write_from(cache, real, root_row)[:, None] + own
+
+            def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+                cache.put(layer, slot_B, rows, key, value)
+                # Rows of earlier blocks lie before this block's: they ask for nothing, and are there to be seen.
+                padded = F.pad(query, (0, 0, first_row, 0))
+                mixed = slot_attention(padded, cache.keys[layer], cache.values[layer], slot_B, root_row, visible)
+                return mixed[:, first_row:]
+
+            index = self._network.rotary_index(rotary[:, None].expand(-1, num_leaves), depth)
+            tables = self._network.rotary_tables(index)
+            u = self._network.run_layers(self._network.later_inputs(hidden, token), tables, attend)
+            return self._proposed(u, rest, ranking, first=False)
+
+        return self._run(cache, ("later", first_row, num_leaves), body, inputs, ranking)
+
+    def _visible(self, seen_BnW: Tensor, first_row: int) -> Tensor:
+        """bool [B, W, W]: rows of earlier blocks see themselves, a leaf's rows what it has seen and its own so far."""
+        batch, num_leaves, end = seen_BnW.shape
+        column = torch.arange(end, device=seen_BnW.device)
+        own = column[first_row:].view(num_leaves, -1)
+        causal = (column >= own[:, :1, None]) & (column <= own[:, :, None])  # [n, K, W]
+        asking = (seen_BnW[:, :, None] | causal).flatten(1, 2)
+        silent = (column == column[:first_row, None]).expand(batch, -1, -1)
+        return torch.cat([silent, asking], dim=1)
+
+    def _write_from(self, cache: DrafterCache, real: Tensor, first: Tensor) -> Tensor:
+        """int64 [B]: where rows are written; those that fill up a batch go behind everything, where nobody reads."""
+        return torch.where(real > 0, first, cache.keys.shape[3] - cache.padding_rows)
+
+    def _run(
+        self, cache: DrafterCache, key: tuple[Any, ...], body: Any, inputs: Tensors, ranking: Ranking
+    ) -> tuple[Tensor, Proposals]:
+        batch, noise, sampling = inputs[0].shape[0], ranking.noise, ranking.sampling
+        inputs += tuple(getattr(sampling, name) for name in SamplingBatch.__dataclass_fields__)
+        inputs += () if noise is None else (noise.index.view(batch, -1),)
+        inputs += () if ranking.bias_rows is None else (ranking.bias_rows,)
+        graphs, found = self.graphs_over(cache), None
+        if graphs is not None:
+            store = None if noise is None else noise.storage.data_ptr()
+            found = graphs.run((*key, store, ranking.bias_rows is None), body, inputs)
+        hidden, token, log_prob, fan_out = body(inputs) if found is None else found
+        return hidden, Proposals(token, log_prob, fan_out)
+
+    def _proposed(self, hidden: Tensor, rest: Sequence[Tensor], like: Ranking, first: bool) -> Tensors:
+        """``propose`` with the tensors that ``_run`` put behind a body's own."""
+        fields = len(SamplingBatch.__dataclass_fields__)
+        sampling, others = SamplingBatch(*rest[:fields]), list(rest[fields:])
+        noise = None if like.noise is None else NoiseRows(like.noise.storage, others.pop(0).flatten())
+        bias_rows = None if like.bias_rows is None else others.pop(0)
+        ranking = Ranking(noise, sampling, bias_rows)
+        found = propose(self._network, self._settings, self._rule, hidden, ranking, first)
+        return hidden, found.token, found.log_prob, found.fan_out

@@ -1,0 +1,135 @@
+"""Blocks over slots, recorded or not, propose what the other forwards propose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from specblock.cuda_ext.noise import NoiseWindow
+from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
+from specblock.cuda_ext.tree import DraftTree
+from specblock.drafter.config import DraftSettings
+from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.graphs import BlockGraphs
+from specblock.drafter.interface import NewPositions
+from specblock.drafter.kv_cache import DrafterCache
+from specblock.drafter.token_bias import domain_key
+from tests.drafter.helpers import HIDDEN, KINDS, VOCAB, tiny_model
+
+
+class FakeRecorder:
+    """A graph is a closure here: it reads and writes the memory that a graph would."""
+
+    def __init__(self, fail_at: int = -1) -> None:
+        self.recorded, self.replayed, self._fail_at = 0, 0, fail_at
+
+    def __call__(self, action: Callable[[], None]) -> Callable[[], None]:
+        if self.recorded == self._fail_at:
+            raise RuntimeError("operation not permitted")
+        action()
+        self.recorded += 1
+
+        def replay() -> None:
+            self.replayed += 1
+            action()
+
+        return replay
+
+
+def pair(kind: str, recorder: FakeRecorder | None, **changes: Any) -> tuple[BlockDrafter, BlockDrafter]:
+    """The same network twice: forwards with masks, forwards over slots."""
+    settings = DraftSettings(**{"node_budget": 30, "blocks": 5 if kind == "eagle3" else 3, "leaf_cap": 6} | changes)
+    masks = BlockDrafter(tiny_model(dtype=torch.float64, **KINDS[kind]), settings)
+    slots = BlockDrafter(masks.model, settings, by_slot=True)
+    assert masks.by_slot is None and slots.by_slot is not None
+    if recorder is not None:
+        kept: dict[int, BlockGraphs] = {}
+
+        def recorded(cache: DrafterCache) -> BlockGraphs:
+            return kept.setdefault(id(cache), BlockGraphs(slots.device, len(cache.positions), recorder))
+
+        slots.by_slot.graphs, slots.by_slot.graphs_over = True, recorded  # type: ignore[method-assign]
+    return masks, slots
+
+
+def assert_same(one: DraftTree, other: DraftTree) -> None:
+    for name in DraftTree.__dataclass_fields__:
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-6)
+
+
+def cycles(drafters: tuple[BlockDrafter, BlockDrafter], noisy: bool, seed: int = 0) -> None:
+    """Some cycles of four requests, not all of them in each, with up to three new positions, or none."""
+    generator = torch.Generator().manual_seed(seed)
+    params = [SamplingParams(temperature=t, top_p=0.9, seed=i) for i, t in enumerate((0.0, 0.7, 1.0, 1.3))]
+    caches = [drafter.new_cache(4, 40) for drafter in drafters]
+    noises = [NoiseWindow(4, drafters[0].max_depth + 1, VOCAB) if noisy else None for _ in drafters]
+    for cache in caches:
+        for slot, domain in enumerate(("python", "", "cpp", "python")):
+            cache.reset(slot, domain)
+    for slots, counts in (
+        ([0, 1, 2, 3], [3, 1, 0, 2]), ([2, 0, 1], [1, 2, 1]), ([3], [1]), ([0, 1, 2, 3], [1, 1, 1, 1]),
+        ([1, 3, 2], [2, 3, 1]), ([0, 2], [4, 1]),
+    ):  # fmt: skip
+        batch, width = len(slots), max(counts)
+        features = torch.randn(batch, width, 3 * HIDDEN, generator=generator, dtype=torch.float64)
+        tokens = torch.randint(0, VOCAB, (batch, width), generator=generator)
+        roots = torch.randint(0, VOCAB, (batch,), generator=generator)
+        sampling = SamplingBatch.of([params[slot] for slot in slots])
+        drafts = []
+        for drafter, cache, noise in zip(drafters, caches, noises, strict=True):
+            if noise is not None:
+                first = [cache.positions[s] + c + 1 for s, c in zip(slots, counts, strict=True)]
+                noise.advance(slots, first, [params[s].seed for s in slots], [0] * batch)
+            new = NewPositions(features.clone(), tokens.clone(), list(counts))
+            drafts.append(drafter.draft(cache, slots, new, roots, sampling, noise))
+        assert_same(drafts[0].tree, drafts[1].tree)
+        torch.testing.assert_close(drafts[0].offers.parent_row, drafts[1].offers.parent_row)
+        assert caches[0].positions == caches[1].positions and caches[0].rows == caches[1].rows
+        assert caches[1].keys.isfinite().all()
+    width = drafters[0].model.config.num_slots
+    for slot, count in enumerate(caches[0].rows):
+        torch.testing.assert_close(
+            caches[0].keys[:, slot, :, : count * width], caches[1].keys[:, slot, :, : count * width]
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recorded", [False, True])
+@pytest.mark.parametrize("noisy", [False, True])
+def test_the_same_trees_and_cache(kind: str, recorded: bool, noisy: bool) -> None:
+    recorder = FakeRecorder()
+    cycles(pair(kind, recorder if recorded else None), noisy)
+    assert (recorder.replayed > recorder.recorded > 0) == recorded
+
+
+def test_the_same_with_the_published_refresh() -> None:
+    cycles(pair("specblock", FakeRecorder(), published_refresh=True), noisy=False)
+
+
+def test_new_weights_in_place_and_a_bias_need_no_new_recording_of_what_they_do_not_change() -> None:
+    recorder = FakeRecorder()
+    drafters = pair("specblock", recorder)
+    cycles(drafters, noisy=False)
+    with torch.no_grad():
+        for parameter in drafters[0].model.parameters():  # both drafters have it
+            parameter.mul_(1.1)
+    places = drafters[0].model.draft_ids.data_ptr(), drafters[0].model.to_draft.data_ptr()
+    drafters[0].model.refresh_vocabulary()
+    assert places == (drafters[0].model.draft_ids.data_ptr(), drafters[0].model.to_draft.data_ptr())
+    cycles(drafters, noisy=False, seed=1)
+    bias = drafters[0].model.token_bias
+    bias.table[bias.row(domain_key("python"))] = torch.linspace(-3, 3, VOCAB, dtype=bias.table.dtype)
+    cycles(drafters, noisy=False, seed=2)
+
+
+def test_what_cannot_be_recorded_runs_without_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    recorder = FakeRecorder(fail_at=2)
+    drafters = pair("specblock", recorder)
+    cycles(drafters, noisy=True)
+    assert recorder.recorded == 2
+    assert [r.getMessage() for r in caplog.records if "no CUDA graph" in r.getMessage()] == [
+        "no CUDA graph for a drafter's block, going on without more of them: operation not permitted"
+    ]
