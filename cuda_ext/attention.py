@@ -104,4 +104,4 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, sc
     packed = query.reshape(batch, key.shape[1], groups * rows, dim)
     wide_mask = mask[:, None].expand(-1, groups, -1, -1).reshape(batch, 1, groups * rows, -1)
     mixed = F.scaled_dot_product_attention(packed, key, value, attn_mask=wide_mask, scale=scale)
-    return mixed.view(batch, heads, rows, dim).transpose(1, 2)
+    return mixed.reshape(batch, heads, rows, dim).transpose(1, 2)
