@@ -95,7 +95,7 @@ def windows(options: argparse.Namespace) -> None:
     part, parts = options.part
     for number, start in list(enumerate(range(0, len(rows), SHARD)))[part::parts]:
         made = label(model, rows[start : start + SHARD], start, options.device, options.heldout)
-        save_windows(options.out / f"shard-{number:04d}.safetensors", made)
+        save_windows(options.out / f"shard-{number:04d}.safetensors", [window.to("cpu") for window in made])
     print(f"{len(rows)} conversations in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
@@ -109,7 +109,7 @@ def read_answers(path: Path) -> Iterator[tuple[str, int, float, np.ndarray[Any, 
 
 
 def label(model: Any, rows: Sequence[Any], first: int, device: str, heldout: bool) -> list[Any]:
-    """Windows of some conversations by one forward; prompts are labelled too unless the windows are held out."""
+    """Windows of some conversations by one forward, on the device; prompts are labelled too unless held out."""
     from specblock.cuda_ext.sampling import SamplingParams
     from specblock.drafter.window import Window
     from specblock.verifier.model import default_feature_layers
@@ -122,9 +122,10 @@ def label(model: Any, rows: Sequence[Any], first: int, device: str, heldout: boo
     # Padding stands behind every token and so is seen by none.
     output = model.model(input_ids=padded.to(device), use_cache=False, output_hidden_states=True)
     layers = default_feature_layers(model.config.num_hidden_layers)
-    features = torch.cat([output.hidden_states[layer + 1] for layer in layers], dim=-1).to(torch.bfloat16).cpu()
+    features = torch.cat([output.hidden_states[layer + 1] for layer in layers], dim=-1).to(torch.bfloat16)
     top = topk_log_probs(model.lm_head(output.last_hidden_state), TOP_K)
-    ids, log_probs = top.ids.cpu(), top.log_probs.to(torch.float16).cpu()
+    ids, log_probs = top.ids, top.log_probs.to(torch.float16)
+    padded = padded.to(torch.int32).to(device)
     made = []
     for i, (domain, length, temperature, tokens) in enumerate(rows):
         total, prompt = len(tokens), length if heldout else 1
@@ -135,7 +136,7 @@ def label(model: Any, rows: Sequence[Any], first: int, device: str, heldout: boo
                 time_s=0.0,
                 drafter_version="",
                 heldout=heldout,
-                tokens=padded[i, :total].to(torch.int32),
+                tokens=padded[i, :total].clone(),
                 prompt_tokens=prompt,
                 features=features[i, : total - 1].clone(),
                 top_ids=ids[i, prompt - 1 : total - 1].clone(),
