@@ -54,15 +54,23 @@ extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAmx;
+bool has_matrix_unit();  // asks the system for it
 #endif
 
-// The widest kernels that this processor runs.
-inline const Kernels& kernels() {
+inline const Kernels& widest_kernels() {
 #if defined(__x86_64__)
+  if (has_matrix_unit()) return kAmx;
   if (__builtin_cpu_supports("avx512f")) return kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif
   return kBaseline;
+}
+
+// The widest kernels that this processor runs.
+inline const Kernels& kernels() {
+  static const Kernels& widest = widest_kernels();
+  return widest;
 }
 
 }  // namespace specblock

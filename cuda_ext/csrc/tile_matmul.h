@@ -1,0 +1,155 @@
+// Products with packed bfloat16 weights on a processor's matrix unit (AMX), in float32.
+//
+// The unit multiplies bfloat16 and adds in float32. A float32 value is exactly the sum of three bfloat16 numbers, its
+// leading, middle and last eight bits, so three passes give a float32 product, and many rows cost little more than one:
+// on the machine that this was written on the unit computes eight times as much as the vector units do.
+//
+// An output is two chains of additions in a fixed order, of the leading parts and of the others, and their sum. It does not
+// depend on how many other rows there are. (The chains are not those of panel_matmul.h: its bits are those of processors
+// without this unit.)
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+namespace {
+
+using specblock::kPanel;
+constexpr int64_t kTile = 16, kDepth = 32;  // rows of a tile; inputs that one step multiplies
+constexpr int kParts = 3;
+
+struct alignas(64) TileShape {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t bytes_per_row[16] = {};
+  uint8_t rows[16] = {};
+};
+
+// Tiles 0 to 3 hold sums, 4 to 6 the three parts of x, 7 the weights.
+SB_INLINE void shape_tiles(int64_t rows) {
+  TileShape shape;
+  for (int i = 0; i < 8; i++) {
+    shape.bytes_per_row[i] = 64;
+    shape.rows[i] = static_cast<uint8_t>(i == 7 ? kTile : rows);
+  }
+  _tile_loadconfig(&shape);
+}
+
+// A buffer that starts at a cache line.
+template <class T>
+class Lines {
+ public:
+  explicit Lines(int64_t size) : storage_(size * sizeof(T) + 64) {
+    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) & ~uintptr_t{63});
+  }
+  T* data() { return data_; }
+
+ private:
+  std::vector<uint8_t> storage_;  // zeros
+  T* data_;
+};
+
+// to[part][row][depth] = the parts of x[M][K], cut off, not rounded: what is left is exact, and nothing overflows.
+SB_INLINE void split(const float* x, int64_t M, int64_t K, int64_t rows, int64_t depth, uint16_t* to) {
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t k = 0; k < K; k += 16) {
+      const __mmask16 inside = K - k >= 16 ? 0xffff : static_cast<__mmask16>((1u << (K - k)) - 1);
+      __m512 left = _mm512_maskz_loadu_ps(inside, x + m * K + k);
+      // Of infinities and NaN the leading part says everything; 1 in the last bit keeps a NaN one.
+      const __mmask16 odd = _mm512_fpclass_ps_mask(left, 0x99), nan = _mm512_fpclass_ps_mask(left, 0x81);
+      for (int part = 0; part < kParts; part++) {
+        const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(left), 16);
+        const __m512i kept = part == 0 ? _mm512_mask_or_epi32(high, nan, high, _mm512_set1_epi32(0x40)) : high;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (part * rows + m) * depth + k), _mm512_cvtepi32_epi16(kept));
+        left = _mm512_sub_ps(left, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
+        left = _mm512_mask_mov_ps(left, odd, _mm512_setzero_ps());
+      }
+    }
+}
+
+// Two neighbouring inputs of every column in a word, as the unit wants them: to[depth / 2][16][2] of a panel [K][16].
+SB_INLINE void interleave(const uint16_t* panel, int64_t K, int64_t depth, uint16_t* to) {
+  alignas(64) uint16_t order[32];
+  for (int i = 0; i < 32; i++) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+  const __m512i index = _mm512_load_si512(order);
+  for (int64_t k = 0; k < depth; k += 2) {
+    const __mmask32 inside = K - k >= 2 ? 0xffffffffu : K - k == 1 ? 0xffffu : 0u;
+    const __m512i pair = _mm512_maskz_loadu_epi16(inside, panel + k * kPanel);
+    _mm512_store_si512(to + k * kPanel, _mm512_permutexvar_epi16(index, pair));
+  }
+}
+
+// Sums of one tile of rows and P panels (1 or 2): sums[2 P][16][16], the leading parts' and the others' of each panel.
+template <int P>
+SB_INLINE void tile_product(const uint16_t* parts, int64_t part_size, const uint16_t* weights, int64_t depth, float* sums) {
+  const int64_t row_bytes = depth * 2, panel_size = depth * kPanel;
+  _tile_zero(0);
+  _tile_zero(1);
+  if constexpr (P == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int64_t k = 0; k < depth; k += kDepth) {
+    _tile_loadd(4, parts + k, row_bytes);
+    _tile_loadd(5, parts + part_size + k, row_bytes);
+    _tile_loadd(6, parts + 2 * part_size + k, row_bytes);
+    _tile_loadd(7, weights + k * kPanel, 64);
+    _tile_dpbf16ps(0, 4, 7);
+    _tile_dpbf16ps(1, 5, 7);
+    _tile_dpbf16ps(1, 6, 7);
+    if constexpr (P == 2) {
+      _tile_loadd(7, weights + panel_size + k * kPanel, 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+      _tile_dpbf16ps(3, 6, 7);
+    }
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + 256, 64);
+  if constexpr (P == 2) {
+    _tile_stored(2, sums + 512, 64);
+    _tile_stored(3, sums + 768, 64);
+  }
+}
+
+// out[M, N] of the panels begin .. end; the last panel of the matrix may stand for fewer than 16 columns.
+inline void multiply_tiles(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
+                           int64_t begin, int64_t end) {
+  const int64_t tiles = (M + kTile - 1) / kTile, height = (M + tiles - 1) / tiles, rows = tiles * height;
+  const int64_t depth = (K + kDepth - 1) / kDepth * kDepth, part_size = rows * depth;
+  Lines<uint16_t> parts(kParts * part_size), weights(2 * depth * kPanel);
+  Lines<float> sums(4 * 256);
+  split(x, M, K, rows, depth, parts.data());
+  // Columns j and j + 8 of a bfloat16 panel are neighbours; back into their order.
+  alignas(64) int32_t order[16];
+  for (int i = 0; i < 16; i++) order[i] = i < 8 ? 2 * i : 2 * (i - 8) + 1;
+  const __m512i index = _mm512_load_si512(order);
+  shape_tiles(height);
+  for (int64_t panel = begin; panel < end;) {
+    const int64_t count = end - panel >= 2 ? 2 : 1;
+    for (int64_t p = 0; p < count; p++)
+      interleave(packed + (panel + p) * K * kPanel, K, depth, weights.data() + p * depth * kPanel);
+    for (int64_t first = 0; first < M; first += height) {
+      const uint16_t* from = parts.data() + first * depth;
+      if (count == 2) tile_product<2>(from, part_size, weights.data(), depth, sums.data());
+      else tile_product<1>(from, part_size, weights.data(), depth, sums.data());
+      for (int64_t p = 0; p < count; p++) {
+        const int64_t column = (panel + p) * kPanel, columns = N - column < kPanel ? N - column : kPanel;
+        const auto inside = static_cast<__mmask16>((1u << columns) - 1);
+        for (int64_t m = 0; m < height && first + m < M; m++) {
+          const float* at = sums.data() + p * 512 + m * 16;
+          const __m512 sum = _mm512_add_ps(_mm512_load_ps(at), _mm512_load_ps(at + 256));
+          _mm512_mask_storeu_ps(out + (first + m) * N + column, inside, _mm512_permutexvar_ps(index, sum));
+        }
+      }
+    }
+    panel += count;
+  }
+  _tile_release();
+}
+
+}  // namespace
