@@ -168,3 +168,25 @@ def test_heads_that_do_not_fit_are_refused():
     packed, table = pack(torch.randn(32, 16)), torch.zeros(1, 2, 24)
     with pytest.raises(RuntimeError, match="heads do not fit"):
         packed.heads(torch.zeros(1, 2, 16), (table, table))
+
+
+@needs_native
+@pytest.mark.parametrize("exact", [True, False])
+def test_what_is_no_number_stays_so(exact: bool) -> None:
+    weight = matrix(20, 40, 5, exact)
+    x = torch.randn(5, 40)
+    x[0, 3], x[1, 39], x[2, 7], x[3, 0] = torch.inf, -torch.inf, torch.nan, torch.finfo(torch.float32).max
+    result, expected = pack(weight)(x), x.double() @ weight.double().T
+    finite = expected.float().isfinite()
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert torch.equal(result[~finite & ~expected.isnan()], expected[~finite & ~expected.isnan()].float())
+    torch.testing.assert_close(result[finite].double(), expected[finite], rtol=1e-5, atol=1e-4)
+
+
+@needs_native
+def test_parts_of_every_size_add_up() -> None:
+    """Values over the whole range of float32, each alone in its row: nothing of its 24 bits may be lost."""
+    weight = torch.ones(16, 1)
+    x = torch.logspace(-30, 38, 500, dtype=torch.float64).float()[:, None] * torch.tensor([[1.0], [-1.0]])[:, None]
+    x = x.reshape(-1, 1)
+    assert torch.equal(pack(weight)(x), x.expand(-1, 16))
