@@ -18,6 +18,7 @@ from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.precision import fast_bfloat16
 from specblock.drafter.weight_bytes import weight_bytes_per_cycle
 from specblock.verifier.model import TargetModel
 
@@ -61,7 +62,7 @@ def settings_json(settings: DraftSettings) -> dict[str, Any]:
 def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[WayName, Way]]:
     """Every way of answering, named; the order is that of the table."""
     yield PLAIN, engine_way(target, None)
-    untouched = load_target(target.model_name, target.dtype, str(target.device), native=False)
+    untouched = load_target(target.model_name, transformers_dtype(target), str(target.device), native=False)
     warm(untouched)
     yield TRANSFORMERS, transformers_way(untouched)
     lookup = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
@@ -87,6 +88,11 @@ def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[
         largest = BlockDrafter(network, replace(LARGEST[kind], noise_scale=best.noise_scale))
         planner = profiled_planner(target, largest, slots=1, seed=0)
         yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planner)
+
+
+def transformers_dtype(target: TargetModel) -> torch.dtype:
+    """The format in which transformers' own layers are fastest here: its users would run it so."""
+    return torch.bfloat16 if fast_bfloat16(target.device) else torch.float32
 
 
 def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:

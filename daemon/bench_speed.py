@@ -78,7 +78,12 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
         for domain, runs in {**by_domain, ALL: pooled}.items():
             rows.extend(_rows(domain, temperature, runs, found))
     known: dict[str, Any] = facts(
-        dtype=dtype, new_tokens=settings.new_tokens, top_p=settings.top_p, prompts=settings.per_domain, seed=SEED
+        dtype=dtype,
+        transformers_dtype=str(rivals.transformers_dtype(target)).removeprefix("torch."),
+        new_tokens=settings.new_tokens,
+        top_p=settings.top_p,
+        prompts=settings.per_domain,
+        seed=SEED,
     )
     result = {"facts": known, "drafters": rivals.describe(found), "rows": [asdict(row) for row in rows]}
     if settings.out is not None:

@@ -19,7 +19,7 @@ from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.interface import AnyDrafter
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
-from specblock.drafter.precision import fast_bfloat16
+from specblock.drafter.precision import serves_faster_in_bfloat16
 from specblock.verifier.model import TargetModel
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def serving_dtype(asked: str, device: str) -> str:
     """The number format that ``asked`` means on ``device``: what is faster there if it is "auto"."""
     if asked != "auto":
         return asked
-    return "bfloat16" if fast_bfloat16(torch.device(device)) else "float32"
+    return "bfloat16" if serves_faster_in_bfloat16(torch.device(device)) else "float32"
 
 
 def settle_dtype(config: DaemonConfig) -> DaemonConfig:

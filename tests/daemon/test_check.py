@@ -251,7 +251,7 @@ def test_memory_is_counted_where_it_is_used(folder: Path) -> None:
 def test_memory_names_what_auto_means_here(
     folder: Path, monkeypatch: pytest.MonkeyPatch, fast: bool, dtype: str
 ) -> None:
-    monkeypatch.setattr(models, "fast_bfloat16", lambda device: fast)
+    monkeypatch.setattr(models, "serves_faster_in_bfloat16", lambda device: fast)
     assert finding(run_checks(config(folder)), "memory").message.endswith(f"models in {dtype}")
     assert finding(run_checks(config(folder, "target.dtype=float64")), "memory").message.endswith("models in float64")
 

@@ -17,7 +17,7 @@ from specblock.daemon.config import DaemonConfig
 from specblock.daemon.config_loader import parse_config
 from specblock.daemon.errors import ExitCode, FailedCheckError, SpecblockError
 from specblock.daemon.state_lock import own_state_dir
-from specblock.drafter.precision import fast_bfloat16
+from specblock.drafter.precision import fast_bfloat16, serves_faster_in_bfloat16
 
 TARGET, DRAFTER = Path("models/demo-target"), Path("models/demo-drafter")
 
@@ -141,7 +141,7 @@ def test_auto_is_settled_once_before_anything_is_built(
         measured.append(device)
         return fast
 
-    monkeypatch.setattr(models, "fast_bfloat16", measure)
+    monkeypatch.setattr(models, "serves_faster_in_bfloat16", measure)
     monkeypatch.setattr(supervisor.RedisServer, "start", lambda self: None)
     monkeypatch.setattr(supervisor, "_start_ray", received.append)
     monkeypatch.setattr(supervisor, "_Daemon", Recorded)
@@ -156,13 +156,15 @@ def test_auto_is_settled_once_before_anything_is_built(
 
 def test_auto_on_a_gpu_and_a_named_format_need_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     assert models.serving_dtype("auto", "cuda:1") == "bfloat16"
-    monkeypatch.setattr(models, "fast_bfloat16", lambda device: pytest.fail("measured"))
+    monkeypatch.setattr(models, "serves_faster_in_bfloat16", lambda device: pytest.fail("measured"))
     assert models.serving_dtype("float64", "cpu") == "float64"
 
 
 def test_the_measurement_leaves_the_thread_count_alone() -> None:
     threads = torch.get_num_threads()
-    assert isinstance(fast_bfloat16(torch.device("cpu")), bool)
+    for measured in (fast_bfloat16, serves_faster_in_bfloat16):
+        measured.cache_clear()
+        assert isinstance(measured(torch.device("cpu")), bool)
     assert torch.get_num_threads() == threads
 
 
