@@ -21,8 +21,8 @@ namespace specblock {
 constexpr int kSplitStep = 64;   // keys per step; splits are whole steps
 constexpr int kMaxSplits = 32;   // enough for one request to fill a device; bounds the workspace, so many mixtures per row
 constexpr int kMinSplit = 256;   // less work than this is not worth a mixture of its own; in float32
-constexpr int kShortSplit = 128; // nor this on tensor cores where the device would idle,
-constexpr int kLongSplit = 512;  // nor this where it is busy
+constexpr int kShortSplit = 128;  // nor this on tensor cores, where the device would idle;
+constexpr int kLongSplit = 512;   // nor this where it is busy
 
 enum class SlotType : int { kBfloat16, kHalf, kFloat };
 
