@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(Warps * 32, 1) attend(const SlotAttention a) {
     }
   };
   const int tiles = (part.end - part.begin + kTile - 1) / kTile;  // none where slot or length are out of range
-  fetch_query<T, D, kRows>(query, a, first_row);
   if (tiles > 0) fetch(0);
+  fetch_query<T, D, kRows>(query, a, first_row);
   end_of_copies();
   if (tiles > 1) fetch(1);
   end_of_copies();
@@ -163,7 +163,9 @@ const char* launch(const SlotAttention& a, void* stream) {
   const int rows = a.R * (a.H / a.G);
   const dim3 grid((rows + kRows - 1) / kRows, a.splits, a.B * a.G);
   auto* const kernel = attend<T, D, Warps, Frags>;
-  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess) return launch_error();
+  if (cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes) != cudaSuccess ||
+      cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared) != cudaSuccess)
+    return launch_error();
   kernel<<<grid, Warps * 32, kBytes, static_cast<cudaStream_t>(stream)>>>(a);
   return launch_error();
 }

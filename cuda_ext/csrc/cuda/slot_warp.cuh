@@ -88,7 +88,8 @@ struct WarpRows {
       }
   }
 
-  // Scores become weights, relative to a new running maximum; what was mixed so far is brought down to it.
+  // Scores become weights, relative to a new running maximum; what was mixed so far is brought down to it. To let the
+  // maximum lag behind would save some of that, but a row that looks at one key mostly then rounds that key's weight.
   __device__ void weigh(float (&scores)[Frags][kTile / 8][4], float scale_log2) {
     float shrink[Frags][2];
     bool moved = false;
@@ -117,7 +118,7 @@ struct WarpRows {
         top[f][i] = most;
         sum[f][i] = __fmaf_rn(sum[f][i], shrink[f][i], total);  // of this lane's columns
       }
-    if (!__any_sync(0xffffffffu, moved)) return;  // mostly so, after the first few tiles
+    if (!__any_sync(0xffffffffu, moved)) return;  // mostly so in a long prefix
 #pragma unroll
     for (int f = 0; f < Frags; f++)
 #pragma unroll
