@@ -48,8 +48,9 @@ def slot_attention(
     """Attention of new rows over the cache as it lies: the committed prefix of each request's slot, then the rows.
 
     Nothing is gathered and no mask over the prefix is made. The host waits for nothing, and what is launched depends on
-    shapes alone, so a graph can capture it. In the native operations a row's result has the same bits whatever other
-    requests, rows and hidden keys there are; on CUDA that is so for one capacity of the cache.
+    shapes alone, so a graph can capture it. In float32 the native operations give a row the same bits whatever other
+    requests, rows and hidden keys there are, on CUDA for one capacity of the cache. In bfloat16 and float16 its
+    rounding depends on how many requests and rows share the device.
 
     Args:
         query: [B, heads, R, D], contiguous in D.

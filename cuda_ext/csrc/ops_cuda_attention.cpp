@@ -49,23 +49,29 @@ Tensor slot_attention(const Tensor& query, const Tensor& key, const Tensor& valu
   if (out.numel() == 0) return out;
   STD_TORCH_CHECK(C >= R, "slot_attention: more rows than the cache has places");
   const CudaScope scope(query);
-  const int64_t splits = slot_splits(C), rows = B * H * R * splits;
-  Tensor mixture = torch::stable::new_empty(query, {rows * D}, ScalarType::Float);
-  Tensor peak = torch::stable::new_empty(query, {rows * 2}, ScalarType::Float);
-  const SlotAttention a{
+  SlotAttention a{
       .query = query.const_data_ptr(), .key = key.const_data_ptr(), .value = value.const_data_ptr(),
       .query_batch = query.stride(0), .query_head = query.stride(1), .query_row = query.stride(2),
       .key_slot = key.stride(0), .key_head = key.stride(1), .key_row = key.stride(2),
       .value_slot = value.stride(0), .value_head = value.stride(1), .value_row = value.stride(2),
       .slots = read<int64_t>(slots), .lengths = read<int64_t>(lengths), .visible = read<bool>(visible),
-      .out = out.mutable_data_ptr(), .mixture = write<float>(mixture), .peak = write<float>(peak),
+      .out = out.mutable_data_ptr(), .mixture = nullptr, .peak = nullptr,
       .num_slots = S, .capacity = C,
       .B = static_cast<int>(B), .H = static_cast<int>(H), .G = static_cast<int>(G), .R = static_cast<int>(R),
-      .D = static_cast<int>(D), .splits = static_cast<int>(splits), .split_tokens = static_cast<int>(slot_split_tokens(C)),
+      .D = static_cast<int>(D), .splits = 1, .split_tokens = 0,
       .scale_log2 = static_cast<float>(scale * 1.4426950408889634), .query_is_aligned = aligned_rows(query), .type = kind,
   };
-  check_launch((kind == SlotType::kFloat ? launch_slot_tiles_float : launch_slot_tiles)(a, scope.stream()), "slot_attention");
-  check_launch(launch_slot_combine(a, scope.stream()), "slot_attention");
+  const bool exact = kind == SlotType::kFloat;
+  a.splits = exact ? static_cast<int>(slot_splits(C)) : slot_tile_splits(a);
+  if (exact) a.split_tokens = static_cast<int>(slot_split_tokens(C));
+  const bool joined = exact || a.splits > 1;
+  const int64_t rows = joined ? B * H * R * a.splits : 0;
+  Tensor mixture = torch::stable::new_empty(query, {rows * D}, ScalarType::Float);
+  Tensor peak = torch::stable::new_empty(query, {rows * 2}, ScalarType::Float);
+  a.mixture = write<float>(mixture);
+  a.peak = write<float>(peak);
+  check_launch((exact ? launch_slot_tiles_float : launch_slot_tiles)(a, scope.stream()), "slot_attention");
+  if (joined) check_launch(launch_slot_combine(a, scope.stream()), "slot_attention");
   return out;
 }
 

@@ -128,15 +128,28 @@ def test_long_prefixes(device: str, dtype: torch.dtype, rows: int) -> None:
     check(make(device, dtype, lengths=[4000, 511, 2049], rows=rows, capacity=4096, size=128, spread=2.0))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5, 20, 40, 64])
+def test_a_batch_that_fills_the_device(device: str, dtype: torch.dtype, rows: int) -> None:
+    """As few splits as there are: one, for every size of a tile."""
+    lengths = [(37 * i) % (320 - rows) for i in range(80)]
+    check(make(device, dtype, lengths=lengths, rows=rows, capacity=320, heads=(12, 4), size=128))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_row_has_the_same_bits_alone_and_among_others(dtype: torch.dtype) -> None:
+def test_a_row_is_the_same_alone_and_among_others(dtype: torch.dtype) -> None:
     together = make("cuda", dtype, lengths=[40, 1100, 700, 0], rows=64, capacity=1300, tree="chain", size=128)
     result = together.result()
     for request in range(4):
         for rows in (None, 33, 9, 5, 1):  # every size of a tile
-            alone = together.only(request, rows).result()
-            assert torch.equal(alone[0], result[request, :rows])
+            alone = together.only(request, rows).result()[0]
+            among = result[request, :rows]
+            if dtype == torch.float32:
+                assert torch.equal(alone, among)  # every bit
+            error = (alone - among).float().norm(dim=-1) / among.float().norm(dim=-1)
+            assert float(error.max()) < TOLERANCE[dtype]
 
 
 @pytest.mark.gpu
@@ -161,9 +174,10 @@ def test_every_element_is_written_and_a_graph_can_replay_it() -> None:
 
 
 @pytest.mark.gpu
-def test_slots_and_lengths_out_of_range_give_nan_and_read_nothing() -> None:
-    for slots, lengths in (([9, 0], [4, 4]), ([-1, 0], [4, 4]), ([1, 0], [-1, 4]), ([1, 0], [125, 4])):
-        case = make("cuda", torch.bfloat16, lengths=[4, 4], rows=4, capacity=128)
+@pytest.mark.parametrize("capacity", [128, 1024])  # without splits, and with
+def test_slots_and_lengths_out_of_range_give_nan_and_read_nothing(capacity: int) -> None:
+    for slots, lengths in (([9, 0], [4, 4]), ([-1, 0], [4, 4]), ([1, 0], [-1, 4]), ([1, 0], [capacity - 3, 4])):
+        case = make("cuda", torch.bfloat16, lengths=[4, 4], rows=4, capacity=capacity)
         case.slots.copy_(torch.tensor(slots))
         case.lengths.copy_(torch.tensor(lengths))
         assert case.result()[0].isnan().all()

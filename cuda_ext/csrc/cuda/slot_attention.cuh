@@ -21,8 +21,14 @@ struct SlotPart {
     const bool fits = place >= 0 && place < a.num_slots && committed >= 0 && committed + a.R <= a.capacity;
     length = fits ? static_cast<int>(committed) : 0;
     all = fits ? length + a.R : 0;
-    begin = blockIdx.y * a.split_tokens;
-    end = min(begin + a.split_tokens, all);
+    const int tokens = a.split_tokens > 0 ? a.split_tokens : even_split(a);
+    begin = blockIdx.y * tokens;
+    end = min(begin + tokens, all);
+  }
+
+  __device__ int even_split(const SlotAttention& a) const {
+    const int steps = (all + a.splits * kSplitStep - 1) / (a.splits * kSplitStep);
+    return max(steps * kSplitStep, kShortSplit);
   }
 
   __device__ static int request(const SlotAttention& a) { return blockIdx.z / a.G; }
@@ -39,6 +45,11 @@ struct SlotPart {
   __device__ static int64_t query_offset(const SlotAttention& a, int m) {
     const int heads = a.H / a.G;
     return request(a) * a.query_batch + (group(a) * heads + m % heads) * a.query_head + m / heads * a.query_row;
+  }
+
+  __device__ static int64_t out_offset(const SlotAttention& a, int m) {
+    const int heads = a.H / a.G;
+    return ((static_cast<int64_t>(request(a)) * a.R + m / heads) * a.H + group(a) * heads + m % heads) * a.D;
   }
 
   // What query row m sees of the new rows; rows of padding behind the last see what the first sees.

@@ -20,15 +20,15 @@ struct alignas(sizeof(T) * N) Vector {
   T x[N];
 };
 
-// to += w * from.
+// to += w * from; what has no weight is not read, and need never have been written.
 __device__ inline void add(float w, const float* from, float (&to)[2]) {
-  const float2 x = *reinterpret_cast<const float2*>(from);
+  const float2 x = w == 0.0f ? make_float2(0.0f, 0.0f) : *reinterpret_cast<const float2*>(from);
   to[0] = __fmaf_rn(w, x.x, to[0]);
   to[1] = __fmaf_rn(w, x.y, to[1]);
 }
 
 __device__ inline void add(float w, const float* from, float (&to)[4]) {
-  const float4 x = *reinterpret_cast<const float4*>(from);
+  const float4 x = w == 0.0f ? make_float4(0.0f, 0.0f, 0.0f, 0.0f) : *reinterpret_cast<const float4*>(from);
   to[0] = __fmaf_rn(w, x.x, to[0]);
   to[1] = __fmaf_rn(w, x.y, to[1]);
   to[2] = __fmaf_rn(w, x.z, to[2]);
@@ -39,11 +39,10 @@ template <class T, int D>
 __global__ void __launch_bounds__(kWarps * 32, 1) combine(const SlotAttention a) {
   constexpr int N = D / 32;
   const int lane = threadIdx.x % 32;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (row >= static_cast<int64_t>(a.B) * a.R * a.H) return;
-  const int head = row % a.H, heads = a.H / a.G;
-  const int64_t request = row / a.H / a.R, rows = static_cast<int64_t>(a.R) * heads;
-  const int64_t m = row / a.H % a.R * heads + head % heads;
+  const int row = blockIdx.x * kWarps + threadIdx.x / 32;
+  if (row >= a.B * a.R * a.H) return;
+  const int head = row % a.H, heads = a.H / a.G, m = row / a.H % a.R * heads + head % heads;
+  const int64_t request = row / a.H / a.R, rows = a.R * heads;
   const int64_t first = (request * a.G + head / heads) * a.splits * rows + m;  // of split 0; the next are `rows` apart
 
   float2 peak = make_float2(-INFINITY, 0.0f);
@@ -58,13 +57,12 @@ __global__ void __launch_bounds__(kWarps * 32, 1) combine(const SlotAttention a)
   for (int s = 0; s < a.splits; s++) {
     const float w = __shfl_sync(0xffffffffu, weight, s);
     total = __fmaf_rn(w, __shfl_sync(0xffffffffu, peak.y, s), total);
-    if (w == 0.0f) continue;
     add(w, a.mixture + (first + s * rows) * D + lane * N, mixed);
   }
   Vector<T, N> result;
 #pragma unroll
   for (int i = 0; i < N; i++) convert(__fdiv_rn(mixed[i], total), &result.x[i]);
-  *reinterpret_cast<Vector<T, N>*>(static_cast<T*>(a.out) + row * D + lane * N) = result;
+  *reinterpret_cast<Vector<T, N>*>(static_cast<T*>(a.out) + static_cast<int64_t>(row) * D + lane * N) = result;
 }
 
 template <class T>
