@@ -44,6 +44,9 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("attention_inputs", _attention_inputs_shape),
         ("layer_rest", _layer_rest_shape),
         ("slot_attention", _slot_attention_shape),
+        ("add_rms_norm", _add_rms_norm_shape),
+        ("rotary_store", _rotary_store_shape),
+        ("gated", _gated_shape),
     )
     missing = [name for name, _ in shapes if not hasattr(torch.ops.specblock, name)]
     if missing:
@@ -168,3 +171,17 @@ def _attention_inputs_shape(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Te
 
 def _layer_rest_shape(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x)
+
+
+def _add_rms_norm_shape(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _rotary_store_shape(qkv: Tensor, cos: Tensor, *others: Any) -> Tensor:
+    batch, rows, size = qkv.shape
+    head_dim, kv_heads = cos.shape[-1], others[4].shape[1]
+    return qkv.new_empty(batch, rows, size // head_dim - 2 * kv_heads, head_dim)
+
+
+def _gated_shape(gate_up: Tensor) -> Tensor:
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
