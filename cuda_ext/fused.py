@@ -69,19 +69,35 @@ def rotated_heads(
     return _rotated(query, cos, sin), _rotated(key, cos, sin), value
 
 
-def gated(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of [..., 2 K], which has both: [..., K]."""
-    inner = gate_up.shape[-1] // 2
-    aligned = inner * gate_up.element_size() % 16 == 0 and gate_up.is_contiguous()
-    if serves_cuda("gated", gate_up) and aligned and whole_vectors(gate_up):
-        result: Tensor = torch.ops.specblock.gated(gate_up.flatten(0, -2))
-        return result.view(*gate_up.shape[:-1], inner)
-    return gated_reference(gate_up)
+def rotary_heads(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Heads rotated in float32: [B, R, H * D] and cos and sin, float32 [B, R, D], give [B, R, H, D]."""
+    cos, sin = (table.contiguous() for table in rotary)
+    fits = cos.shape[-1] in _CUDA_HEAD_SIZES and cos.shape[:2] == x.shape[:2] and cos.dtype == torch.float32
+    if fits and serves_cuda("rotary_heads", x, cos, sin) and x.is_contiguous() and whole_vectors(x):
+        result: Tensor = torch.ops.specblock.rotary_heads(x, cos, sin)
+        return result
+    return rotary_heads_reference(x, rotary)
 
 
-def gated_reference(gate_up: Tensor) -> Tensor:
-    """``gated`` on every device, in every type."""
-    gate, up = gate_up.chunk(2, dim=-1)
+def rotary_heads_reference(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """``rotary_heads`` on every device, in every type; differentiable."""
+    cos, sin = (table[:, :, None] for table in rotary)
+    heads = x.view(*x.shape[:-1], -1, cos.shape[-1])
+    return _rotated(heads.to(torch.promote_types(x.dtype, torch.float32)), cos, sin).to(x.dtype)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of [..., K], which may be columns of one product."""
+    flat = [x.flatten(0, -2) for x in (gate, up)] if gate.dim() > 1 else [gate[None], up[None]]
+    aligned = all(x.stride(-1) == 1 and x.stride(0) * x.element_size() % 16 == 0 for x in flat)
+    if aligned and serves_cuda("gated", gate, up) and whole_vectors(*flat):
+        result: Tensor = torch.ops.specblock.gated(*flat)
+        return result.view(gate.shape)
+    return gated_reference(gate, up)
+
+
+def gated_reference(gate: Tensor, up: Tensor) -> Tensor:
+    """``gated`` on every device, in every type; differentiable."""
     return F.silu(gate) * up
 
 

@@ -46,6 +46,7 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("slot_attention", _slot_attention_shape),
         ("add_rms_norm", _add_rms_norm_shape),
         ("rotary_store", _rotary_store_shape),
+        ("rotary_heads", _rotary_heads_shape),
         ("gated", _gated_shape),
     )
     missing = [name for name, _ in shapes if not hasattr(torch.ops.specblock, name)]
@@ -183,5 +184,10 @@ def _rotary_store_shape(qkv: Tensor, cos: Tensor, *others: Any) -> Tensor:
     return qkv.new_empty(batch, rows, size // head_dim - 2 * kv_heads, head_dim)
 
 
-def _gated_shape(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+def _rotary_heads_shape(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    batch, rows, size = x.shape
+    return x.new_empty(batch, rows, size // cos.shape[-1], cos.shape[-1])
+
+
+def _gated_shape(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)

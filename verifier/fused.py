@@ -76,7 +76,8 @@ class FusedLayer(nn.Module):
             mixed = self._by_mask(qkv, position_embeddings, past, attention_mask, others)
         output: Tensor = self.self_attn.o_proj(mixed.flatten(2))
         total, normed = add_rms_norm(output, hidden_states, after.weight, float(after.variance_epsilon))
-        inner = gated(F.linear(normed, self._gate_up))
+        gate, up = F.linear(normed, self._gate_up).chunk(2, dim=-1)
+        inner = gated(gate, up)
         # The product adds to the residual stream itself; nobody else has seen this sum yet.
         total.flatten(0, 1).addmm_(inner.flatten(0, 1), self.mlp.down_proj.weight.t())
         return total

@@ -110,21 +110,45 @@ Tensor rotary_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, con
       .value_slot = values.stride(0), .value_head = values.stride(1), .value_row = values.stride(2),
       .slots = keys.size(0), .capacity = keys.size(2), .B = B, .R = R,
       .H = static_cast<int>(H), .G = static_cast<int>(G), .D = static_cast<int>(D),
-      .eps = static_cast<float>(eps), .type = type_of(qkv)};
+      .eps = static_cast<float>(eps), .type = type_of(qkv), .wide_tables = false};
   check_launch(launch_rotary(inputs, scope.stream()), "rotary_store");
   return out;
 }
 
-// gate_up [M, 2 K] -> [M, K].
-Tensor gated(const Tensor& gate_up) {
-  check_rows(gate_up, gate_up, 2, "gated");
-  const int64_t M = gate_up.size(0), K = gate_up.size(1) / 2;
-  STD_TORCH_CHECK(gate_up.size(1) == 2 * K && K * static_cast<int64_t>(gate_up.element_size()) % 16 == 0,
-                  "gated: both halves must be aligned to 16 bytes");
-  const CudaScope scope(gate_up);
-  Tensor out = torch::stable::new_empty(gate_up, {M, K});
-  const GatedInputs inputs{.gate_up = gate_up.const_data_ptr(), .out = out.mutable_data_ptr(), .rows = M, .size = K,
-                           .type = type_of(gate_up)};
+// x [B, R, H D], cos and sin float32 [B, R, D] -> [B, R, H, D].
+Tensor rotary_heads(const Tensor& x, const Tensor& cos, const Tensor& sin) {
+  check_rows(x, x, 3, "rotary_heads: x");
+  const int64_t B = x.size(0), R = x.size(1);
+  for (const Tensor* t : {&cos, &sin}) {
+    check_cuda_contiguous(*t, x, ScalarType::Float, 3, "rotary_heads: cos or sin");
+    STD_TORCH_CHECK(t->size(0) == B && t->size(1) == R && aligned_rows(*t), "rotary_heads: the tables do not fit");
+  }
+  const int64_t D = cos.size(2);
+  STD_TORCH_CHECK(D > 0 && D <= 1024 && sin.size(2) == D && x.size(2) % D == 0, "rotary_heads: heads do not fit");
+  STD_TORCH_CHECK(x.numel() < std::numeric_limits<int32_t>::max(), "rotary_heads: too many rows");
+  const CudaScope scope(x);
+  const int64_t H = x.size(2) / D;
+  Tensor out = torch::stable::new_empty(x, {B, R, H, D});
+  const RotaryInputs inputs{.qkv = x.const_data_ptr(), .cos = cos.const_data_ptr(), .sin = sin.const_data_ptr(),
+                            .out = out.mutable_data_ptr(), .B = B, .R = R, .H = static_cast<int>(H), .G = 0,
+                            .D = static_cast<int>(D), .type = type_of(x), .wide_tables = true};
+  check_launch(launch_rotary(inputs, scope.stream()), "rotary_heads");
+  return out;
+}
+
+// gate and up [M, K], which may be columns of one product -> [M, K].
+Tensor gated(const Tensor& gate, const Tensor& up) {
+  for (const Tensor* t : {&gate, &up}) {
+    check_cuda(*t, gate, gate.scalar_type(), 2, "gated");
+    STD_TORCH_CHECK(t->size(0) == gate.size(0) && t->size(1) == gate.size(1), "gated: gate and up must be of one shape");
+    STD_TORCH_CHECK(t->stride(1) == 1 && aligned_rows(*t) && t->size(1) * static_cast<int64_t>(t->element_size()) % 16 == 0,
+                    "gated: rows must be aligned to 16 bytes");
+  }
+  const int64_t M = gate.size(0), K = gate.size(1);
+  const CudaScope scope(gate);
+  Tensor out = torch::stable::new_empty(gate, {M, K});
+  const GatedInputs inputs{.gate = gate.const_data_ptr(), .up = up.const_data_ptr(), .gate_row = gate.stride(0),
+                           .up_row = up.stride(0), .out = out.mutable_data_ptr(), .rows = M, .size = K, .type = type_of(gate)};
   check_launch(launch_gated(inputs, scope.stream()), "gated");
   return out;
 }
@@ -135,6 +159,7 @@ STABLE_TORCH_LIBRARY_IMPL(specblock, CUDA, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("rotary_store", TORCH_BOX(&rotary_store));
+  m.impl("rotary_heads", TORCH_BOX(&rotary_heads));
   m.impl("gated", TORCH_BOX(&gated));
 }
 

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specblock.cuda_ext.fused import gated, gated_reference, rotary_store, rotated_heads
+from specblock.cuda_ext.fused import (
+    gated,
+    gated_reference,
+    rotary_heads,
+    rotary_heads_reference,
+    rotary_store,
+    rotated_heads,
+)
 from specblock.cuda_ext.native import cuda_native_available, native_available, serves_cuda
 from specblock.cuda_ext.norm import add_rms_norm, reference_norm, rms_norm
 from specblock.verifier.fused import FusedLayer
@@ -18,7 +25,7 @@ from specblock.verifier.model import TargetModel
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TYPES = [torch.float32, torch.bfloat16, torch.float16]
-KERNELS = ("rms_norm", "add_rms_norm", "rotary_store", "gated")
+KERNELS = ("rms_norm", "add_rms_norm", "rotary_store", "rotary_heads", "gated")
 
 pytestmark = [
     pytest.mark.skipif(not native_available(), reason="the native library was not built"),
@@ -50,7 +57,7 @@ def test_every_kernel_is_there() -> None:
     if not cuda_native_available("choose"):
         pytest.skip("the library was built without CUDA")
     assert all(cuda_native_available(name) for name in KERNELS)
-    assert serves_cuda("gated", torch.zeros(1, 16, device="cuda"))
+    assert serves_cuda("gated", *torch.zeros(2, 1, 16, device="cuda"))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -78,16 +85,16 @@ def test_a_row_that_is_no_whole_number_of_vectors_or_not_contiguous(device: str,
         weight = some(x.shape[-1], device=device, dtype=dtype)
         close(rms_norm(x, weight, 1e-5), reference_norm(x, weight, 1e-5))
         close(add_rms_norm(x, x, weight, 1e-5)[1], reference_norm(x + x, weight, 1e-5))
-        if x.shape[-1] % 2 == 0:
-            close(gated(x), gated_reference(x))
+        close(gated(x, x + 1), gated_reference(x, x + 1))
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", TYPES)
 def test_gated(device: str, dtype: torch.dtype) -> None:
     for shape in ((1, 16), (1, 2 * 14336), (2, 3, 96), (64, 200), (0, 32)):
-        x = some(*shape, device=device, dtype=dtype, scale=5.0)
-        close(gated(x), F.silu(x[..., : shape[-1] // 2]) * x[..., shape[-1] // 2 :])
+        gate, up = some(*shape, device=device, dtype=dtype, scale=5.0).chunk(2, dim=-1)
+        close(gated(gate, up), F.silu(gate) * up)
+        close(gated(gate.contiguous(), up), F.silu(gate) * up)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -115,6 +122,17 @@ def test_rotary_store(device: str, dtype: torch.dtype, head_dim: int) -> None:
         assert torch.equal(whole, before), "something else was written"
         if not normed:
             assert torch.equal(query, parts[0]), "nothing is summed, so bits are the same"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+def test_rotary_heads(device: str, dtype: torch.dtype, head_dim: int) -> None:
+    for batch, rows, heads in ((1, 1, 32), (3, 5, 8), (2, 64, 3)):
+        x = some(batch, rows, heads * head_dim, device=device, dtype=dtype)
+        angle = torch.rand(batch, rows, head_dim // 2).mul(6).repeat(1, 1, 2).to(device)
+        found = rotary_heads(x, (angle.cos(), angle.sin()))
+        assert torch.equal(found, rotary_heads_reference(x, (angle.cos(), angle.sin())))
 
 
 @pytest.mark.gpu

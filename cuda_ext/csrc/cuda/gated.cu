@@ -1,4 +1,4 @@
-// silu(gate) * up from one product that has both, a vector of 16 bytes per thread.
+// silu(gate) * up, a vector of 16 bytes per thread.
 #include "launch.h"
 #include "vector16.cuh"
 
@@ -14,10 +14,9 @@ __global__ void __launch_bounds__(kThreads) gated_kernel(const GatedInputs a) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (index >= a.rows * vectors) return;
   const int64_t row = index / vectors, column = index % vectors * kWidth;
-  const T* from = static_cast<const T*>(a.gate_up) + row * 2 * a.size + column;
   Vector16<T> gate, up;
-  gate.load(from);
-  up.load(from + a.size);
+  gate.load(static_cast<const T*>(a.gate) + row * a.gate_row + column);
+  up.load(static_cast<const T*>(a.up) + row * a.up_row + column);
 #pragma unroll
   for (int i = 0; i < kWidth; i++) gate.set(i, rounded<T>(gate[i] / (1.0f + expf(-gate[i]))) * up[i]);
   gate.store(static_cast<T*>(a.out) + row * a.size + column);

@@ -22,10 +22,10 @@ struct NormInputs {
   FloatType type;
 };
 
-// One product of all heads into rotated queries, and keys and values in the cache.
+// One product of all heads into rotated queries, and keys and values in the cache. Without the latter, G = 0.
 struct RotaryInputs {
   const void* qkv;               // [B][R][H + 2 G][D]
-  const void *cos, *sin;         // [B][R][D]
+  const void *cos, *sin;         // [B][R][D], in the type of qkv or, if the tables are wide, in float32
   const void *q_norm, *k_norm;   // [D] or null
   void *keys, *values;           // [slots][G][capacity][D] with strides, contiguous in D
   const int64_t *slot, *position;  // [B], [B][R]
@@ -36,12 +36,14 @@ struct RotaryInputs {
   int H, G, D;
   float eps;
   FloatType type;
+  bool wide_tables;
 };
 
 // silu(gate) * up.
 struct GatedInputs {
-  const void* gate_up;  // [rows][2 size]
-  void* out;            // [rows][size]
+  const void *gate, *up;  // [rows][size], so many elements from row to row
+  int64_t gate_row, up_row;
+  void* out;  // [rows][size]
   int64_t rows, size;
   FloatType type;
 };

@@ -23,21 +23,25 @@ __device__ void normalise(Vector16<T>& low, Vector16<T>& high, const T* weight, 
   }
 }
 
-// Each product is rounded, then their sum, and nothing is fused: the bits of the separate operations.
-template <class T>
-__device__ void turn(Vector16<T>& low, Vector16<T>& high, const T* cos, const T* sin, int half) {
-  Vector16<T> low_cos, low_sin, high_cos, high_sin;
-  low_cos.load(cos), high_cos.load(cos + half);
-  low_sin.load(sin), high_sin.load(sin + half);
+// Each product is rounded to the type of the tables, then their sum, and nothing is fused: the bits of separate operations.
+template <class T, class Table>
+__device__ void turn(Vector16<T>& low, Vector16<T>& high, const Table* cos, const Table* sin, int half) {
+  constexpr int kWidth = Vector16<Table>::kSize;
 #pragma unroll
-  for (int i = 0; i < Vector16<T>::kSize; i++) {
-    const float x = low[i], y = high[i];
-    low.set(i, __fadd_rn(rounded<T>(__fmul_rn(x, low_cos[i])), rounded<T>(__fmul_rn(-y, low_sin[i]))));
-    high.set(i, __fadd_rn(rounded<T>(__fmul_rn(y, high_cos[i])), rounded<T>(__fmul_rn(x, high_sin[i]))));
+  for (int first = 0; first < Vector16<T>::kSize; first += kWidth) {
+    Vector16<Table> low_cos, low_sin, high_cos, high_sin;
+    low_cos.load(cos + first), high_cos.load(cos + half + first);
+    low_sin.load(sin + first), high_sin.load(sin + half + first);
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) {
+      const float x = low[first + i], y = high[first + i];
+      low.set(first + i, __fadd_rn(rounded<Table>(__fmul_rn(x, low_cos[i])), rounded<Table>(__fmul_rn(-y, low_sin[i]))));
+      high.set(first + i, __fadd_rn(rounded<Table>(__fmul_rn(y, high_cos[i])), rounded<Table>(__fmul_rn(x, high_sin[i]))));
+    }
   }
 }
 
-template <class T>
+template <class T, class Table>
 __global__ void __launch_bounds__(kThreads) rotary_kernel(const RotaryInputs a, int lanes, int64_t all) {
   constexpr int kWidth = Vector16<T>::kSize;
   const int half = a.D / 2, heads = a.H + 2 * a.G;
@@ -61,7 +65,7 @@ __global__ void __launch_bounds__(kThreads) rotary_kernel(const RotaryInputs a, 
   }
   if (!is_value) {
     const int64_t place = row * a.D + column;
-    turn(low, high, static_cast<const T*>(a.cos) + place, static_cast<const T*>(a.sin) + place, half);
+    turn(low, high, static_cast<const Table*>(a.cos) + place, static_cast<const Table*>(a.sin) + place, half);
   }
   T* to = static_cast<T*>(a.out) + (row * a.H + head) * a.D;
   bool fits = index < all;
@@ -82,7 +86,11 @@ const char* launch(const RotaryInputs& a, void* stream) {
   if (lanes < 1 || lanes > 32 || (lanes & (lanes - 1)) != 0) return "heads of this size are not served";
   const int64_t all = a.B * a.R * (a.H + 2 * a.G) * lanes;
   const auto blocks = static_cast<unsigned>((all + kThreads - 1) / kThreads);
-  rotary_kernel<T><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a, lanes, all);
+  if (a.wide_tables) {
+    rotary_kernel<T, float><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a, lanes, all);
+  } else {
+    rotary_kernel<T, T><<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(a, lanes, all);
+  }
   return launch_error();
 }
 
