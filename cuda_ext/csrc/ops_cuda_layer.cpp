@@ -73,8 +73,8 @@ void check_storage(const Tensor& storage, const Tensor& like) {
 
 // qkv [B, R, (H + 2 G) D], cos and sin [B, R, D], keys and values [slots, G, C, D], slots int64 [B], positions int64 [B, R]
 // -> queries [B, R, H, D].
-Tensor rotary_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, const std::optional<Tensor>& q_norm,
-                    const std::optional<Tensor>& k_norm, double eps, Tensor keys, Tensor values, const Tensor& slots,
+Tensor rotary_store(const Tensor& qkv, const Tensor& cos, const Tensor& sin, std::optional<Tensor> q_norm,
+                    std::optional<Tensor> k_norm, double eps, Tensor keys, Tensor values, const Tensor& slots,
                     const Tensor& positions) {
   check_rows(qkv, qkv, 3, "rotary_store: qkv");
   const int64_t B = qkv.size(0), R = qkv.size(1);
