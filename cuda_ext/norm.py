@@ -17,19 +17,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Statistics are float32 at least; the normalised row is rounded to the type of ``x`` before the product, as
     transformers does. The native operations give a row the same bits whatever other rows there are.
     """
-    if serves(x, weight) or _serves_cuda("rms_norm", x, weight):
-        result: Tensor = torch.ops.specblock.rms_norm(x.contiguous(), weight, eps)
-        return result
+    on_cuda = serves_cuda("rms_norm", x, weight)
+    if on_cuda or serves(x, weight):
+        x = x.contiguous()
+        if not on_cuda or _fits_cuda(x, weight):
+            result: Tensor = torch.ops.specblock.rms_norm(x, weight, eps)
+            return result
     return reference_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``x + residual`` and its norm, all [..., K]; see ``rms_norm``."""
-    if _serves_cuda("add_rms_norm", x, weight, residual):
-        found: tuple[Tensor, Tensor] = torch.ops.specblock.add_rms_norm(
-            x.contiguous(), residual.contiguous(), weight, eps
-        )
-        return found
+    if serves_cuda("add_rms_norm", x, weight, residual):
+        x, residual = x.contiguous(), residual.contiguous()
+        if _fits_cuda(x, weight, residual):
+            found: tuple[Tensor, Tensor] = torch.ops.specblock.add_rms_norm(x, residual, weight, eps)
+            return found
     total = x + residual
     return total, rms_norm(total, weight, eps)
 
@@ -49,10 +52,6 @@ def whole_vectors(*tensors: Tensor) -> bool:
     )
 
 
-def _serves_cuda(name: str, x: Tensor, weight: Tensor, *others: Tensor) -> bool:
-    return (
-        serves_cuda(name, x, weight, *others)
-        and whole_vectors(x.contiguous(), weight, *others)
-        and weight.is_contiguous()
-        and 0 < x.shape[-1] * x.element_size() <= _CUDA_NORM_BYTES
-    )
+def _fits_cuda(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
+    row_bytes = x.shape[-1] * x.element_size()
+    return weight.is_contiguous() and 0 < row_bytes <= _CUDA_NORM_BYTES and whole_vectors(x, weight, *others)
