@@ -10,6 +10,7 @@ Legend: B requests, R new rows per request, K hidden size, H heads, G key/value 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from specblock.verifier.native import NativeNorm, is_plain_decoder, is_plain_nor
 if TYPE_CHECKING:
     from specblock.verifier.slots import SlotRows
 
+log = logging.getLogger(__name__)
 _KERNELS = ("rms_norm", "add_rms_norm", "rotary_store", "gated", "slot_attention")
 
 
@@ -112,9 +114,12 @@ class FusedLayers:
     def __init__(self, model: Any) -> None:
         decoder = model.model
         self._decoder, self._norm, self._layers = decoder, decoder.norm, list(decoder.layers)
-        for index, layer in enumerate(self._layers):
-            if is_plain_decoder(layer) and getattr(layer.self_attn, "sliding_window", None) is None:
-                decoder.layers[index] = FusedLayer(layer)
+        try:
+            for index, layer in enumerate(self._layers):
+                if is_plain_decoder(layer) and getattr(layer.self_attn, "sliding_window", None) is None:
+                    decoder.layers[index] = FusedLayer(layer)
+        except torch.OutOfMemoryError as error:  # there must be room for the joined weights of one layer
+            log.warning("only some layers could be fused: %s", str(error).splitlines()[0])
         if is_plain_norm(decoder.norm):
             decoder.norm = NativeNorm(decoder.norm)
         if model.get_input_embeddings().weight.is_cuda:
