@@ -44,6 +44,10 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("attention_inputs", _attention_inputs_shape),
         ("layer_rest", _layer_rest_shape),
         ("slot_attention", _slot_attention_shape),
+        ("add_rms_norm", _add_rms_norm_shape),
+        ("rotary_store", _rotary_store_shape),
+        ("rotary_heads", _rotary_heads_shape),
+        ("gated", _gated_shape),
     )
     missing = [name for name, _ in shapes if not hasattr(torch.ops.specblock, name)]
     if missing:
@@ -168,3 +172,22 @@ def _attention_inputs_shape(x: Tensor, *others: Any) -> tuple[Tensor, Tensor, Te
 
 def _layer_rest_shape(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x)
+
+
+def _add_rms_norm_shape(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _rotary_store_shape(qkv: Tensor, cos: Tensor, *others: Any) -> Tensor:
+    batch, rows, size = qkv.shape
+    head_dim, kv_heads = cos.shape[-1], others[4].shape[1]
+    return qkv.new_empty(batch, rows, size // head_dim - 2 * kv_heads, head_dim)
+
+
+def _rotary_heads_shape(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    batch, rows, size = x.shape
+    return x.new_empty(batch, rows, size // cos.shape[-1], cos.shape[-1])
+
+
+def _gated_shape(gate: Tensor, up: Tensor) -> Tensor:
+    return gate.new_empty(gate.shape)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specblock.cuda_ext.fused import gated, rotary_heads
 from specblock.cuda_ext.layer import AttentionWeights, RestWeights, attention_inputs, layer_rest
 from specblock.cuda_ext.linear import PackedWeight, can_pack, pack, swiglu
-from specblock.cuda_ext.norm import rms_norm
+from specblock.cuda_ext.norm import add_rms_norm, rms_norm
 from specblock.drafter.config import DrafterConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -151,10 +152,10 @@ class Attention(nn.Module):
 
     def _rotated(self, projection: Linear, x_BTH: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         packed = projection.packed_weight()
+        cos, sin = rotary[0][:, 0], rotary[1][:, 0]
         if packed is None:
-            return rotate(self._heads(projection(x_BTH)), rotary)
-        cos, sin = rotary
-        return packed.heads(x_BTH, (cos[:, 0], sin[:, 0]))
+            return rotary_heads(projection(x_BTH), (cos, sin)).transpose(1, 2)
+        return packed.heads(x_BTH, (cos, sin))
 
 
 class MLP(nn.Module):
@@ -171,7 +172,7 @@ class MLP(nn.Module):
         gate, up, down = (p.packed_weight() for p in (self.gate_proj, self.up_proj, self.down_proj))
         if gate is not None and up is not None and down is not None:
             return swiglu(x, gate, up, down)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
 def rest_of_layer(x_BTH: Tensor, mixed: Tensor, output: Linear, norm: RMSNorm, mlp: MLP) -> Tensor:
@@ -181,8 +182,8 @@ def rest_of_layer(x_BTH: Tensor, mixed: Tensor, output: Linear, norm: RMSNorm, m
     if len(whole) == len(packed):
         names = dict(zip(("output", "gate", "up", "down"), whole, strict=True))
         return layer_rest(x_BTH, mixed, RestWeights(norm=norm.weight, eps=norm.eps, **names))
-    x_BTH = x_BTH + output(mixed)
-    result: Tensor = x_BTH + mlp(norm(x_BTH))
+    x_BTH, normed = add_rms_norm(output(mixed), x_BTH, norm.weight, norm.eps)
+    result: Tensor = x_BTH + mlp(normed)
     return result
 
 
@@ -196,11 +197,3 @@ def rows_of(wanted_B: Tensor | None, num_positions: int, width: int) -> Tensor |
     if wanted_B is None or num_positions == 1:
         return None
     return wanted_B[:, None] * width + torch.arange(width, device=wanted_B.device)
-
-
-def rotate(x_BHTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding in the half-split layout, computed in float32."""
-    cos, sin = rotary
-    wide = x_BHTD.to(torch.promote_types(x_BHTD.dtype, torch.float32))
-    left, right = wide.chunk(2, dim=-1)
-    return (wide * cos + torch.cat([-right, left], dim=-1) * sin).to(x_BHTD.dtype)

@@ -68,6 +68,7 @@ class DraftNetwork(nn.Module, ABC):
         self.register_buffer("draft_ids", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.register_buffer("to_draft", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.set_vocabulary(torch.arange(config.draft_vocab_size))
+        self._frequency = torch.empty(0, device="meta")
 
     @abstractmethod
     def first_inputs(self, features_BPF: Tensor, tokens_BP: Tensor) -> Tensor:
@@ -112,11 +113,17 @@ class DraftNetwork(nn.Module, ABC):
 
     def rotary_tables(self, index_BT: Tensor) -> tuple[Tensor, Tensor]:
         """float32 cos and sin [B, 1, T, D] for rotary indices int64 [B, T] (kept in float32; method reference 9.9)."""
-        half = torch.arange(0, self.config.head_dim, 2, device=index_BT.device, dtype=torch.float32)
-        frequency = self.config.rope_theta ** (-half / self.config.head_dim)
-        angle = index_BT[:, None, :, None].to(torch.float32) * frequency
+        angle = index_BT[:, None, :, None].to(torch.float32) * self._frequencies(index_BT.device)
         angle = torch.cat([angle, angle], dim=-1)
         return angle.cos(), angle.sin()
+
+    def _frequencies(self, device: torch.device) -> Tensor:
+        """float32 [D / 2]; made once per device, no buffer, so that no cast of the network rounds them."""
+        if self._frequency.device != device:
+            with torch.inference_mode(False):
+                half = torch.arange(0, self.config.head_dim, 2, device=device, dtype=torch.float32)
+                self._frequency = self.config.rope_theta ** (-half / self.config.head_dim)
+        return self._frequency
 
     def pack(self) -> DraftNetwork:
         """Prepares for drafting: see ``Linear.pack``."""

@@ -40,10 +40,10 @@ class Shape:
     draft_vocab: int = 32000
     prefixes: tuple[int, ...] = (512, 4096, 16384)
     batches: tuple[int, ...] = (1, 4, 16)
-    rows: tuple[int, ...] = (1, 8, 16, 32, 64)
+    rows: tuple[int, ...] = (1, 16, 64)
     prompt: int = 512
     cycles: int = 12
-    repeats: int = 10
+    repeats: int = 6
     copied_bytes: int = 1 << 31
     dtype: str = "bfloat16"
 
@@ -101,11 +101,9 @@ def spread(times_ms: list[float]) -> dict[str, float]:
     return {"ms": statistics.median(times_ms), "iqr_ms": quarters[2] - quarters[0]}
 
 
-def build_target(shape: Shape, device: str) -> TargetModel:
-    """The target, its weights drawn on the device."""
+def build_model(shape: Shape, device: str) -> Any:
+    """transformers' model of the target, its weights drawn on the device."""
     from transformers import LlamaConfig, LlamaForCausalLM
-
-    from specblock.verifier.model import TargetModel
 
     config = LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inner,
@@ -113,7 +111,7 @@ def build_target(shape: Shape, device: str) -> TargetModel:
         head_dim=shape.head_dim, max_position_embeddings=131072, tie_word_embeddings=False,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    return TargetModel.from_model(on(shape, device, lambda: LlamaForCausalLM(config)))
+    return on(shape, device, lambda: LlamaForCausalLM(config))
 
 
 def build_drafter(shape: Shape, kind: str, target: TargetModel, device: str) -> BlockDrafter:
@@ -153,14 +151,29 @@ def on(shape: Shape, device: str, build: Callable[[], Any]) -> Any:
         torch.set_default_dtype(before)
 
 
-def copy_bandwidth(shape: Shape, device: str, timer: Timer) -> float:
-    """Bytes per second that a copy reads and writes."""
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Bytes per second: read and written by a copy, read by a sum."""
+
+    copied: float
+    read: float
+
+    @property
+    def floor(self) -> float:
+        """What the floors are computed with: the better one, though a forward only reads."""
+        return max(self.copied, self.read)
+
+
+def bandwidth(shape: Shape, device: str, timer: Timer) -> Bandwidth:
+    """What the memory gives."""
     import torch
 
     source = torch.zeros(shape.copied_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    found = timer.of(lambda: target.copy_(source))
-    return 2 * shape.copied_bytes / (1e-3 * found.get("device_ms", found["ms"]))
+    words = source.view(torch.float32)
+    found = [timer.of(action) for action in (lambda: target.copy_(source), lambda: words.sum())]
+    copied, read = (shape.copied_bytes / (1e-3 * times.get("device_ms", times["ms"])) for times in found)
+    return Bandwidth(2 * copied, read)
 
 
 def set_graphs(on: bool, *models: TargetModel | BlockDrafter | None) -> None:
@@ -170,13 +183,16 @@ def set_graphs(on: bool, *models: TargetModel | BlockDrafter | None) -> None:
             model.by_slot.graphs = on
 
 
-def forward_rows(shape: Shape, device: str, target: TargetModel, timer: Timer, bytes_per_s: float) -> Iterator[Row]:
-    """Verification forwards by rows, batch and prefix, against the time that reading weights and keys takes."""
+def forward_rows(shape: Shape, target: TargetModel, timer: Timer, bytes_per_s: float, what: str) -> Iterator[Row]:
+    """Verification forwards by rows, batch and prefix, against the time that reading weights and keys takes.
+
+    Without graphs only where there is least to do: that is what the host takes.
+    """
     weights = sum(p.numel() * p.element_size() for p in target.transformers_model.parameters())
     weights -= target.embedding.numel() * target.embedding.element_size()  # a lookup, not a product
     capacity = max(shape.prefixes) + max(shape.rows)
     slots = max(shape.batches)
-    while slots > 1 and not fits(device, slots * (capacity + 96) * shape.kv_bytes_per_token):
+    while slots > 1 and not fits(target.device.type, slots * (capacity + 96) * shape.kv_bytes_per_token):
         slots //= 2
     cache = target.new_cache(slots, capacity)
     target.use_graphs(cache)
@@ -185,20 +201,30 @@ def forward_rows(shape: Shape, device: str, target: TargetModel, timer: Timer, b
         for batch in (b for b in shape.batches if b <= slots):
             floor_ms = 1e3 * (weights + batch * prefix * shape.kv_bytes_per_token) / bytes_per_s
             for count in shape.rows:
-                for graphs in (False, True) if timer.cuda else (False,):
+                least = (prefix, batch) == (shape.prefixes[0], shape.batches[0])
+                for graphs in ((False, True) if least else (True,)) if timer.cuda else (False,):
                     set_graphs(graphs, target)
                     call = verify_call(target, cache, batch, count, prefix)
                     found = timer.of(call)
                     how = "graph" if graphs else "eager"
                     yield {
-                        "what": f"8B forward, {count} rows, batch {batch}, prefix {prefix}, {how}", **found,
-                        "rows": count, "batch": batch, "prefix": prefix, "graphs": graphs,
+                        "what": f"8B {what}, {count} rows, batch {batch}, prefix {prefix}, {how}", **found,
+                        "rows": count, "batch": batch, "prefix": prefix, "graphs": graphs, "fused": target.fused,
                         "floor_ms": floor_ms, "over_floor": found["ms"] / floor_ms,
                     }  # fmt: skip
     yield {
-        "what": "8B graphs of forwards", "recorded": target.num_graphs, "failed": target.num_graph_failures,
-        "by_slot": target.by_slot is not None,
+        "what": f"8B graphs: {what}", "recorded": target.num_graphs, "failed": target.num_graph_failures,
+        "by_slot": target.by_slot is not None, "fused": target.fused,
     }  # fmt: skip
+
+
+def transformers_rows(shape: Shape, model: Any, timer: Timer, bytes_per_s: float) -> Iterator[Row]:
+    """Forwards through transformers' own layers, for comparison: fewest and most rows, one request."""
+    from specblock.verifier.model import TargetModel
+
+    target = TargetModel.from_model(model, native=False)
+    few = replace(shape, prefixes=shape.prefixes[:1], batches=(1,), rows=(shape.rows[0], shape.rows[-1]))
+    yield from forward_rows(few, target, timer, bytes_per_s, "forward of transformers' layers")
 
 
 def verify_call(target: TargetModel, cache: TargetCache, batch: int, count: int, prefix: int) -> Callable[[], Any]:
@@ -416,33 +442,44 @@ def all_graphs(target: TargetModel, drafter: BlockDrafter | None) -> tuple[int, 
     return target.num_graphs + blocks.num_graphs, target.num_graph_failures + blocks.num_failures
 
 
+def part_rows(part: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+    """The rows of one part, and how long it took."""
+    begin = time.perf_counter()
+    try:
+        yield from part()
+    except Exception as error:  # the other figures are worth having
+        yield {"what": "8B part failed", "error": f"{type(error).__name__}: {error}"[:500]}
+    gc.collect()
+    yield {"what": "8B part took", "seconds": time.perf_counter() - begin}
+
+
 def rows(device: str, shape: Shape = LLAMA_8B) -> Iterator[Row]:
     """All measurements; a part that breaks becomes a row that says why, and the others go on."""
     import torch
 
+    from specblock.verifier.model import TargetModel
+
     timer = Timer(device, shape.repeats)
-    bytes_per_s = copy_bandwidth(shape, device, timer)
-    yield {"what": "8B copy bandwidth", "gb_per_s": bytes_per_s / 1e9}
+    found = bandwidth(shape, device, timer)
+    yield {
+        "what": "8B bandwidth of the memory: read and written by a copy, read by a sum, and what the floors use",
+        "copy_gb_per_s": found.copied / 1e9, "read_gb_per_s": found.read / 1e9, "floor_gb_per_s": found.floor / 1e9,
+    }  # fmt: skip
     begin = timer.wait()
-    target = build_target(shape, device)
+    model = build_model(shape, device)
+    yield {"what": "8B model built", "seconds": timer.wait() - begin}
+    bytes_per_s = found.floor
+    yield from part_rows(lambda: transformers_rows(shape, model, timer, bytes_per_s))
+    begin = timer.wait()
+    target = TargetModel.from_model(model, native=True)
     drafters = {kind: build_drafter(shape, kind, target, device) for kind in DRAFTERS}
-    yield {"what": "8B models built", "seconds": timer.wait() - begin}
+    yield {"what": "8B target and drafters built", "seconds": timer.wait() - begin, "fused": target.fused}
     gc.collect()
     gc.freeze()  # recording collects garbage each time: what was imported is none
-    parts: tuple[Callable[[], Iterator[Row]], ...] = (
-        lambda: forward_rows(shape, device, target, timer, bytes_per_s),
-        lambda: drafting_rows(shape, drafters, timer, bytes_per_s),
-        lambda: cycle_rows(shape, target, drafters, timer),
-        lambda: swap_rows(shape, target, drafters["specblock"], timer),
-    )
-    for part in parts:
-        begin = time.perf_counter()
-        try:
-            yield from part()
-        except Exception as error:  # the other figures are worth having
-            yield {"what": "8B part failed", "error": f"{type(error).__name__}: {error}"[:500]}
-        gc.collect()
-        yield {"what": "8B part took", "seconds": time.perf_counter() - begin}
+    yield from part_rows(lambda: forward_rows(shape, target, timer, bytes_per_s, "forward"))
+    yield from part_rows(lambda: drafting_rows(shape, drafters, timer, bytes_per_s))
+    yield from part_rows(lambda: cycle_rows(shape, target, drafters, timer))
+    yield from part_rows(lambda: swap_rows(shape, target, drafters["specblock"], timer))
     if timer.cuda:
         yield {"what": "8B peak memory", "gib": torch.cuda.max_memory_allocated() / 2**30}
 

@@ -18,7 +18,8 @@ def test_the_measurements_at_the_8b_shape_run_through_in_tiny() -> None:
     assert not [row for row in rows if "error" in row]
     names = " ".join(row["what"] for row in rows)
     for part in (
-        "copy bandwidth",
+        "bandwidth",
+        "forward of transformers' layers, 8 rows",
         "forward, 8 rows",
         "drafting, specblock",
         "drafting, eagle3",

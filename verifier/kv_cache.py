@@ -60,6 +60,13 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             storage[plan.write_slots, :, plan.write_positions] = rows if aligned else rows.transpose(1, 2)
         return self.keys[plan.read, :, : plan.visible_tokens], self.values[plan.read, :, : plan.visible_tokens]
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """Slots int64 [B] and positions int64 [B, R] that the staged rows go to, after ``stage_on_device``."""
+        plan = self._owner.staging
+        assert plan is not None, "stage_on_device() must precede the forward"
+        assert isinstance(plan.write_slots, Tensor) and isinstance(plan.write_positions, Tensor)
+        return plan.write_slots[:, 0], plan.write_positions
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the visible keys (unused with an explicit 4-D mask)."""
         return self.get_seq_length(), 0

@@ -17,6 +17,7 @@ from torch import Tensor
 from specblock.cuda_ext.linear import PackedLinear
 from specblock.cuda_ext.transfer import on_device
 from specblock.verifier import loading
+from specblock.verifier.fused import FusedLayers, can_fuse
 from specblock.verifier.kv_cache import TargetCache, host_list
 from specblock.verifier.native import use_native_layers
 from specblock.verifier.slots import MOST_ROWS, SlotForward, use_slot_attention
@@ -68,6 +69,7 @@ class TargetModel:
         self._model = model.eval().requires_grad_(False)
         expected = self._own_logits()
         self.native = native and use_native_layers(model)
+        self._fused = FusedLayers(model) if native and not self.native and can_fuse(model) else None
         self._decoder = model.model
         self._head = model.get_output_embeddings()
         self._cache_argument = loading.cache_argument(self._decoder)
@@ -83,12 +85,15 @@ class TargetModel:
         self.eos_token_ids: frozenset[int] = loading.eos_token_ids(model, tokenizer)
         self.fingerprint: str = loading.fingerprint(model, tokenizer)
         self.feature_layers = self._checked_layers(feature_layers)
-        for index in self.feature_layers:
-            self._decoder.layers[index].register_forward_hook(self._capture(index))
+        self._hook_features()
         self.by_slot: SlotForward | None = None
         """The forward of decode cycles, where it is another one than that of prompts."""
+        wants_slots = not self.native and (self.device.type == "cuda" if by_slot is None else by_slot)
+        reason = self._fusing_fails(expected, wants_slots)
+        if reason:
+            self._unfuse(reason)
         self._check_forward(expected)
-        if not self.native and (self.device.type == "cuda" if by_slot is None else by_slot):
+        if wants_slots:
             self.by_slot = self._checked_slots(expected, graphs)
 
     @classmethod
@@ -111,8 +116,8 @@ class TargetModel:
             device: where to put it.
             feature_layers: three decoder layer indices; None uses ``default_feature_layers``.
             local_files_only: never ask the hub.
-            native: put native layers in place where there are some (float32 on a CPU); False keeps
-                ``transformers_model`` as transformers runs it.
+            native: put native layers in place where there are some (float32 on a CPU; fused ones on CUDA devices);
+                False keeps ``transformers_model`` as transformers runs it.
             graphs: record the forwards of decode cycles as CUDA graphs, on a CUDA device.
 
         Raises:
@@ -151,6 +156,11 @@ class TargetModel:
         """
         name = model.config.name_or_path or type(model).__name__
         return cls(model, tokenizer, feature_layers, name, native, graphs, by_slot)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the decoder layers are ours, for CUDA devices; see ``fused.py``."""
+        return self._fused is not None
 
     @property
     def feature_size(self) -> int:
@@ -330,6 +340,10 @@ class TargetModel:
             self._capturing = False
             self._captured.clear()
 
+    def _hook_features(self) -> None:
+        for index in self.feature_layers:
+            self._decoder.layers[index].register_forward_hook(self._capture(index))
+
     def _capture(self, index: int) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
             if self._capturing:
@@ -362,28 +376,51 @@ class TargetModel:
             name = type(self._model).__name__
             raise ValueError(f"incompatible architecture: {name} computes its logits in a way the verifier does not")
 
-    @torch.no_grad()
+    def _fusing_fails(self, expected: Tensor, wants_slots: bool) -> str:
+        """Why fused layers cannot stay; empty if they can, or if there are none."""
+        if self._fused is None:
+            return ""
+        try:
+            self._check_forward(expected)
+        except (ValueError, TypeError, RuntimeError) as error:
+            return str(error).splitlines()[0]
+        return self._slots_fail(expected) if wants_slots else ""
+
+    def _unfuse(self, reason: str) -> None:
+        assert self._fused is not None
+        log.warning("%s keeps its own layers, the fused ones fail: %s", type(self._model).__name__, reason)
+        self._fused.put_back()
+        self._fused = None
+        self._hook_features()
+
     def _checked_slots(self, expected: Tensor, graphs: bool) -> SlotForward | None:
         """The forward over slots, if this model's attention is one that it can do."""
+        reason = self._slots_fail(expected)
+        if reason:
+            log.warning(
+                "%s does not attend by slot (%s): masks instead, without graphs", type(self._model).__name__, reason
+            )
+            return None
+        use_slot_attention(self._model)
+        return SlotForward(self._run, self._head, self.device, graphs)
+
+    @torch.no_grad()
+    def _slots_fail(self, expected: Tensor) -> str:
+        """Why this model cannot attend by slot; empty if it can. Leaves everything as it was."""
         before = self._model.config._attn_implementation
         use_slot_attention(self._model)
-        self.by_slot = by_slot = SlotForward(self._run, self._head, self.device, False)
+        self.by_slot = SlotForward(self._run, self._head, self.device, False)
         try:
             tokens, prefix = self._check_tokens(), _CHECK_TOKENS // 2
             cache = self.new_cache(2, _CHECK_TOKENS)
             self.prefill(cache, 1, tokens[0, :prefix])
             logits = self.forward(cache, [1], tokens[:, prefix:]).logits.float()
-            if _agree(logits, expected[:, prefix:], self.dtype):
-                by_slot.graphs = graphs and self.device.type == "cuda"
-                return by_slot
-            reason = "its logits differ"
+            return "" if _agree(logits, expected[:, prefix:], self.dtype) else "its logits differ"
         except (ValueError, TypeError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-        log.warning(
-            "%s does not attend by slot (%s): masks instead, without graphs", type(self._model).__name__, reason
-        )
-        self._model.config._attn_implementation = before
-        return None
+            return str(error).splitlines()[0]
+        finally:
+            self.by_slot = None
+            self._model.config._attn_implementation = before
 
 
 def _agree(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:

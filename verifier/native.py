@@ -146,14 +146,24 @@ def _gated(mlp: Any) -> list[nn.Linear]:
     return [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _native_decoder(child: nn.Module) -> nn.Module | None:
+def is_plain_decoder(child: Any) -> bool:
+    """Whether a decoder layer is a norm, attention, a norm and a SwiGLU, all without biases, and nothing else."""
     if type(child).__name__ not in _PLAIN_LAYERS:
-        return None
+        return False
     norms = [child.input_layernorm, child.post_attention_layernorm]
     heads = [getattr(child.self_attn, name, None) for name in ("q_norm", "k_norm")]
-    plain = all(type(norm).__name__ in _PLAIN_NORMS for norm in (*norms, *(norm for norm in heads if norm is not None)))
-    native = plain and _is_native_attention(child.self_attn) and _is_native_mlp(child.mlp)
-    return NativeLayer(child) if native else None
+    plain = all(is_plain_norm(norm) for norm in (*norms, *(norm for norm in heads if norm is not None)))
+    return plain and _is_plain_attention(child.self_attn) and _is_plain_mlp(child.mlp)
+
+
+def is_plain_norm(child: Any) -> bool:
+    """Whether it is ``x / rms(x) * weight``."""
+    return type(child).__name__ in _PLAIN_NORMS
+
+
+def _native_decoder(child: nn.Module) -> nn.Module | None:
+    packed = is_plain_decoder(child) and _is_native_attention(child.self_attn) and _is_native_mlp(child.mlp)
+    return NativeLayer(child) if packed else None
 
 
 def _native_layer(child: nn.Module) -> nn.Module | None:
@@ -162,17 +172,25 @@ def _native_layer(child: nn.Module) -> nn.Module | None:
     return NativeMLP(child) if _is_native_mlp(child) else None
 
 
-def _is_native_attention(child: Any) -> bool:
+def _is_plain_attention(child: Any) -> bool:
     return type(child).__name__ in _PLAIN_ATTENTION and all(_plain(p) for p in _projections(child))
 
 
-def _is_native_mlp(child: Any) -> bool:
+def _is_plain_mlp(child: Any) -> bool:
     activation = type(child).__name__ in _PLAIN_MLP and isinstance(child.act_fn, _SILU)
     return activation and all(_plain(p) for p in _gated(child))
 
 
+def _is_native_attention(child: Any) -> bool:
+    return _is_plain_attention(child) and all(can_pack(p.weight) for p in _projections(child))
+
+
+def _is_native_mlp(child: Any) -> bool:
+    return _is_plain_mlp(child) and all(can_pack(p.weight) for p in _gated(child))
+
+
 def _plain(linear: nn.Module) -> bool:
-    return type(linear) is nn.Linear and linear.bias is None and can_pack(linear.weight)
+    return type(linear) is nn.Linear and linear.bias is None
 
 
 def use_native_layers(model: Any) -> bool:
@@ -185,7 +203,7 @@ def use_native_layers(model: Any) -> bool:
         return False
     exchange(model, _native_decoder)
     exchange(model, _native_layer)
-    exchange(model, lambda child: NativeNorm(child) if type(child).__name__ in _PLAIN_NORMS else None)
+    exchange(model, lambda child: NativeNorm(child) if is_plain_norm(child) else None)
     pack_linears(model)
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for the model's own forward, padding and chunks included

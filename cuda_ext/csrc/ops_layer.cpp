@@ -107,6 +107,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specblock, m) {
         "(Tensor, Tensor, Tensor)");
   m.def("layer_rest(Tensor x, Tensor mixed, Tensor output, Tensor norm, float eps, Tensor gate, Tensor up, Tensor down, "
         "int inner) -> Tensor");
+  // Between the products of a layer on CUDA devices: see ops_cuda_layer.cpp.
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)");
+  m.def("rotary_store(Tensor qkv, Tensor cos, Tensor sin, Tensor? q_norm, Tensor? k_norm, float eps, Tensor(a!) keys, "
+        "Tensor(b!) values, Tensor slots, Tensor positions) -> Tensor");
+  m.def("rotary_heads(Tensor x, Tensor cos, Tensor sin) -> Tensor");
+  m.def("gated(Tensor gate, Tensor up) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) {
