@@ -34,14 +34,14 @@ _START = {
 }
 _GRID: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
     "specblock": [
-        ("blocks", (1, 2)), ("node_budget", (4, 7, 12, 20)), ("leaf_cap", (2, 4, 8)), ("noise_scale", (0.7, 1.0, 1.4)),
+        ("blocks", (1, 2)), ("node_budget", (4, 7, 12, 20, 31)), ("leaf_cap", (2, 4, 8)), ("noise_scale", (0.7, 1.0, 1.4)),
     ],
     "eagle3": [
         ("blocks", (1, 2, 3, 4, 6)), ("leaf_cap", (1, 2, 4, 10)), ("beam", (2, 4, 10)),
-        ("node_budget", (3, 5, 7, 12, 20)),
+        ("node_budget", (3, 5, 7, 12, 20, 31)),
         ("noise_scale", (0.7, 1.0, 1.4)),
     ],
-    "parallel": [("node_budget", (2, 4, 7, 12, 20)), ("noise_scale", (0.7, 1.0, 1.4))],
+    "parallel": [("node_budget", (2, 4, 7, 12, 20, 31)), ("noise_scale", (0.7, 1.0, 1.4))],
 }  # fmt: skip
 _FINALISTS = 4
 

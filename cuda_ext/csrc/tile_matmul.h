@@ -13,7 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
-#include <vector>
+#include <new>
 
 #include "kernels.h"
 
@@ -39,70 +39,95 @@ SB_INLINE void shape_tiles(int64_t rows) {
   _tile_loadconfig(&shape);
 }
 
-// A buffer that starts at a cache line.
+// An uninitialised buffer that starts at a cache line.
 template <class T>
 class Lines {
  public:
-  explicit Lines(int64_t size) : storage_(size * sizeof(T) + 64) {
-    data_ = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_.data()) + 63) & ~uintptr_t{63});
-  }
+  explicit Lines(int64_t size) : data_(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{64}))) {}
+  Lines(const Lines&) = delete;
+  Lines& operator=(const Lines&) = delete;
+  ~Lines() { ::operator delete(data_, std::align_val_t{64}); }
   T* data() { return data_; }
 
  private:
-  std::vector<uint8_t> storage_;  // zeros
   T* data_;
 };
 
-// to[part][row][depth] = the parts of x[M][K], cut off, not rounded: what is left is exact, and nothing overflows.
+// to[part][row][depth] = the parts of x[M][K], cut off, not rounded: what is left is exact, and nothing overflows. Zeros
+// where x has no value.
 SB_INLINE void split(const float* x, int64_t M, int64_t K, int64_t rows, int64_t depth, uint16_t* to) {
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t k = 0; k < K; k += 16) {
-      const __mmask16 inside = K - k >= 16 ? 0xffff : static_cast<__mmask16>((1u << (K - k)) - 1);
+  for (int64_t m = 0; m < rows; m++)
+    for (int64_t k = 0; k < depth; k += 16) {
+      const int64_t held = m < M ? K - k : 0;
+      const __mmask16 inside = held >= 16 ? 0xffff : held > 0 ? static_cast<__mmask16>((1u << held) - 1) : 0;
       __m512 left = _mm512_maskz_loadu_ps(inside, x + m * K + k);
-      // Of infinities and NaN the leading part says everything; 1 in the last bit keeps a NaN one.
+      // Of infinities and NaN the leading part says everything; a bit that is not cut off keeps a NaN one.
       const __mmask16 odd = _mm512_fpclass_ps_mask(left, 0x99), nan = _mm512_fpclass_ps_mask(left, 0x81);
       for (int part = 0; part < kParts; part++) {
         const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(left), 16);
         const __m512i kept = part == 0 ? _mm512_mask_or_epi32(high, nan, high, _mm512_set1_epi32(0x40)) : high;
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (part * rows + m) * depth + k), _mm512_cvtepi32_epi16(kept));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to + (part * rows + m) * depth + k), _mm512_cvtepi32_epi16(kept));
         left = _mm512_sub_ps(left, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
         left = _mm512_mask_mov_ps(left, odd, _mm512_setzero_ps());
       }
     }
 }
 
-// Two neighbouring inputs of every column in a word, as the unit wants them: to[depth / 2][16][2] of a panel [K][16].
-SB_INLINE void interleave(const uint16_t* panel, int64_t K, int64_t depth, uint16_t* to) {
-  alignas(64) uint16_t order[32];
-  for (int i = 0; i < 32; i++) order[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
-  const __m512i index = _mm512_load_si512(order);
-  for (int64_t k = 0; k < depth; k += 2) {
-    const __mmask32 inside = K - k >= 2 ? 0xffffffffu : K - k == 1 ? 0xffffu : 0u;
-    const __m512i pair = _mm512_maskz_loadu_epi16(inside, panel + k * kPanel);
-    _mm512_store_si512(to + k * kPanel, _mm512_permutexvar_epi16(index, pair));
+// One step of a panel [K][16], from input k on, as the unit wants it: [16][16 columns][2 neighbouring inputs].
+SB_INLINE void interleave(const uint16_t* panel, int64_t k, int64_t K, __m512i order, uint16_t* to) {
+  const uint16_t* from = panel + k * kPanel;
+  if (K - k >= kDepth) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDepth / 2; i++)
+      _mm512_store_si512(to + i * 32, _mm512_permutexvar_epi16(order, _mm512_loadu_si512(from + i * 32)));
+    return;
+  }
+  for (int i = 0; i < kDepth / 2; i++) {
+    const int64_t held = K - k - 2 * i;
+    const __mmask32 inside = held >= 2 ? 0xffffffffu : held == 1 ? 0xffffu : 0u;
+    _mm512_store_si512(to + i * 32, _mm512_permutexvar_epi16(order, _mm512_maskz_loadu_epi16(inside, from + i * 32)));
   }
 }
 
+// Where the steps of up to two panels lie once they are interleaved: all of them, or if nobody comes back to them a few.
+struct Interleaved {
+  uint16_t* data;
+  int64_t kept;  // steps, a power of two unless it is all of them
+  bool all;
+
+  SB_INLINE uint16_t* at(int64_t panel, int64_t step) const {
+    return data + (panel * kept + (all ? step : step & (kept - 1))) * kDepth * kPanel;
+  }
+};
+
 // Sums of one tile of rows and P panels (1 or 2): sums[2 P][16][16], the leading parts' and the others' of each panel.
-template <int P>
-SB_INLINE void tile_product(const uint16_t* parts, int64_t part_size, const uint16_t* weights, int64_t depth, float* sums) {
-  const int64_t row_bytes = depth * 2, panel_size = depth * kPanel;
+// The first tile of rows interleaves the weights as it goes, so that memory and the unit work at the same time.
+template <int P, bool kFirst>
+SB_INLINE void tile_product(const uint16_t* parts, int64_t part_size, int64_t row_size, const uint16_t* panels, int64_t K,
+                            __m512i order, const Interleaved& weights, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
   if constexpr (P == 2) {
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t k = 0; k < depth; k += kDepth) {
-    _tile_loadd(4, parts + k, row_bytes);
-    _tile_loadd(5, parts + part_size + k, row_bytes);
-    _tile_loadd(6, parts + 2 * part_size + k, row_bytes);
-    _tile_loadd(7, weights + k * kPanel, 64);
+  for (int64_t k = 0, step = 0; k < K; k += kDepth, step++) {
+    if constexpr (kFirst) {
+      for (int p = 0; p < P; p++) {
+        const uint16_t* panel = panels + p * K * kPanel;
+        for (int i = 0; i < kDepth / 2; i++) __builtin_prefetch(panel + (P * K + k) * kPanel + i * 32);  // the next ones
+        interleave(panel, k, K, order, weights.at(p, step));
+      }
+    }
+    _tile_loadd(4, parts + k, row_size * 2);
+    _tile_loadd(5, parts + part_size + k, row_size * 2);
+    _tile_loadd(6, parts + 2 * part_size + k, row_size * 2);
+    _tile_loadd(7, weights.at(0, step), 64);
     _tile_dpbf16ps(0, 4, 7);
     _tile_dpbf16ps(1, 5, 7);
     _tile_dpbf16ps(1, 6, 7);
     if constexpr (P == 2) {
-      _tile_loadd(7, weights + panel_size + k * kPanel, 64);
+      _tile_loadd(7, weights.at(1, step), 64);
       _tile_dpbf16ps(2, 4, 7);
       _tile_dpbf16ps(3, 5, 7);
       _tile_dpbf16ps(3, 6, 7);
@@ -119,30 +144,36 @@ SB_INLINE void tile_product(const uint16_t* parts, int64_t part_size, const uint
 // out[M, N] of the panels begin .. end; the last panel of the matrix may stand for fewer than 16 columns.
 inline void multiply_tiles(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
                            int64_t begin, int64_t end) {
+  constexpr int64_t kFewSteps = 4;
   const int64_t tiles = (M + kTile - 1) / kTile, height = (M + tiles - 1) / tiles, rows = tiles * height;
-  const int64_t depth = (K + kDepth - 1) / kDepth * kDepth, part_size = rows * depth;
-  Lines<uint16_t> parts(kParts * part_size), weights(2 * depth * kPanel);
-  Lines<float> sums(4 * 256);
+  const int64_t steps = (K + kDepth - 1) / kDepth, depth = steps * kDepth, part_size = rows * depth;
+  const int64_t kept = tiles > 1 ? steps : kFewSteps;
+  Lines<uint16_t> parts(kParts * part_size), room(2 * kept * kDepth * kPanel);
+  const Interleaved weights{room.data(), kept, tiles > 1};
   split(x, M, K, rows, depth, parts.data());
+  alignas(64) uint16_t pairs[32];
+  for (int i = 0; i < 32; i++) pairs[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
   // Columns j and j + 8 of a bfloat16 panel are neighbours; back into their order.
-  alignas(64) int32_t order[16];
-  for (int i = 0; i < 16; i++) order[i] = i < 8 ? 2 * i : 2 * (i - 8) + 1;
-  const __m512i index = _mm512_load_si512(order);
+  alignas(64) int32_t columns[16];
+  for (int i = 0; i < 16; i++) columns[i] = i < 8 ? 2 * i : 2 * (i - 8) + 1;
+  const __m512i order = _mm512_load_si512(pairs), index = _mm512_load_si512(columns);
+  alignas(64) float sums[4 * 256];
   shape_tiles(height);
   for (int64_t panel = begin; panel < end;) {
     const int64_t count = end - panel >= 2 ? 2 : 1;
-    for (int64_t p = 0; p < count; p++)
-      interleave(packed + (panel + p) * K * kPanel, K, depth, weights.data() + p * depth * kPanel);
+    const uint16_t* at = packed + panel * K * kPanel;
     for (int64_t first = 0; first < M; first += height) {
       const uint16_t* from = parts.data() + first * depth;
-      if (count == 2) tile_product<2>(from, part_size, weights.data(), depth, sums.data());
-      else tile_product<1>(from, part_size, weights.data(), depth, sums.data());
+      if (count == 2 && first == 0) tile_product<2, true>(from, part_size, depth, at, K, order, weights, sums);
+      else if (count == 2) tile_product<2, false>(from, part_size, depth, at, K, order, weights, sums);
+      else if (first == 0) tile_product<1, true>(from, part_size, depth, at, K, order, weights, sums);
+      else tile_product<1, false>(from, part_size, depth, at, K, order, weights, sums);
       for (int64_t p = 0; p < count; p++) {
-        const int64_t column = (panel + p) * kPanel, columns = N - column < kPanel ? N - column : kPanel;
-        const auto inside = static_cast<__mmask16>((1u << columns) - 1);
+        const int64_t column = (panel + p) * kPanel, there = N - column < kPanel ? N - column : kPanel;
+        const auto inside = static_cast<__mmask16>((1u << there) - 1);
         for (int64_t m = 0; m < height && first + m < M; m++) {
-          const float* at = sums.data() + p * 512 + m * 16;
-          const __m512 sum = _mm512_add_ps(_mm512_load_ps(at), _mm512_load_ps(at + 256));
+          const float* of = sums + p * 512 + m * 16;
+          const __m512 sum = _mm512_add_ps(_mm512_load_ps(of), _mm512_load_ps(of + 256));
           _mm512_mask_storeu_ps(out + (first + m) * N + column, inside, _mm512_permutexvar_ps(index, sum));
         }
       }
