@@ -34,7 +34,8 @@ _START = {
 }
 _GRID: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
     "specblock": [
-        ("blocks", (1, 2)), ("node_budget", (4, 7, 12, 20, 31)), ("leaf_cap", (2, 4, 8)), ("noise_scale", (0.7, 1.0, 1.4)),
+        ("blocks", (1, 2)), ("node_budget", (4, 7, 12, 20, 31)), ("leaf_cap", (2, 4, 8)),
+        ("noise_scale", (0.7, 1.0, 1.4)),
     ],
     "eagle3": [
         ("blocks", (1, 2, 3, 4, 6)), ("leaf_cap", (1, 2, 4, 10)), ("beam", (2, 4, 10)),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.native import cuda_native_available, native_available
 
 _BF16_UNITS = ("amx_bf16", "avx512_bf16")
 
@@ -25,18 +25,20 @@ def facts(device: str = "cpu", *, dtype: str, **settings: str | float) -> dict[s
     here = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     commit = subprocess.run(here, capture_output=True, text=True, check=False).stdout.strip()
     known = torch.cpu.get_capabilities()
-    native = device == "cpu" and dtype == "float32" and native_available()
+    on_gpu = device.startswith("cuda")
+    native = cuda_native_available("slot_attention") if on_gpu else dtype == "float32" and native_available()
+    own = "slot_attention" if on_gpu else "specblock_tree"
     units = "+".join(unit for unit in _BF16_UNITS if known.get(unit)) or "none"
     return {
         "commit": commit or "unknown",
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else str(known.get("cpu_name", "cpu")),
+        "device": torch.cuda.get_device_name() if on_gpu else str(known.get("cpu_name", "cpu")),
         "cpu_bfloat16": units,
         "dtype": dtype,
         "threads": torch.get_num_threads(),
-        "attention": "specblock_tree" if native else "sdpa",
+        "attention": own if native else "sdpa",
         "native_kernels": native,
         **settings,
     }

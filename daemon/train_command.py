@@ -14,11 +14,12 @@ from specblock.daemon.collect import CollectSettings, Prompt, read_prompts
 from specblock.daemon.models import DTYPES, load_target, serving_dtype
 from specblock.daemon.train_curve import CurvePoint, append_point, plot_curve, read_points
 from specblock.daemon.train_data import generate_shards
-from specblock.drafter.checkpoint import save_drafter
+from specblock.drafter.checkpoint import load_drafter, save_drafter
 from specblock.drafter.config import KINDS, DraftSettings
 from specblock.drafter.dataset import load_windows
 from specblock.drafter.initialise import config_for_target, frequent_tokens, initialise_from_target
 from specblock.drafter.kinds import loss_settings, new_network, training_blocks
+from specblock.drafter.network import DraftNetwork
 from specblock.drafter.train import TrainRun, TrainSettings, heldout_acceptance, train_to_deadline
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--work", required=True, type=Path, help="directory of data and checkpoints; resumes from it")
     made.add_argument("--data", type=Path, help="directory of the conversations, to share them (default: WORK)")
     made.add_argument("--kind", choices=list(KINDS), default="specblock", help="drafter family")
+    made.add_argument("--start", type=Path, help="directory of a drafter to go on from (default: new weights)")
     made.add_argument("--minutes", type=float, default=60.0, help="time limit of the training loop")
     made.add_argument("--steps", type=int, default=2000, help="optimiser steps over which the rate decays")
     made.add_argument("--learning-rate", type=float, default=8e-4)
@@ -76,12 +78,7 @@ def main(argv: Sequence[str]) -> int:
     target = load_target(options.target, dtype, options.device)
     train, heldout = _conversations(target, options)
     train = _near(train, options.device)
-    vocab = options.draft_vocab or target.vocab_size
-    config = config_for_target(target.config, target.fingerprint, target.feature_layers, vocab, options.kind)
-    model = new_network(config, target.embedding.float().cpu())
-    if vocab < target.vocab_size:
-        model.set_vocabulary(frequent_tokens(train, target.vocab_size, vocab))
-    initialise_from_target(model, target.output_head.cpu(), target.final_norm.cpu())
+    model = _started(options.start, target, options.kind) if options.start else _new(target, train, options)
     settings = TrainSettings(
         steps=options.steps,
         learning_rate=options.learning_rate,
@@ -116,6 +113,33 @@ def main(argv: Sequence[str]) -> int:
     (options.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     _say(json.dumps(facts))
     return 0
+
+
+def _new(target: TargetModel, train: list[Window], options: argparse.Namespace) -> DraftNetwork:
+    vocab = options.draft_vocab or target.vocab_size
+    config = config_for_target(target.config, target.fingerprint, target.feature_layers, vocab, options.kind)
+    model = new_network(config, target.embedding.float().cpu())
+    if vocab < target.vocab_size:
+        model.set_vocabulary(frequent_tokens(train, target.vocab_size, vocab))
+    initialise_from_target(model, target.output_head.cpu(), target.final_norm.cpu())
+    return model
+
+
+def _started(directory: Path, target: TargetModel, kind: str) -> DraftNetwork:
+    embedding, layers = target.embedding.float().cpu(), target.feature_layers
+    try:
+        model = load_drafter(
+            directory,
+            embedding,
+            dtype=torch.float32,
+            target_fingerprint=target.fingerprint,
+            feature_layers=layers,
+        )
+    except ValueError as error:
+        raise SystemExit(f"--start: {error}") from None
+    if model.config.kind != kind:
+        raise SystemExit(f"--start: {directory} is a drafter of kind {model.config.kind}, not {kind}")
+    return model
 
 
 def _conversations(target: TargetModel, options: argparse.Namespace) -> tuple[list[Window], list[Window]]:
