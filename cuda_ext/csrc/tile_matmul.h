@@ -4,9 +4,8 @@
 // leading, middle and last eight bits, so three passes give a float32 product, and many rows cost little more than one:
 // on the machine that this was written on the unit computes eight times as much as the vector units do.
 //
-// An output is two chains of additions in a fixed order, of the leading parts and of the others, and their sum. It does not
-// depend on how many other rows there are. (The chains are not those of panel_matmul.h: its bits are those of processors
-// without this unit.)
+// An output is one chain of additions in a fixed order, so it does not depend on how many other rows there are. (The chain is
+// not that of panel_matmul.h: its bits are those of processors without this unit.)
 #pragma once
 
 #include <immintrin.h>
@@ -21,7 +20,7 @@ namespace {
 
 using specblock::kPanel;
 constexpr int64_t kTile = 16, kDepth = 32;  // rows of a tile; inputs that one step multiplies
-constexpr int kParts = 3;
+constexpr int kParts = 3, kPanels = 3;  // parts of a value; panels that are multiplied side by side
 
 struct alignas(64) TileShape {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -29,12 +28,12 @@ struct alignas(64) TileShape {
   uint8_t rows[16] = {};
 };
 
-// Tiles 0 to 3 hold sums, 4 to 6 the three parts of x, 7 the weights.
+// Tiles 0 to 2 hold sums, 3 to 5 the parts of x, 6 and 7 weights.
 SB_INLINE void shape_tiles(int64_t rows) {
   TileShape shape;
   for (int i = 0; i < 8; i++) {
     shape.bytes_per_row[i] = 64;
-    shape.rows[i] = static_cast<uint8_t>(i == 7 ? kTile : rows);
+    shape.rows[i] = static_cast<uint8_t>(i >= 6 ? kTile : rows);
   }
   _tile_loadconfig(&shape);
 }
@@ -89,7 +88,7 @@ SB_INLINE void interleave(const uint16_t* panel, int64_t k, int64_t K, __m512i o
   }
 }
 
-// Where the steps of up to two panels lie once they are interleaved: all of them, or if nobody comes back to them a few.
+// Where the steps of up to three panels lie once they are interleaved: all of them, or if nobody comes back to them a few.
 struct Interleaved {
   uint16_t* data;
   int64_t kept;  // steps, a power of two unless it is all of them
@@ -100,17 +99,28 @@ struct Interleaved {
   }
 };
 
-// Sums of one tile of rows and P panels (1 or 2): sums[2 P][16][16], the leading parts' and the others' of each panel.
+// sum += x times the weights in a tile, the leading parts first. Sums and weights of different panels alternate: an addition
+// takes three times as long as the next one waits to begin.
+#define SB_ADD(sum, weights) \
+  _tile_dpbf16ps(sum, 3, weights); \
+  _tile_dpbf16ps(sum, 4, weights); \
+  _tile_dpbf16ps(sum, 5, weights)
+#define SB_ADD_BOTH() \
+  _tile_dpbf16ps(0, 3, 6); \
+  _tile_dpbf16ps(1, 3, 7); \
+  _tile_dpbf16ps(0, 4, 6); \
+  _tile_dpbf16ps(1, 4, 7); \
+  _tile_dpbf16ps(0, 5, 6); \
+  _tile_dpbf16ps(1, 5, 7)
+
+// Sums of one tile of rows and P panels (1 to 3): sums[P][16][16].
 // The first tile of rows interleaves the weights as it goes, so that memory and the unit work at the same time.
 template <int P, bool kFirst>
-SB_INLINE void tile_product(const uint16_t* parts, int64_t part_size, int64_t row_size, const uint16_t* panels, int64_t K,
+inline void tile_product(const uint16_t* parts, int64_t part_size, int64_t row_size, const uint16_t* panels, int64_t K,
                             __m512i order, const Interleaved& weights, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
-  if constexpr (P == 2) {
-    _tile_zero(2);
-    _tile_zero(3);
-  }
+  _tile_zero(2);
   for (int64_t k = 0, step = 0; k < K; k += kDepth, step++) {
     if constexpr (kFirst) {
       for (int p = 0; p < P; p++) {
@@ -119,25 +129,36 @@ SB_INLINE void tile_product(const uint16_t* parts, int64_t part_size, int64_t ro
         interleave(panel, k, K, order, weights.at(p, step));
       }
     }
-    _tile_loadd(4, parts + k, row_size * 2);
-    _tile_loadd(5, parts + part_size + k, row_size * 2);
-    _tile_loadd(6, parts + 2 * part_size + k, row_size * 2);
-    _tile_loadd(7, weights.at(0, step), 64);
-    _tile_dpbf16ps(0, 4, 7);
-    _tile_dpbf16ps(1, 5, 7);
-    _tile_dpbf16ps(1, 6, 7);
-    if constexpr (P == 2) {
+    _tile_loadd(3, parts + k, row_size * 2);
+    _tile_loadd(4, parts + part_size + k, row_size * 2);
+    _tile_loadd(5, parts + 2 * part_size + k, row_size * 2);
+    _tile_loadd(6, weights.at(0, step), 64);
+    if constexpr (P == 1) {
+      SB_ADD(0, 6);
+    } else {
       _tile_loadd(7, weights.at(1, step), 64);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
-      _tile_dpbf16ps(3, 6, 7);
+      SB_ADD_BOTH();
+    }
+    if constexpr (P == 3) {
+      _tile_loadd(6, weights.at(2, step), 64);
+      SB_ADD(2, 6);
     }
   }
   _tile_stored(0, sums, 64);
-  _tile_stored(1, sums + 256, 64);
-  if constexpr (P == 2) {
-    _tile_stored(2, sums + 512, 64);
-    _tile_stored(3, sums + 768, 64);
+  if constexpr (P >= 2) _tile_stored(1, sums + 256, 64);
+  if constexpr (P == 3) _tile_stored(2, sums + 512, 64);
+}
+#undef SB_ADD
+#undef SB_ADD_BOTH
+
+// One tile of rows and `count` panels.
+inline void tile_products(int64_t count, bool first, const uint16_t* parts, int64_t part_size, int64_t row_size,
+                             const uint16_t* panels, int64_t K, __m512i order, const Interleaved& weights, float* sums) {
+  const auto run = [&](auto product) { product(parts, part_size, row_size, panels, K, order, weights, sums); };
+  switch (count) {
+    case 1: first ? run(tile_product<1, true>) : run(tile_product<1, false>); break;
+    case 2: first ? run(tile_product<2, true>) : run(tile_product<2, false>); break;
+    default: first ? run(tile_product<3, true>) : run(tile_product<3, false>); break;
   }
 }
 
@@ -148,7 +169,7 @@ inline void multiply_tiles(const float* x, const uint16_t* packed, float* out, i
   const int64_t tiles = (M + kTile - 1) / kTile, height = (M + tiles - 1) / tiles, rows = tiles * height;
   const int64_t steps = (K + kDepth - 1) / kDepth, depth = steps * kDepth, part_size = rows * depth;
   const int64_t kept = tiles > 1 ? steps : kFewSteps;
-  Lines<uint16_t> parts(kParts * part_size), room(2 * kept * kDepth * kPanel);
+  Lines<uint16_t> parts(kParts * part_size), room(kPanels * kept * kDepth * kPanel);
   const Interleaved weights{room.data(), kept, tiles > 1};
   split(x, M, K, rows, depth, parts.data());
   alignas(64) uint16_t pairs[32];
@@ -157,23 +178,18 @@ inline void multiply_tiles(const float* x, const uint16_t* packed, float* out, i
   alignas(64) int32_t columns[16];
   for (int i = 0; i < 16; i++) columns[i] = i < 8 ? 2 * i : 2 * (i - 8) + 1;
   const __m512i order = _mm512_load_si512(pairs), index = _mm512_load_si512(columns);
-  alignas(64) float sums[4 * 256];
+  alignas(64) float sums[kPanels * kTile * kPanel];
   shape_tiles(height);
   for (int64_t panel = begin; panel < end;) {
-    const int64_t count = end - panel >= 2 ? 2 : 1;
+    const int64_t count = end - panel < kPanels ? end - panel : kPanels;
     const uint16_t* at = packed + panel * K * kPanel;
     for (int64_t first = 0; first < M; first += height) {
-      const uint16_t* from = parts.data() + first * depth;
-      if (count == 2 && first == 0) tile_product<2, true>(from, part_size, depth, at, K, order, weights, sums);
-      else if (count == 2) tile_product<2, false>(from, part_size, depth, at, K, order, weights, sums);
-      else if (first == 0) tile_product<1, true>(from, part_size, depth, at, K, order, weights, sums);
-      else tile_product<1, false>(from, part_size, depth, at, K, order, weights, sums);
+      tile_products(count, first == 0, parts.data() + first * depth, part_size, depth, at, K, order, weights, sums);
       for (int64_t p = 0; p < count; p++) {
         const int64_t column = (panel + p) * kPanel, there = N - column < kPanel ? N - column : kPanel;
         const auto inside = static_cast<__mmask16>((1u << there) - 1);
         for (int64_t m = 0; m < height && first + m < M; m++) {
-          const float* of = sums + p * 512 + m * 16;
-          const __m512 sum = _mm512_add_ps(_mm512_load_ps(of), _mm512_load_ps(of + 256));
+          const __m512 sum = _mm512_load_ps(sums + (p * kTile + m) * kPanel);
           _mm512_mask_storeu_ps(out + (first + m) * N + column, inside, _mm512_permutexvar_ps(index, sum));
         }
       }
