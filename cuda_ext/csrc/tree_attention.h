@@ -16,7 +16,9 @@ namespace {
 using specblock::AttentionRows;
 
 constexpr int64_t kChunkRows = 32;  // query rows whose scores are kept at once (T * 32 floats, in the second-level cache)
+constexpr int64_t kAhead = 24;      // keys between what is read and what is asked of memory
 constexpr float kHidden = -3e38f;
+constexpr int64_t kMixRows = L == 16 ? 6 : 3;  // rows times four vectors are most of the registers
 
 // scores[t][n] = q_n . k_t for V vectors of query rows; queries are transposed, [D][stride].
 template <int V, int B>
@@ -37,9 +39,13 @@ SB_INLINE void score_block(const float* queries, const float* key, int64_t key_r
 
 template <int V>
 SB_INLINE void score_rows(const float* queries, const AttentionRows& a, float* scores, int64_t stride) {
+  constexpr int B = 8 / V;  // eight chains of additions: as many as begin while one of them is under way
   int64_t t = 0;
-  for (; t + 4 <= a.T; t += 4)
-    score_block<V, 4>(queries, a.key + t * a.key_row, a.key_row, scores + t * stride, stride, a.D);
+  for (; t + B <= a.T; t += B) {
+    for (int b = 0; b < B; b++)  // keys come from memory: a cycle's weights have passed since they were last read
+      for (int64_t d = 0; d < a.D; d += 16) __builtin_prefetch(a.key + (t + kAhead + b) * a.key_row + d);
+    score_block<V, B>(queries, a.key + t * a.key_row, a.key_row, scores + t * stride, stride, a.D);
+  }
   for (; t < a.T; t++)
     score_block<V, 1>(queries, a.key + t * a.key_row, a.key_row, scores + t * stride, stride, a.D);
 }
@@ -51,7 +57,10 @@ SB_INLINE void mix_block(const float* weights, int64_t stride, const float* valu
   Float sum[R][C] = {};
   for (int64_t t = 0; t < T; t++) {
     Float v[C];
-    for (int c = 0; c < C; c++) v[c] = load(value + t * value_row + c * L);
+    for (int c = 0; c < C; c++) {
+      __builtin_prefetch(value + (t + kAhead) * value_row + c * L);
+      v[c] = load(value + t * value_row + c * L);
+    }
     for (int r = 0; r < R; r++) {
       const auto w = broadcast(weights[t * stride + r]);
       for (int c = 0; c < C; c++) sum[r][c] += w * v[c];
@@ -93,7 +102,8 @@ SB_INLINE void attend_chunk(const AttentionRows& a, int64_t first, int64_t count
 
   for (int64_t n = 0; n < count; n++) {
     const bool* visible = a.mask + (first + n) % a.rows * a.mask_row;
-    for (int64_t t = 0; t < a.T; t++)
+    const void* hidden = std::memchr(visible, 0, a.T);  // a prefix is seen as a whole
+    for (int64_t t = hidden == nullptr ? a.T : static_cast<const bool*>(hidden) - visible; t < a.T; t++)
       if (!visible[t]) scores[t * stride + n] = kHidden;
   }
   float total[kChunkRows + 16];
@@ -112,14 +122,21 @@ SB_INLINE void attend_chunk(const AttentionRows& a, int64_t first, int64_t count
     store(total + lane, sum);
   }
   for (int64_t n = 0; n < count;) {
-    float* rows[3];
-    const int64_t take = std::min<int64_t>(3, count - n);
+    float* rows[kMixRows];
+    const int64_t take = std::min<int64_t>(kMixRows, count - n);
     for (int64_t r = 0; r < take; r++)
       rows[r] = a.out + (first + n + r) / a.rows * a.out_head + (first + n + r) % a.rows * a.out_row;
     const float* weights = scores.data() + n;
-    if (take == 3) mix_rows<3>(weights, stride, a, total + n, rows);
-    if (take == 2) mix_rows<2>(weights, stride, a, total + n, rows);
-    if (take == 1) mix_rows<1>(weights, stride, a, total + n, rows);
+    switch (take) {
+      case 1: mix_rows<1>(weights, stride, a, total + n, rows); break;
+      case 2: mix_rows<2>(weights, stride, a, total + n, rows); break;
+      case 3: mix_rows<3>(weights, stride, a, total + n, rows); break;
+#if SB_LANES == 16
+      case 4: mix_rows<4>(weights, stride, a, total + n, rows); break;
+      case 5: mix_rows<5>(weights, stride, a, total + n, rows); break;
+      default: mix_rows<6>(weights, stride, a, total + n, rows); break;
+#endif
+    }
     n += take;
   }
 }
