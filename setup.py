@@ -15,6 +15,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, LinkError
 
 ROOTS = ("bandit", "cuda_ext", "daemon", "drafter", "verifier")
 PACKAGES = {
@@ -58,10 +59,16 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Adds the kernels to the extension, then builds it; a failure of theirs is no failure of its."""
+        without = (ext.extra_objects, ext.define_macros, ext.library_dirs, ext.libraries, ext.extra_link_args)
         try:
             self._add_kernels(ext)
-        except (OSError, subprocess.CalledProcessError) as error:
+            super().build_extension(ext)
+            return
+        except (OSError, subprocess.CalledProcessError, CompileError, LinkError) as error:
+            if ext.extra_objects is without[0] and not isinstance(error, (OSError, subprocess.CalledProcessError)):
+                raise  # nothing was added that could be left out
             print(f"specblock: the CUDA kernels could not be built ({error}): native operations serve the CPU alone")
+        ext.extra_objects, ext.define_macros, ext.library_dirs, ext.libraries, ext.extra_link_args = without
         super().build_extension(ext)
 
     def _add_kernels(self, ext: Extension) -> None:
@@ -73,13 +80,13 @@ class BuildNative(build_ext):
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
         objects = list(self._compiled(nvcc, sources, folder))
-        ext.extra_objects += objects
-        ext.define_macros.append(("SPECBLOCK_CUDA", "1"))
-        ext.library_dirs.append(str(libraries))
-        ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
+        ext.extra_objects = [*ext.extra_objects, *objects]
+        ext.define_macros = [*ext.define_macros, ("SPECBLOCK_CUDA", "1")]
+        ext.library_dirs = [*ext.library_dirs, str(libraries)]
+        ext.libraries = [*ext.libraries, "cudart_static", "dl", "rt", "pthread"]
         # Its own copy of the CUDA runtime, private to it: torch has another. libtorch brings the CUDA half of torch,
         # where there is one, into the reach of the library's weak symbols.
-        ext.extra_link_args += ["-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"]
+        ext.extra_link_args = [*ext.extra_link_args, "-Wl,--exclude-libs,ALL", "-Wl,--no-as-needed", "-ltorch"]
 
     @staticmethod
     def _compiled(nvcc: Path, sources: list[Path], folder: Path) -> Iterator[str]:

@@ -84,7 +84,8 @@ def pack(weight: Tensor) -> PackedWeight:
     outputs, inputs = weight.shape
     padded = nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
     half = padded.to(torch.bfloat16)
-    exact = torch.equal(half.float(), padded)
+    # An infinite weight times the zero parts of a value would be no number.
+    exact = torch.equal(half.float(), padded) and bool(padded.isfinite().all())
     rows = (half if exact else padded).view(-1, PANEL, inputs)
     if exact:
         rows = rows.view(-1, 2, PANEL // 2, inputs).transpose(1, 2).reshape(-1, PANEL, inputs)

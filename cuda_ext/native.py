@@ -76,9 +76,22 @@ def cuda_native_available(name: str) -> bool:
     if not native_available():
         return False
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"specblock::{name}", "CUDA"):
-        return True
+        return not torch.cuda.is_available() or _cuda_kernels_run()
     _say_cuda_is_missing()
     return False
+
+
+@functools.cache
+def _cuda_kernels_run() -> bool:
+    """Whether a kernel runs at all: a device may be older than what was compiled, a driver older than the toolkit."""
+    try:
+        one = torch.zeros(1, dtype=torch.int64, device="cuda")
+        torch.ops.specblock.philox_uniform(one, one, one, 1).item()
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        log.warning("CUDA kernels do not run on this device (%s): using the slower references", reason)
+        return False
+    return True
 
 
 @functools.cache

@@ -15,7 +15,7 @@ from specblock.cuda_ext.native import has_kernel
 from specblock.cuda_ext.tree import Candidates, DraftTree, Offers
 
 _HASH_ROOT, _HASH_MULTIPLIER = 0x27D4EB2F165667C5, -7046029254386353131  # odd 64-bit constants (wrap-around product)
-_CUDA_CANDIDATES = 4096  # as many as fit the shared memory of one block
+_CUDA_CANDIDATES = 2048  # as many as fit the shared memory of one block on every device from 8.0 on
 NOT_OFFERED = 1 << 30  # a rank behind every real one
 
 

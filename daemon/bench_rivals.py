@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
-from specblock.drafter.precision import fast_bfloat16
 from specblock.drafter.weight_bytes import weight_bytes_per_cycle
 from specblock.verifier.model import TargetModel
 
@@ -59,11 +59,9 @@ def settings_json(settings: DraftSettings) -> dict[str, Any]:
     return asdict(settings)
 
 
-def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[WayName, Way]]:
-    """Every way of answering, named; the order is that of the table."""
+def ways(target: TargetModel, untouched: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[WayName, Way]]:
+    """Every way of answering, named; the order is that of the table. ``untouched`` is transformers' own."""
     yield PLAIN, engine_way(target, None)
-    untouched = load_target(target.model_name, transformers_dtype(target), str(target.device), native=False)
-    warm(untouched)
     yield TRANSFORMERS, transformers_way(untouched)
     lookup = {"prompt_lookup_num_tokens": _LOOKUP_TOKENS}
     yield WayName("transformers_prompt_lookup"), transformers_way(untouched, **lookup)
@@ -90,9 +88,24 @@ def ways(target: TargetModel, found: dict[str, DraftNetwork]) -> Iterator[tuple[
         yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planner)
 
 
-def transformers_dtype(target: TargetModel) -> torch.dtype:
-    """The format in which transformers' own layers are fastest here: its users would run it so."""
-    return torch.bfloat16 if fast_bfloat16(target.device) else torch.float32
+def untouched_target(target: TargetModel) -> TargetModel:
+    """transformers' own layers, in the format in which they decode fastest here: its users would run it so."""
+    formats = (torch.float32, torch.bfloat16)
+    loaded = [load_target(target.model_name, dtype, str(target.device), native=False) for dtype in formats]
+    return min(loaded, key=_token_s)
+
+
+def _token_s(target: TargetModel) -> float:
+    """Shortest time of a forward of one token."""
+    warm(target)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=target.device)
+    times = []
+    with torch.inference_mode():
+        for _ in range(8):
+            begin = time.perf_counter()
+            target.transformers_model(input_ids=token, use_cache=False)
+            times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:

@@ -64,10 +64,13 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
     target = load_target(settings.target, DTYPES[dtype], "cpu")
     found = rivals.networks(target)
     rivals.warm(target)
+    untouched = rivals.untouched_target(target)
     rows: list[Row] = []
     for temperature in settings.temperatures:
         how = Question(temperature=temperature, top_p=settings.top_p, new_tokens=settings.new_tokens)
-        ways = dict(rivals.ways(target, found))  # anew: what a planner learned at one temperature is no use at another
+        ways = dict(
+            rivals.ways(target, untouched, found)
+        )  # anew: what a planner learned at one temperature is no use at another
         by_domain = {}
         for domain in DOMAINS:
             prompts = read_prompts(settings.prompts / f"{domain}.jsonl")
@@ -79,7 +82,7 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
             rows.extend(_rows(domain, temperature, runs, found))
     known: dict[str, Any] = facts(
         dtype=dtype,
-        transformers_dtype=str(rivals.transformers_dtype(target)).removeprefix("torch."),
+        transformers_dtype=str(untouched.dtype).removeprefix("torch."),
         new_tokens=settings.new_tokens,
         top_p=settings.top_p,
         prompts=settings.per_domain,

@@ -34,7 +34,7 @@ def facts(device: str = "cpu", *, dtype: str, **settings: str | float) -> dict[s
         "torch": torch.__version__,
         "transformers": version("transformers"),
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name() if on_gpu else str(known.get("cpu_name", "cpu")),
+        "device": torch.cuda.get_device_name(device) if on_gpu else str(known.get("cpu_name", "cpu")),
         "cpu_bfloat16": units,
         "dtype": dtype,
         "threads": torch.get_num_threads(),

@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Runs the command; returns the exit code."""
     options = parser().parse_args(list(argv))
+    if options.start and options.draft_vocab:
+        raise SystemExit("--start: the drafter there has its vocabulary already; leave --draft-vocab out")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     name = serving_dtype(options.dtype, options.device)

@@ -48,7 +48,7 @@ def frequent_tokens(windows: Sequence[Window], vocab_size: int, keep: int) -> Te
     """The ``keep`` most frequent generated tokens, ascending int64 ids (method reference 1.7; ties: lower id)."""
     counts = torch.zeros(vocab_size, dtype=torch.int64)
     for w in windows:
-        counts += torch.bincount(w.tokens[w.prompt_tokens :].long(), minlength=vocab_size)
+        counts += torch.bincount(w.tokens[w.prompt_tokens :].long(), minlength=vocab_size).cpu()
     return torch.sort(counts, descending=True, stable=True).indices[:keep].sort().values
 
 

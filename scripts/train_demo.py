@@ -74,7 +74,7 @@ def answers(options: argparse.Namespace) -> None:
             for prompt, row, length in zip(chunk, said, lengths, strict=True):
                 ended = (row[width:] == tokenizer.eos_token_id).nonzero()
                 count = int(ended[0]) + 1 if len(ended) else row.shape[0] - width
-                tokens.append(row[width - length : width + count].numpy().astype(np.uint16))
+                tokens.append(row[width - length : width + count].numpy().astype(np.int32))
                 facts.append((prompt.domain, length, length + count, kind))
     generated = sum(total - length for _, length, total, _ in facts)
     seconds = time.perf_counter() - begin

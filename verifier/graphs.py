@@ -155,6 +155,8 @@ class ForwardGraphs:
 
         try:
             recording.replay = self._record(action)
+        except torch.OutOfMemoryError as error:  # a smaller size may fit
+            log.warning("no memory for a CUDA graph of %d requests of %d rows: %s", *size, root_cause(error))
         except Exception as error:  # whatever it was: there is a way without graphs
             self.failures += 1
             log.warning(

@@ -1,5 +1,5 @@
 // Kernels for processors with AVX-512 and a matrix unit for bfloat16 (AMX).
-#if defined(__x86_64__)
+#if defined(__x86_64__) && __GNUC__ >= 11
 // Standard headers come before the instruction set is chosen: what they define is shared with other files.
 #include <cpuid.h>
 #include <immintrin.h>
@@ -37,4 +37,9 @@ bool specblock::has_matrix_unit() {
 #include "tree_attention.h"
 
 const specblock::Kernels specblock::kAmx = {multiply_tiles, multiply<float>, attend, normalise, draft_top, gate};
+#elif defined(__x86_64__)
+#include "kernels.h"
+
+bool specblock::has_matrix_unit() { return false; }  // this compiler does not know it
+const specblock::Kernels specblock::kAmx = specblock::kAvx512;
 #endif

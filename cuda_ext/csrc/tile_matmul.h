@@ -1,8 +1,8 @@
 // Products with packed bfloat16 weights on a processor's matrix unit (AMX), in float32.
 //
 // The unit multiplies bfloat16 and adds in float32. A float32 value is exactly the sum of three bfloat16 numbers, its
-// leading, middle and last eight bits, so three passes give a float32 product, and many rows cost little more than one:
-// on the machine that this was written on the unit computes eight times as much as the vector units do.
+// leading, middle and last eight bits, so three passes give a float32 product, and some rows cost little more than one.
+// (The unit takes numbers below 2^-126 for zero, so values below about 2^-103 lose bits; of those nothing depends on.)
 //
 // An output is one chain of additions in a fixed order, so it does not depend on how many other rows there are. (The chain is
 // not that of panel_matmul.h: its bits are those of processors without this unit.)
@@ -28,6 +28,9 @@ struct alignas(64) TileShape {
   uint8_t rows[16] = {};
 };
 
+// The compiler's tile functions do not all say that they read memory: what was stored before stays before.
+#define SB_STORED() __asm__ volatile("" ::: "memory")
+
 // Tiles 0 to 2 hold sums, 3 to 5 the parts of x, 6 and 7 weights.
 SB_INLINE void shape_tiles(int64_t rows) {
   TileShape shape;
@@ -35,6 +38,7 @@ SB_INLINE void shape_tiles(int64_t rows) {
     shape.bytes_per_row[i] = 64;
     shape.rows[i] = static_cast<uint8_t>(i >= 6 ? kTile : rows);
   }
+  SB_STORED();
   _tile_loadconfig(&shape);
 }
 
@@ -117,7 +121,7 @@ struct Interleaved {
 // The first tile of rows interleaves the weights as it goes, so that memory and the unit work at the same time.
 template <int P, bool kFirst>
 inline void tile_product(const uint16_t* parts, int64_t part_size, int64_t row_size, const uint16_t* panels, int64_t K,
-                            __m512i order, const Interleaved& weights, float* sums) {
+                         __m512i order, const Interleaved& weights, float* sums) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -129,6 +133,7 @@ inline void tile_product(const uint16_t* parts, int64_t part_size, int64_t row_s
         interleave(panel, k, K, order, weights.at(p, step));
       }
     }
+    SB_STORED();
     _tile_loadd(3, parts + k, row_size * 2);
     _tile_loadd(4, parts + part_size + k, row_size * 2);
     _tile_loadd(5, parts + 2 * part_size + k, row_size * 2);
@@ -147,13 +152,14 @@ inline void tile_product(const uint16_t* parts, int64_t part_size, int64_t row_s
   _tile_stored(0, sums, 64);
   if constexpr (P >= 2) _tile_stored(1, sums + 256, 64);
   if constexpr (P == 3) _tile_stored(2, sums + 512, 64);
+  SB_STORED();
 }
 #undef SB_ADD
 #undef SB_ADD_BOTH
 
 // One tile of rows and `count` panels.
 inline void tile_products(int64_t count, bool first, const uint16_t* parts, int64_t part_size, int64_t row_size,
-                             const uint16_t* panels, int64_t K, __m512i order, const Interleaved& weights, float* sums) {
+                          const uint16_t* panels, int64_t K, __m512i order, const Interleaved& weights, float* sums) {
   const auto run = [&](auto product) { product(parts, part_size, row_size, panels, K, order, weights, sums); };
   switch (count) {
     case 1: first ? run(tile_product<1, true>) : run(tile_product<1, false>); break;
@@ -163,8 +169,8 @@ inline void tile_products(int64_t count, bool first, const uint16_t* parts, int6
 }
 
 // out[M, N] of the panels begin .. end; the last panel of the matrix may stand for fewer than 16 columns.
-inline void multiply_tiles(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
-                           int64_t begin, int64_t end) {
+inline void multiply_some(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
+                          int64_t begin, int64_t end) {
   constexpr int64_t kFewSteps = 4;
   const int64_t tiles = (M + kTile - 1) / kTile, height = (M + tiles - 1) / tiles, rows = tiles * height;
   const int64_t steps = (K + kDepth - 1) / kDepth, depth = steps * kDepth, part_size = rows * depth;
@@ -197,6 +203,14 @@ inline void multiply_tiles(const float* x, const uint16_t* packed, float* out, i
     panel += count;
   }
   _tile_release();
+}
+
+// The same for any number of rows: so many at a time that their parts take little memory.
+inline void multiply_tiles(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
+                           int64_t begin, int64_t end) {
+  constexpr int64_t kMost = 8 * kTile;
+  for (int64_t m = 0; m < M; m += kMost)
+    multiply_some(x + m * K, packed, out + m * N, M - m < kMost ? M - m : kMost, K, N, begin, end);
 }
 
 }  // namespace

@@ -45,7 +45,7 @@ struct ExpandInputs {
   bool* valid;
 };
 
-constexpr int64_t kMostCandidates = 4096;
+constexpr int64_t kMostCandidates = 2048;
 
 // Candidates [requests][size] into trees of keep + 1 rows. A parent that does not precede its child counts as the root.
 struct GrowInputs {

@@ -23,7 +23,6 @@ struct TopShared {
 __device__ __forceinline__ float value_at(unsigned long long key) { return value_of(static_cast<uint32_t>(key >> 32)); }
 __device__ __forceinline__ int64_t index_at(unsigned long long key) { return ~static_cast<uint32_t>(key); }
 
-
 template <class Logit>
 class TeamTop {
  public:
