@@ -137,7 +137,8 @@ def demo_curves() -> Curves:
             ),
             "arms.statistics": (
                 "an experiment on the demo drafter of then, no command repeats it: +3.5 % on cpp from 48 conversations "
-                "(0.062 of 0.071 within reach); its second use adds next to nothing. A position costs a fifth of what training costs it"
+                "(0.062 of 0.071 within reach); its second use adds next to nothing. A position costs a fifth of what "
+                "training costs it"
             ),
             "arms.head": (
                 "README.md, run on two cores with float32: +2.6 % on cpp (0.046 of 0.105 within reach); 38 "
