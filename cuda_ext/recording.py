@@ -1,13 +1,19 @@
-"""Recording CUDA graphs: one memory pool, and batches in few sizes."""
+"""Recording CUDA graphs: one memory pool, batches in few sizes, and what is left to the eager way."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from typing import Any
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
 
+log = logging.getLogger(__name__)
+
+Size = TypeVar("Size", bound=Hashable)
 Recorder = Callable[[Callable[[], None]], Callable[[], None]]
 """Runs an action once or more and returns what repeats it, reading and writing the same memory."""
 
@@ -44,6 +50,75 @@ class CudaRecorder:
                     gc.enable()
                 torch.cuda.set_stream(current)  # a capture that failed leaves its own
             return graph.replay
+
+
+@dataclass(slots=True)
+class Recording:
+    """The memory that one graph reads and writes, and what repeats it: None before, and if recording failed."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...] = ()
+    replay: Callable[[], None] | None = None
+
+
+class Recordings(Generic[Size]):
+    """Graphs by size, each recorded when it is first needed.
+
+    Attributes:
+        failures: sizes that could not be recorded; after the first, no more are tried. A size for which there was no
+            memory is not counted: a smaller one may find some.
+    """
+
+    def __init__(self, record: Recorder, most: int) -> None:
+        """Args:
+        record: records.
+        most: sizes at most.
+        """
+        self.failures = 0
+        self._record, self._most = record, most
+        self._found: dict[Size, Recording] = {}
+
+    @property
+    def sizes(self) -> tuple[Size, ...]:
+        """Of every graph, in the order of recording."""
+        return tuple(size for size, recording in self._found.items() if recording.replay is not None)
+
+    def of(self, size: Size, inputs: Callable[[], tuple[Tensor, ...]]) -> Recording | None:
+        """The graph of a size, to be recorded if there is none yet; None if it is left to the eager way.
+
+        Args:
+            size: everything that the graph depends on besides its inputs.
+            inputs: makes what it will read.
+        """
+        if size in self._found:
+            recording = self._found[size]
+            return None if recording.replay is None else recording
+        if self.failures or len(self._found) >= self._most:
+            return None
+        # Tensors born in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            return self._found.setdefault(size, Recording(inputs()))
+
+    def run(self, recording: Recording, action: Callable[[], None], what: str) -> bool:
+        """Runs the graph, recording ``action`` first if it has not been; False if that fails.
+
+        Args:
+            recording: its inputs are filled.
+            action: reads the inputs and leaves the outputs.
+            what: for the log.
+        """
+        if recording.replay is None:
+            try:
+                recording.replay = self._record(action)
+            except torch.OutOfMemoryError as error:
+                log.warning("no memory for a CUDA graph of %s: %s", what, root_cause(error))
+                return False
+            except Exception as error:  # whatever it was: there is a way without graphs
+                self.failures += 1
+                log.warning("no CUDA graph for %s, going on without more of them: %s", what, root_cause(error))
+                return False
+        recording.replay()
+        return True
 
 
 def batch_buckets(num_slots: int) -> tuple[int, ...]:

@@ -6,35 +6,20 @@ swapped in place and cached rows are addressed by data, so a graph outlives swap
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.recording import CudaRecorder, Recorder, batch_buckets, root_cause
-
-log = logging.getLogger(__name__)
+from specblock.cuda_ext.recording import CudaRecorder, Recorder, Recording, Recordings, batch_buckets
 
 _MOST_GRAPHS = 192
 Tensors = tuple[Tensor, ...]
 Body = Callable[[Tensors], Tensors]
 
 
-@dataclass(slots=True)
-class _Recording:
-    inputs: Tensors
-    replay: Callable[[], None] | None = None
-    outputs: Tensors = ()
-
-
 class BlockGraphs:
-    """The recorded blocks over one cache, each recorded when it is first needed.
-
-    Attributes:
-        failures: blocks that could not be recorded; after the first, no more are tried.
-    """
+    """The recorded blocks over one cache, each recorded when it is first needed."""
 
     def __init__(self, device: torch.device, num_slots: int, record: Recorder | None = None) -> None:
         """Args:
@@ -42,14 +27,17 @@ class BlockGraphs:
         num_slots: most requests of a block.
         record: replaces CUDA's recording, for tests.
         """
-        self.failures = 0
         self._device, self._batches = device, batch_buckets(num_slots)
-        self._record = record or CudaRecorder(device)
-        self._recordings: dict[Hashable, _Recording] = {}
+        self._recordings = Recordings[tuple[Hashable, int]](record or CudaRecorder(device), _MOST_GRAPHS)
 
     def __len__(self) -> int:
         """Graphs recorded."""
-        return sum(recording.replay is not None for recording in self._recordings.values())
+        return len(self._recordings.sizes)
+
+    @property
+    def failures(self) -> int:
+        """Blocks that could not be recorded."""
+        return self._recordings.failures
 
     def run(self, key: Hashable, body: Body, inputs: Tensors) -> Tensors | None:
         """What ``body(inputs)`` returns, valid until the same key runs again; None if there is no graph.
@@ -61,39 +49,27 @@ class BlockGraphs:
         """
         batch = inputs[0].shape[0]
         filled = next((size for size in self._batches if size >= batch), 0)
-        place = (key, filled)
-        recording = self._recordings.get(place)
+
+        def own() -> Tensors:
+            return tuple(torch.zeros(filled, *x.shape[1:], dtype=x.dtype, device=self._device) for x in inputs)
+
+        recording = self._recordings.of((key, filled), own) if filled else None
         if recording is None:
-            if self.failures or not filled or len(self._recordings) >= _MOST_GRAPHS:
-                return None
-            # Tensors born in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                own = tuple(torch.zeros(filled, *x.shape[1:], dtype=x.dtype, device=self._device) for x in inputs)
-            recording = self._recordings[place] = _Recording(own)
-        elif recording.replay is None:
             return None
         for mine, given in zip(recording.inputs, inputs, strict=True):
             mine[:batch].copy_(given)
             if batch < filled:
                 mine[batch:].zero_()
-        if recording.replay is None:
-            self._make(recording, body, key)
-            if recording.replay is None:
-                return None
-        recording.replay()
+        if not self._recordings.run(recording, lambda: _leave(recording, body), "a drafter's block"):
+            return None
         return tuple(output[:batch] for output in recording.outputs)
 
-    def _make(self, recording: _Recording, body: Body, key: Hashable) -> None:
-        def action() -> None:
-            found = body(recording.inputs)
-            if not recording.outputs:  # outside of the pool, which the next graph uses again
-                with torch.inference_mode(False):
-                    recording.outputs = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in found)
-            for kept, output in zip(recording.outputs, found, strict=True):
-                kept.copy_(output)
 
-        try:
-            recording.replay = self._record(action)
-        except Exception as error:  # whatever it was: there is a way without graphs
-            self.failures += 1
-            log.warning("no CUDA graph for a drafter's block, going on without more of them: %s", root_cause(error))
+def _leave(recording: Recording, body: Body) -> None:
+    """Runs the block over the recording's inputs and leaves what it returns in its outputs."""
+    found = body(recording.inputs)
+    if not recording.outputs:  # outside of the pool, which the next graph uses again
+        with torch.inference_mode(False):
+            recording.outputs = tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in found)
+    for kept, output in zip(recording.outputs, found, strict=True):
+        kept.copy_(output)

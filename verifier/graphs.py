@@ -12,17 +12,14 @@ Legend: B requests, R rows per request, F fused feature size, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specblock.cuda_ext.recording import CudaRecorder, Recorder, batch_buckets, root_cause
-
-log = logging.getLogger(__name__)
+from specblock.cuda_ext.recording import CudaRecorder, Recorder, Recording, Recordings, batch_buckets
 
 ROW_BUCKETS = (1, 8, 16, 32, 64, 96)
 _MOST_GRAPHS = 64
@@ -32,22 +29,11 @@ Body = Callable[[Inputs], tuple[Tensor, Tensor]]
 """What is recorded: inputs -> logits [B, R, V], features [B, R, F]."""
 
 
-@dataclass(slots=True)
-class _Recording:
-    inputs: Inputs
-    replay: Callable[[], None] | None = None
-    logits: Tensor | None = None
-    features: Tensor | None = None
-
-
 class ForwardGraphs:
     """The recorded forwards over one cache, each recorded when it is first needed.
 
     All of them write their results into the same two buffers, so results last until the next forward, and share one
     pool for everything between.
-
-    Attributes:
-        failures: sizes that could not be recorded; after the first, no more are tried.
     """
 
     def __init__(
@@ -59,17 +45,20 @@ class ForwardGraphs:
         scratch_position: position in a slot from which requests that fill up a batch are written.
         record: replaces CUDA's recording, for tests.
         """
-        self.failures = 0
         self._device, self._scratch = device, scratch_position
         self._batches = batch_buckets(num_slots)
-        self._record = record or CudaRecorder(device)
-        self._recordings: dict[tuple[int, int], _Recording] = {}
+        self._recordings = Recordings[tuple[int, int]](record or CudaRecorder(device), _MOST_GRAPHS)
         self._results: tuple[Tensor, Tensor] | None = None
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
         """(requests, rows) of every graph, in the order of recording."""
-        return tuple(size for size, recording in self._recordings.items() if recording.replay is not None)
+        return self._recordings.sizes
+
+    @property
+    def failures(self) -> int:
+        """Sizes that could not be recorded."""
+        return self._recordings.failures
 
     def sizes_up_to(self, most_rows: int) -> list[tuple[int, int]]:
         """(requests, rows) of the graphs that serve any number of requests with up to so many rows each."""
@@ -97,30 +86,22 @@ class ForwardGraphs:
         """
         batch, rows = tokens.shape
         size = next((b for b in self._batches if b >= batch), 0), next((r for r in ROW_BUCKETS if r >= rows), 0)
-        recording = self._recordings.get(size)
+        recording = self._recordings.of(size, lambda: self._buffers(*size)) if all(size) else None
         if recording is None:
-            if self.failures or not all(size) or len(self._recordings) >= _MOST_GRAPHS:
-                return None
-            recording = self._recordings[size] = _Recording(self._buffers(*size))
-        elif recording.replay is None:
             return None
-        self._fill(recording.inputs, slots, lengths, tokens, depth, visible)
-        if recording.replay is None:
-            self._make(recording, body, size)
-            if recording.replay is None:
-                return None
-        recording.replay()
-        assert recording.logits is not None and recording.features is not None
-        return recording.logits[:batch, :rows], recording.features[:batch, :rows]
+        self._fill(cast(Inputs, recording.inputs), slots, lengths, tokens, depth, visible)
+        what = f"{size[0]} requests of {size[1]} rows"
+        if not self._recordings.run(recording, lambda: self._leave(recording, body), what):
+            return None
+        logits, features = recording.outputs
+        return logits[:batch, :rows], features[:batch, :rows]
 
     def _buffers(self, batch: int, rows: int) -> Inputs:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=self._device)
 
-        # Tensors born in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            visible = zeros(batch, rows, rows, dtype=torch.bool)
-            return zeros(batch, rows), zeros(batch, rows), visible, zeros(3, batch)
+        visible = zeros(batch, rows, rows, dtype=torch.bool)
+        return zeros(batch, rows), zeros(batch, rows), visible, zeros(3, batch)
 
     def _fill(
         self,
@@ -144,24 +125,12 @@ class ForwardGraphs:
         inputs[1].copy_(depth)
         inputs[2].copy_(visible)
 
-    def _make(self, recording: _Recording, body: Body, size: tuple[int, int]) -> None:
-        """Records; on failure the size, and every one not yet recorded, is left to the eager way."""
-
-        def action() -> None:
-            logits, features = body(recording.inputs)
-            recording.logits, recording.features = self._result_views(logits, features)
-            recording.logits.copy_(logits)
-            recording.features.copy_(features)
-
-        try:
-            recording.replay = self._record(action)
-        except torch.OutOfMemoryError as error:  # a smaller size may fit
-            log.warning("no memory for a CUDA graph of %d requests of %d rows: %s", *size, root_cause(error))
-        except Exception as error:  # whatever it was: there is a way without graphs
-            self.failures += 1
-            log.warning(
-                "no CUDA graph for %d requests of %d rows, going on without more graphs: %s", *size, root_cause(error)
-            )
+    def _leave(self, recording: Recording, body: Body) -> None:
+        """Runs the forward over the recording's inputs and leaves its results where all forwards do."""
+        logits, features = body(cast(Inputs, recording.inputs))
+        recording.outputs = self._result_views(logits, features)
+        for kept, output in zip(recording.outputs, (logits, features), strict=True):
+            kept.copy_(output)
 
     def _result_views(self, logits: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Where a graph leaves its results: the beginning of buffers that fit the largest one."""

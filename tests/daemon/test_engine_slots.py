@@ -10,7 +10,8 @@ from specblock.drafter.graphs import BlockGraphs
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.verifier.model import TargetModel
 from tests.daemon.test_engine import drafter_of, planner_of, random_requests, run, target_of
-from tests.verifier.test_slots import FakeRecorder, with_graphs
+from tests.recorders import FakeRecorder
+from tests.verifier.test_slots import with_graphs
 
 
 @pytest.mark.parametrize("kind", ["specblock", "eagle3"])

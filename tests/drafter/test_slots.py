@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,25 +17,7 @@ from specblock.drafter.interface import NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.token_bias import domain_key
 from tests.drafter.helpers import HIDDEN, KINDS, VOCAB, tiny_model
-
-
-class FakeRecorder:
-    """A graph is a closure here: it reads and writes the memory that a graph would."""
-
-    def __init__(self, fail_at: int = -1) -> None:
-        self.recorded, self.replayed, self._fail_at = 0, 0, fail_at
-
-    def __call__(self, action: Callable[[], None]) -> Callable[[], None]:
-        if self.recorded == self._fail_at:
-            raise RuntimeError("operation not permitted")
-        action()
-        self.recorded += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            action()
-
-        return replay
+from tests.recorders import FakeRecorder
 
 
 def pair(kind: str, recorder: FakeRecorder | None, **changes: Any) -> tuple[BlockDrafter, BlockDrafter]:

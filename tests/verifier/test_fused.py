@@ -11,9 +11,10 @@ from specblock.cuda_ext.ops import ancestor_mask
 from specblock.verifier import model as model_module
 from specblock.verifier.fused import FusedLayer
 from specblock.verifier.model import TargetModel
+from tests.recorders import FakeRecorder
 from tests.verifier.helpers import decode, random_requests, random_trees, tiny_hf_model
 from tests.verifier.test_native import with_uneven_norms
-from tests.verifier.test_slots import VOCAB, FakeRecorder, filled, random_tree, with_graphs
+from tests.verifier.test_slots import VOCAB, filled, random_tree, with_graphs
 
 FAMILIES = ["llama", "qwen3"]
 

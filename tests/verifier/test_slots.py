@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,28 +16,10 @@ from specblock.verifier.graphs import ForwardGraphs
 from specblock.verifier.kv_cache import TargetCache
 from specblock.verifier.model import TargetModel
 from specblock.verifier.slots import MOST_ROWS
+from tests.recorders import FakeRecorder
 from tests.verifier.helpers import Request, decode, plain, random_requests, random_trees, tiny_hf_model
 
 VOCAB = 96
-
-
-class FakeRecorder:
-    """A graph is a closure here: it reads and writes the memory that a graph would."""
-
-    def __init__(self, fail_at: int = -1) -> None:
-        self.recorded, self.replayed, self._fail_at = 0, 0, fail_at
-
-    def __call__(self, action: Callable[[], None]) -> Callable[[], None]:
-        if self.recorded == self._fail_at:
-            raise RuntimeError("operation not permitted\nwhen stream is capturing")
-        action()
-        self.recorded += 1
-
-        def replay() -> None:
-            self.replayed += 1
-            action()
-
-        return replay
 
 
 def by_slot(family: str = "llama", **changes: Any) -> TargetModel:
