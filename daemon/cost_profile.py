@@ -18,7 +18,6 @@ from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.cost_curve import CostCurve, RowCurve, Timing
 from specblock.daemon.tree_planner import TreePlanner
-from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.interface import AnyDrafter, NewPositions
 from specblock.drafter.plan import DraftPlan, PlannedLimits
 from specblock.verifier.history import ChoiceState
@@ -113,8 +112,7 @@ class DraftCycle:
         # Every run appends: slot 0 takes part in the measurements of both batches.
         appended = 2 * (_REPEATS + 1) * (1 + sum(_POSITIONS)) + 2 * (_REPEATS + 2) * (len(_LEAVES) + 1)
         self._cache: Any = drafter.new_cache(slots, _PREFIX_TOKENS + appended + 2 * runs)
-        if isinstance(drafter, BlockDrafter):
-            drafter.use_graphs(self._cache)
+        drafter.use_graphs(self._cache)
         self._params = [SamplingParams(temperature=1.0, top_p=0.95, seed=slot) for slot in range(slots)]
         self._noise: NoiseWindow | None = None
         if drafter.shares_noise:

@@ -21,7 +21,6 @@ from specblock.daemon.planner_types import CycleResult
 from specblock.daemon.request import RequestState
 from specblock.daemon.speculation import Participant
 from specblock.daemon.tree_planner import TreePlanner
-from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.interface import AnyDrafter, NewPositions
 from specblock.drafter.plan import NO_SPECULATION, DraftPlan
 from specblock.verifier.model import TargetModel
@@ -106,7 +105,7 @@ class Drafting:
 
     def use_graphs(self) -> None:
         """See ``Engine.use_graphs``."""
-        if isinstance(self._drafter, BlockDrafter):
+        if self._drafter is not None:
             self._drafter.use_graphs(self._cache)
 
     def reset(self, slot: int, domain: str) -> None:

@@ -91,6 +91,9 @@ class Drafter(Protocol[CacheT]):
     def new_cache(self, num_slots: int, capacity_positions: int) -> CacheT:
         """Memory for ``num_slots`` requests of at most ``capacity_positions`` tokens."""
 
+    def use_graphs(self, cache: CacheT) -> None:
+        """From now on records what it runs over a cache that will serve for long, if it can."""
+
     def refresh(self, cache: CacheT, slots: list[int], new: NewPositions) -> object:
         """Absorbs new positions without drafting."""
 

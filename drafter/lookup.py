@@ -86,6 +86,9 @@ class LookupDrafter:
         """Room for the tokens of every slot."""
         return LookupCache(num_slots, capacity_positions + 1, self._device)
 
+    def use_graphs(self, cache: LookupCache) -> None:
+        """There is nothing worth recording."""
+
     def refresh(self, cache: LookupCache, slots: list[int], new: NewPositions) -> None:
         """Appends tokens."""
         for row, (slot, count) in enumerate(zip(slots, new.counts, strict=True)):
