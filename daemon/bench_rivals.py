@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.precision import shortest_s
 from specblock.drafter.weight_bytes import weight_bytes_per_cycle
 from specblock.verifier.model import TargetModel
 
@@ -99,13 +99,8 @@ def _token_s(target: TargetModel) -> float:
     """Shortest time of a forward of one token."""
     warm(target)
     token = torch.zeros(1, 1, dtype=torch.int64, device=target.device)
-    times = []
     with torch.inference_mode():
-        for _ in range(8):
-            begin = time.perf_counter()
-            target.transformers_model(input_ids=token, use_cache=False)
-            times.append(time.perf_counter() - begin)
-    return min(times)
+        return shortest_s(lambda: target.transformers_model(input_ids=token, use_cache=False))
 
 
 def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:

@@ -12,9 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from specblock.cuda_ext.sampling import SamplingParams
-from specblock.drafter.window import Window
+from specblock.drafter.window import TENSORS, Window
 
-_TENSORS = ("tokens", "features", "top_ids", "top_log_probs")
 _FORMAT = "1"
 
 
@@ -22,10 +21,10 @@ def save_windows(path: Path, windows: Sequence[Window]) -> None:
     """Writes one shard atomically."""
     rows = []
     for w in windows:
-        fields = {name: getattr(w, name) for name in Window.__dataclass_fields__ if name not in _TENSORS}
+        fields = {name: getattr(w, name) for name in Window.__dataclass_fields__ if name not in TENSORS}
         fields["sampling"] = asdict(w.sampling)
-        rows.append({**fields, "sizes": [getattr(w, name).shape[0] for name in _TENSORS]})
-    tensors = {name: torch.cat([getattr(w, name) for w in windows]) for name in _TENSORS}
+        rows.append({**fields, "sizes": [getattr(w, name).shape[0] for name in TENSORS]})
+    tensors = {name: torch.cat([getattr(w, name) for w in windows]) for name in TENSORS}
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata={"format": _FORMAT, "windows": json.dumps(rows)})
     partial.replace(path)
@@ -41,12 +40,12 @@ def load_windows(path: Path) -> list[Window]:
         metadata = shard.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"{path}: not a window shard of format {_FORMAT}: generate the data again")
-        tensors = {name: shard.get_tensor(name) for name in _TENSORS}
+        tensors = {name: shard.get_tensor(name) for name in TENSORS}
     windows = []
-    at = dict.fromkeys(_TENSORS, 0)
+    at = dict.fromkeys(TENSORS, 0)
     for row in json.loads(metadata["windows"]):
         parts = {}
-        for name, size in zip(_TENSORS, row.pop("sizes"), strict=True):
+        for name, size in zip(TENSORS, row.pop("sizes"), strict=True):
             parts[name] = tensors[name][at[name] : at[name] + size]
             at[name] += size
         sampling = {**row.pop("sampling")}

@@ -26,7 +26,7 @@ def fast_bfloat16(device: torch.device) -> bool:
         return True
     rows, weight = torch.ones(512, _INPUTS), torch.ones(_OUTPUTS, _INPUTS)
     half_rows, half_weight = rows.bfloat16(), weight.bfloat16()
-    return _product_s(lambda: F.linear(half_rows, half_weight)) < _product_s(lambda: F.linear(rows, weight))
+    return shortest_s(lambda: F.linear(half_rows, half_weight)) < shortest_s(lambda: F.linear(rows, weight))
 
 
 @cache
@@ -40,10 +40,10 @@ def serves_faster_in_bfloat16(device: torch.device) -> bool:
         return fast_bfloat16(device)
     rows, weight = torch.ones(16, _INPUTS), torch.ones(_OUTPUTS, _INPUTS)
     half_rows, half_weight, packed = rows.bfloat16(), weight.bfloat16(), pack(weight)
-    return _product_s(lambda: F.linear(half_rows, half_weight)) < _product_s(lambda: packed(rows))
+    return shortest_s(lambda: F.linear(half_rows, half_weight)) < shortest_s(lambda: packed(rows))
 
 
-def _product_s(product: Callable[[], object]) -> float:
+def shortest_s(action: Callable[[], object]) -> float:
     """Shortest of several tries, on one thread: threads that wait for a busy core would be what is measured."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def _product_s(product: Callable[[], object]) -> float:
         times = []
         for _ in range(8):
             begin = time.perf_counter()
-            product()
+            action()
             times.append(time.perf_counter() - begin)
         return min(times)
     finally:

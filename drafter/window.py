@@ -14,6 +14,9 @@ from torch import Tensor
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.drafter.token_bias import domain_key
 
+TENSORS = ("tokens", "features", "top_ids", "top_log_probs")
+"""The fields of a window that are tensors."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
@@ -54,7 +57,7 @@ class Window:
     @property
     def num_bytes(self) -> int:
         """Bytes of the tensors."""
-        tensors = (self.tokens, self.features, self.top_ids, self.top_log_probs)
+        tensors: list[Tensor] = [getattr(self, name) for name in TENSORS]
         return sum(t.numel() * t.element_size() for t in tensors)
 
     @property
@@ -64,7 +67,7 @@ class Window:
 
     def to(self, device: torch.device | str) -> Window:
         """The same window with its tensors on ``device``."""
-        moved = {name: getattr(self, name).to(device) for name in ("tokens", "features", "top_ids", "top_log_probs")}
+        moved = {name: getattr(self, name).to(device) for name in TENSORS}
         return replace(self, **moved)
 
 
