@@ -154,12 +154,18 @@ def _conversations(target: TargetModel, options: argparse.Namespace) -> tuple[li
     )
     data = options.data or options.work
     shards = generate_shards(target, prompts, data / "train", settings, _say)
+    held = heldout_windows(target, options.heldout, data, options.seed)
+    return [w for shard in shards for w in load_windows(shard)], held
+
+
+def heldout_windows(target: TargetModel, prompts: Sequence[Path], data: Path, seed: int) -> list[Window]:
+    """Conversations to judge drafters by, up to 48 of each file of ``prompts``; made once and kept under ``data``."""
     held: list[Window] = []
-    for path in options.heldout:
-        own = CollectSettings(max_tokens=_HELDOUT_TOKENS, slots=48, seed=options.seed + 1, heldout=True)
+    for path in prompts:
+        own = CollectSettings(max_tokens=_HELDOUT_TOKENS, slots=48, seed=seed + 1, heldout=True)
         made = generate_shards(target, read_prompts(path)[:48], data / f"heldout-{path.stem}", own, _say)
         held.extend(w for shard in made for w in load_windows(shard))
-    return [w for shard in shards for w in load_windows(shard)], held
+    return held
 
 
 def _near(windows: list[Window], device: str) -> list[Window]:

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from gpu_check import Row, import_from_checkout
+from gpu_common import Row, device_is_missing, import_from_checkout, middle
 
 if TYPE_CHECKING:
     from specblock.daemon.engine import Engine
@@ -97,8 +97,8 @@ class Timer:
 
 def spread(times_ms: list[float]) -> dict[str, float]:
     """Median and interquartile range."""
-    quarters = statistics.quantiles(times_ms, n=4)
-    return {"ms": statistics.median(times_ms), "iqr_ms": quarters[2] - quarters[0]}
+    median, quarters = middle(times_ms)
+    return {"ms": median, "iqr_ms": quarters}
 
 
 def build_model(shape: Shape, device: str) -> Any:
@@ -485,11 +485,13 @@ def rows(device: str, shape: Shape = LLAMA_8B) -> Iterator[Row]:
 
 
 def main() -> int:
-    """Prints every row as it is measured."""
+    """Prints every row as it is measured; 4 without a device."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to try the script itself")
     options = parser.parse_args()
+    if device_is_missing(options.device, "gpu-8b"):
+        return 4
     import_from_checkout()
     failed = False
     for row in rows(options.device, TINY if options.tiny else LLAMA_8B):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from gpu_common import Row, device_is_missing, import_from_checkout, middle
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,7 +25,6 @@ SIZES = [(batch, rows, prefix) for prefix in (512, 4096, 16384) for batch in (1,
 CPU_SIZES = [(1, 1, 512), (4, 8, 512)]
 ROTATED_BYTES = 256 << 20  # several times the cache of the device
 REPEATS = 15
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +86,7 @@ def timed(calls: list[Callable[[], Any]], device: str) -> tuple[float, float]:
             ended.record()
         torch.cuda.synchronize()
         times = [begun.elapsed_time(ended) / len(calls) for begun, ended in events]
-    quarters = statistics.quantiles(times, n=4)
-    return statistics.median(times), quarters[2] - quarters[0]
+    return middle(times)
 
 
 def copy_bytes_per_ms(device: str) -> float:
@@ -175,16 +174,11 @@ def show(row: Row) -> str:
 
 def main() -> int:
     """Prints the table and, last, the worst ratios; 4 without a device."""
-    from gpu_check import import_from_checkout
-
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     options = parser.parse_args()
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("gpu-attention: no CUDA device; --device cpu tries the script itself")
+    if device_is_missing(options.device, "gpu-attention"):
         return 4
     import_from_checkout()
     found = []

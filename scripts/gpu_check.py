@@ -10,33 +10,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from gpu_common import ROOT, Row, device_is_missing, import_from_checkout, middle
 
 if TYPE_CHECKING:
     from specblock.drafter.draft import BlockDrafter
     from specblock.drafter.model import SpecBlockModel
     from specblock.verifier.model import TargetModel
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("ray", "redis", "pydantic", "fastapi", "typer", "uvicorn")
 NEW_TOKENS, TEMPERATURE, TOP_P = 64, 1.0, 0.95
 ROWS = (1, 8, 16, 32, 64)
-Row = dict[str, Any]
-
-
-def import_from_checkout() -> None:
-    """Makes ``specblock.*`` importable from the top-level folders."""
-    package = types.ModuleType("specblock")
-    package.__path__ = [str(ROOT)]
-    sys.modules["specblock"] = package
-    sys.path.insert(0, str(ROOT))
 
 
 def run_tests(device: str) -> bool:
@@ -63,8 +53,7 @@ def timed_ms(action: Callable[[], Any], device: str, repeats: int) -> tuple[floa
         wait()
         if index >= 3:  # warm-up
             times.append(1e3 * (time.perf_counter() - begin))
-    quarters = statistics.quantiles(times, n=4)
-    return statistics.median(times), quarters[2] - quarters[0]
+    return middle(times)
 
 
 def forward_times(device: str, target: TargetModel, drafter: BlockDrafter) -> Iterator[Row]:
@@ -123,11 +112,11 @@ def decoding_speeds(target: TargetModel, network: SpecBlockModel, num_prompts: i
             for seed, prompt in enumerate([chosen[0], *chosen])
         ][1:]  # the first is warm-up
         speeds = [len(answer.tokens) / answer.seconds for answer in answers]
-        quarters = statistics.quantiles(speeds, n=4)
+        median, spread = middle(speeds)
         yield {
             "what": f"decoding, {name}",
-            "tokens_per_s": statistics.median(speeds),
-            "iqr_tokens_per_s": quarters[2] - quarters[0],
+            "tokens_per_s": median,
+            "iqr_tokens_per_s": spread,
             "acceptance_length": sum(len(a.tokens) for a in answers) / sum(a.stats.cycles for a in answers),
         }
 
@@ -188,10 +177,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--no-tests", action="store_true", help="measure only")
     options = parser.parse_args()
-    import torch
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("gpu-check: no CUDA device (torch.cuda.is_available() is False); --device cpu tries the script itself")
+    if device_is_missing(options.device, "gpu-check"):
         return 4
     build()
     import_from_checkout()

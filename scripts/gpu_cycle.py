@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gpu_common import Row, device_is_missing, import_from_checkout, middle
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
     from specblock.cuda_ext.tree import Candidates, DraftTree
 
-Row = dict[str, Any]
 Call = Callable[[], Any]
 WIDTH_K, WIDTH_W, LEAVES, ROWS, ACCEPTED, WINDOW = 8, 10, 16, 64, 4, 12
 REPEATS = 25
@@ -61,8 +62,7 @@ def timed(action: Call, device: str) -> tuple[float, float]:
             elapsed = 1e3 * (time.perf_counter() - start)
         if index >= 3:
             times.append(elapsed)
-    quarters = statistics.quantiles(times, n=4)
-    return statistics.median(times), quarters[2] - quarters[0]
+    return middle(times)
 
 
 def recorded(action: Call) -> Call:
@@ -273,11 +273,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
-    import torch
-    from gpu_check import import_from_checkout
-
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("gpu-cycle: no CUDA device (torch.cuda.is_available() is False); --device cpu tries the script itself")
+    if device_is_missing(options.device, "gpu-cycle"):
         return 4
     import_from_checkout()
     begin = time.perf_counter()

@@ -3,7 +3,7 @@
 
     train_demo.py answers --target DIR --prompts FILE... --rounds 6 --out answers.npz   what the target says
     train_demo.py windows --target DIR --answers answers.npz --out DATA/train           shards that training reads
-    train_demo.py score --drafter DIR --windows DIR                                     acceptance without shared noise
+    train_demo.py score --target DIR --drafter DIR --prompts FILE... --out WORK         held-out acceptance, on the CPU
 
 The same kind of conversations as ``specblockd train`` makes with the serving engine, through transformers' own batched
 generation: on a GPU a small model costs little more for 1,024 requests than for one. Needs torch, transformers, numpy
@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from gpu_check import import_from_checkout
+from gpu_common import import_from_checkout
 
 TEMPERATURES, TOP_P, TOP_K = (1.0, 1.0, 1.0, 0.7, 0.3), 0.95, 32
 BATCH, SHARD = 1024, 128
@@ -148,16 +148,16 @@ def label(model: Any, rows: Sequence[Any], first: int, device: str, heldout: boo
 
 
 def score(options: argparse.Namespace) -> None:
-    """Acceptance length per domain by exact replay, without shared noise (the text was not chosen by ours)."""
+    """Held-out acceptance per kind of text as ``specblockd train --heldout`` prints it, of any finished drafter."""
     from specblock.daemon.models import load_network, load_target
+    from specblock.daemon.train_command import heldout_windows
     from specblock.drafter.config import DraftSettings
-    from specblock.drafter.dataset import load_windows
     from specblock.drafter.train import heldout_acceptance
 
     target = load_target(options.target, torch.float32, "cpu")
+    held = heldout_windows(target, options.prompts, options.out, options.seed)
     model = load_network(target, options.drafter)
-    held = [w for shard in sorted(options.windows.glob("*.safetensors")) for w in load_windows(shard)]
-    found = heldout_acceptance(model, held, DraftSettings(shared_noise=False), torch.float32)
+    found = heldout_acceptance(model, held, DraftSettings(), torch.float32)
     print(options.drafter, json.dumps({domain: round(length, 3) for domain, length in found.items()}), flush=True)
 
 
@@ -178,7 +178,6 @@ def main() -> int:
     )
     parser.add_argument("--heldout", action="store_true", help="label the answers only")
     parser.add_argument("--drafter", type=Path)
-    parser.add_argument("--windows", type=Path)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     import_from_checkout()
