@@ -16,9 +16,12 @@ from specblock.cuda_ext.norm import rms_norm
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionWeights:
-    """What comes before attention: norm [K] and its eps, three products, norms [D] of query and key heads or None."""
+    """What comes before attention: a norm [K] and its eps, three products, norms [D] of query and key heads or None.
 
-    norm: Tensor
+    Without the first norm, rows are normalised already.
+    """
+
+    norm: Tensor | None
     eps: float
     query: PackedWeight
     key: PackedWeight
@@ -47,7 +50,7 @@ def attention_inputs(
 
     Args:
         x: float32 [B, T, K] on the CPU.
-        weights: packed.
+        weights: packed, with a norm.
         rotary: cos and sin, float32 [B or 1, T, D], half-split layout.
 
     Returns:
@@ -66,7 +69,8 @@ def attention_inputs_reference(
     x: Tensor, weights: AttentionWeights, rotary: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``attention_inputs`` of its parts."""
-    w, normed = weights, rms_norm(x, weights.norm, weights.eps)
+    w = weights
+    normed = x if w.norm is None else rms_norm(x, w.norm, w.eps)
     query = w.query.heads(normed, rotary, w.query_norm, w.head_eps)
     key = w.key.heads(normed, rotary, w.key_norm, w.head_eps)
     return query, key, _heads(w.value(normed), rotary[0].shape[-1])

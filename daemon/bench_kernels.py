@@ -20,14 +20,7 @@ from torch.nn import functional as F
 
 from specblock.cuda_ext.attention import masked_attention, tree_attention
 from specblock.cuda_ext.choice import choose, choose_reference
-from specblock.cuda_ext.layer import (
-    AttentionWeights,
-    RestWeights,
-    attention_inputs,
-    attention_inputs_reference,
-    layer_rest,
-    layer_rest_reference,
-)
+from specblock.cuda_ext.layer import AttentionWeights, RestWeights
 from specblock.cuda_ext.linear import PackedWeight, pack
 from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.noise import NoiseRows, NoiseWindow
@@ -35,6 +28,7 @@ from specblock.cuda_ext.norm import reference_norm, rms_norm
 from specblock.cuda_ext.ops import commit_rows, commit_rows_vectorised, grow_tree, grow_tree_vectorised
 from specblock.cuda_ext.ranking import best_tokens, ranked_reference
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
+from specblock.cuda_ext.slot_layer import CacheRows, slot_layer, slot_layer_reference
 from specblock.daemon.cost_profile import stand_in_tree
 from specblock.daemon.facts import facts
 from specblock.daemon.models import load_target
@@ -214,7 +208,7 @@ def _acceptance_rows() -> list[KernelRow]:
 
 
 def _layer_rows() -> list[KernelRow]:
-    """All layers' parts around their attentions, in two calls each and of their parts."""
+    """All layers over a cache, in one call each and of their parts."""
     width, kv = _HEADS * _HEAD_SIZE, _KV_HEADS * _HEAD_SIZE
 
     def packed(outputs: int, inputs: int) -> PackedWeight:
@@ -230,21 +224,24 @@ def _layer_rows() -> list[KernelRow]:
         for _ in range(_LAYERS)
     ]  # fmt: skip
 
-    def through(x: Tensor, rotary: tuple[Tensor, Tensor], inputs: Any, rest: Any) -> None:
+    keys, values = torch.randn(2, 1, _KV_HEADS, 256, _HEAD_SIZE)
+    slots, lengths = torch.tensor([0]), torch.tensor([200])
+
+    def through(x: Tensor, rotary: tuple[Tensor, Tensor], rows: CacheRows, layer: Any) -> None:
         for before, after in layers:
-            query, _, _ = inputs(x, before, rotary)
-            rest(x, query.transpose(1, 2).flatten(2), after)
+            x = layer(x, before, after, rotary, rows)
 
     found = []
-    for rows in _ROWS:
-        x, angle = torch.randn(1, rows, _HIDDEN), torch.randn(1, rows, _HEAD_SIZE)
-        given = (x, (angle.cos(), angle.sin()))
+    for count in _ROWS:
+        x, angle = torch.randn(1, count, _HIDDEN), torch.randn(1, count, _HEAD_SIZE)
+        rows = CacheRows(keys, values, slots, lengths, torch.ones(1, count, count, dtype=torch.bool).tril())
+        given = (x, (angle.cos(), angle.sin()), rows)
         found.append(
             compare(
-                f"{_LAYERS} layers without attention",
-                f"{rows} rows",
-                partial(through, *given, attention_inputs, layer_rest),
-                partial(through, *given, attention_inputs_reference, layer_rest_reference),
+                f"{_LAYERS} layers",
+                f"{count} rows, 200 prefix",
+                partial(through, *given, slot_layer),
+                partial(through, *given, slot_layer_reference),
             )
         )
     return found

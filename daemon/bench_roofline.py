@@ -82,11 +82,18 @@ class Work(TorchDispatchMode):
             self._product(x, key, key_out)
             self._product(x, value, key_out)
         elif name == "layer_rest":
-            x, mixed, output, gate, up, down, inner = args[0], args[1], args[2], *args[5:9]
-            self._product(mixed, output, x.shape[-1])
-            self._product(x, gate, inner)
-            self._product(x, up, inner)
-            self._count(down, x.numel() * inner)
+            mixed, output, gate, up, down, inner = args[1], args[2], *args[5:9]
+            self._rest(mixed.numel() // mixed.shape[-1], output, gate, up, down, inner)
+        elif name == "slot_layer":
+            x, (query, key, value, query_out, key_out), (lengths, visible) = args[0], args[4:9], args[17:19]
+            asking = result.numel() // result.shape[-1]
+            self._product(x, key, key_out)
+            self._product(x, value, key_out)
+            self._count(query, asking * x.shape[-1] * query_out)
+            seen = int(lengths.sum()) + lengths.numel() * visible.shape[2]
+            self.cache_bytes += 2 * seen * key_out * args[14].element_size()
+            self.operations += 4 * query_out * (asking // lengths.numel()) * seen
+            self._rest(asking, args[21], *args[24:28])
         elif name == "tree_attention" or "scaled_dot_product" in name:
             self._attention(*args[:3])
         elif name == "linear":
@@ -98,6 +105,13 @@ class Work(TorchDispatchMode):
 
     def _product(self, x: Tensor, weight: Tensor, outputs: int) -> None:
         self._count(weight, x.numel() * outputs)
+
+    def _rest(self, rows: int, output: Tensor, gate: Tensor, up: Tensor, down: Tensor, inner: int) -> None:
+        hidden, width = gate.shape[1], output.shape[1]
+        self._count(output, rows * width * hidden)
+        self._count(gate, rows * hidden * inner)
+        self._count(up, rows * hidden * inner)
+        self._count(down, rows * inner * hidden)
 
     def _count(self, weight: Tensor, multiply_adds: int) -> None:
         self.weight_bytes += weight.numel() * weight.element_size()

@@ -51,14 +51,14 @@ class BlockDrafter:
         model: the network.
         settings: how trees are grown.
         graphs: record blocks as CUDA graphs over caches given to ``use_graphs``, on a CUDA device.
-        by_slot: run blocks through ``SlotBlocks``; None does so on CUDA devices.
+        by_slot: run blocks through ``SlotBlocks``; None does so on CUDA devices and with native layers.
         """
         self.model = model.pack()
         self.settings = settings
         self._fixed = FixedLimits(settings)
         self._fan_out = FanOutRule.of(settings, self.device)
         self.by_slot: SlotBlocks | None = None
-        if self.device.type == "cuda" if by_slot is None else by_slot:
+        if self.device.type == "cuda" or model.packs if by_slot is None else by_slot:
             self.by_slot = SlotBlocks(model, settings, self._fan_out, graphs and self.device.type == "cuda")
 
     @property

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rest_of_layer, rows_of, take_rows
+from specblock.drafter.layers import (
+    MLP,
+    Attend,
+    Attention,
+    Linear,
+    RMSNorm,
+    rest_of_layer,
+    rest_weights,
+    rows_of,
+    take_rows,
+    whole_layer,
+)
 from specblock.drafter.network import DraftNetwork
 
 
@@ -34,9 +45,14 @@ class Eagle3Layer(nn.Module):
         """[B, T, 2H] (embedding, hidden) -> [B, T, H], or [B, A, H] of the rows ``asking`` [B, A]."""
         token, hidden = x_BT2H.chunk(2, dim=-1)
         both = torch.cat([self.input_layernorm(token), self.hidden_norm(hidden)], dim=-1)
-        mixed = self.self_attn(both, 0, rotary, attend, asking)
+        attention, norm = self.self_attn, self.post_attention_layernorm
+        after = rest_weights(attention.o_proj, norm, self.mlp)
+        whole = whole_layer(both, 0, rotary, attend, asking, attention.weights(None), after, residual=hidden)
+        if whole is not None:
+            return whole
+        mixed = attention(both, 0, rotary, attend, asking)
         hidden = hidden if asking is None else take_rows(hidden, asking)
-        return rest_of_layer(hidden, mixed, self.self_attn.o_proj, self.post_attention_layernorm, self.mlp)
+        return rest_of_layer(hidden, mixed, attention.o_proj, norm, self.mlp)
 
 
 class Eagle3Model(DraftNetwork):

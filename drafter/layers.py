@@ -15,7 +15,9 @@ from specblock.cuda_ext.fused import gated, rotary_heads
 from specblock.cuda_ext.layer import AttentionWeights, RestWeights, attention_inputs, layer_rest
 from specblock.cuda_ext.linear import PackedWeight, can_pack, pack, swiglu
 from specblock.cuda_ext.norm import add_rms_norm, rms_norm
+from specblock.cuda_ext.slot_layer import slot_layer
 from specblock.drafter.config import DrafterConfig
+from specblock.drafter.slot_attend import SlotAttend
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, rotated queries [B, heads, T, D], rotated keys [B, kv_heads, T, D], values) -> [B, T, heads, D]."""
@@ -123,6 +125,14 @@ class Attention(nn.Module):
         query = self._rotated(self.q_proj, x_BTH, rotary)
         return attend(layer, query, key, value).flatten(2)
 
+    def weights(self, norm: RMSNorm | None) -> AttentionWeights | None:
+        """For native calls, of rows that ``norm`` is to normalise; None where something is not packed."""
+        query, key, value = (p.packed_weight() for p in (self.q_proj, self.k_proj, self.v_proj))
+        if query is None or key is None or value is None:
+            return None
+        scale, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+        return AttentionWeights(norm=scale, eps=eps, query=query, key=key, value=value)
+
     def of_normed(
         self,
         x_BTH: Tensor,
@@ -133,10 +143,9 @@ class Attention(nn.Module):
         asking: Tensor | None = None,
     ) -> Tensor:
         """``forward`` of normalised rows."""
-        query, key, value = (p.packed_weight() for p in (self.q_proj, self.k_proj, self.v_proj))
-        if asking is not None or query is None or key is None or value is None:
+        weights = self.weights(norm)
+        if asking is not None or weights is None:
             return self(norm(x_BTH), layer, rotary, attend, asking)
-        weights = AttentionWeights(norm=norm.weight, eps=norm.eps, query=query, key=key, value=value)
         heads = attention_inputs(x_BTH, weights, (rotary[0][:, 0], rotary[1][:, 0]))
         return attend(layer, *heads).flatten(2)
 
@@ -175,13 +184,48 @@ class MLP(nn.Module):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
-def rest_of_layer(x_BTH: Tensor, mixed: Tensor, output: Linear, norm: RMSNorm, mlp: MLP) -> Tensor:
-    """What a decoder layer does after its attention: [B, A, H] from its rows and ``mixed`` [B, A, heads * D]."""
+def whole_layer(
+    x_BTI: Tensor,
+    layer: int,
+    rotary: tuple[Tensor, Tensor],
+    attend: Attend,
+    asking: Tensor | None,
+    before: AttentionWeights | None,
+    after: RestWeights | None,
+    residual: Tensor | None = None,
+) -> Tensor | None:
+    """A decoder layer in one native call, [B, T or A, H]; None where that cannot be.
+
+    Args:
+        x_BTI: rows, to be normalised by ``before`` if it has a norm.
+        layer: its number in the cache.
+        rotary, attend, asking: as of a layer's ``forward``.
+        before, after: packed weights; None where something is not packed.
+        residual: [B, T, H], what the layer adds to; None is ``x_BTI``.
+    """
+    rows = attend.rows(layer) if isinstance(attend, SlotAttend) else None
+    if before is None or after is None or rows is None:
+        return None
+    cos, sin = rotary[0][:, 0].contiguous(), rotary[1][:, 0].contiguous()
+    stream = None if residual is None else residual.contiguous()
+    return slot_layer(x_BTI.contiguous(), before, after, (cos, sin), rows, residual=stream, asking=asking)
+
+
+def rest_weights(output: Linear, norm: RMSNorm, mlp: MLP) -> RestWeights | None:
+    """What a decoder layer does after its attention, for native calls; None where something is not packed."""
     packed = [p.packed_weight() for p in (output, mlp.gate_proj, mlp.up_proj, mlp.down_proj)]
     whole = [weight for weight in packed if weight is not None]
-    if len(whole) == len(packed):
-        names = dict(zip(("output", "gate", "up", "down"), whole, strict=True))
-        return layer_rest(x_BTH, mixed, RestWeights(norm=norm.weight, eps=norm.eps, **names))
+    if len(whole) < len(packed):
+        return None
+    names = dict(zip(("output", "gate", "up", "down"), whole, strict=True))
+    return RestWeights(norm=norm.weight, eps=norm.eps, **names)
+
+
+def rest_of_layer(x_BTH: Tensor, mixed: Tensor, output: Linear, norm: RMSNorm, mlp: MLP) -> Tensor:
+    """What a decoder layer does after its attention: [B, A, H] from its rows and ``mixed`` [B, A, heads * D]."""
+    weights = rest_weights(output, norm, mlp)
+    if weights is not None:
+        return layer_rest(x_BTH, mixed, weights)
     x_BTH, normed = add_rms_norm(output(mixed), x_BTH, norm.weight, norm.eps)
     result: Tensor = x_BTH + mlp(normed)
     return result

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rest_of_layer, rows_of, take_rows
+from specblock.drafter.layers import (
+    MLP,
+    Attend,
+    Attention,
+    Linear,
+    RMSNorm,
+    rest_of_layer,
+    rest_weights,
+    rows_of,
+    take_rows,
+    whole_layer,
+)
 from specblock.drafter.network import DraftNetwork
 
 RANK_FEATURES = 15
@@ -57,9 +68,14 @@ class DecoderLayer(nn.Module):
         self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
     ) -> Tensor:
         """[B, T, H] -> [B, T, H], or [B, A, H] of the rows ``asking`` [B, A]."""
-        mixed = self.self_attn.of_normed(x_BTH, self.input_layernorm, layer, rotary, attend, asking)
+        attention, norm = self.self_attn, self.input_layernorm
+        after = rest_weights(attention.o_proj, self.post_attention_layernorm, self.mlp)
+        whole = whole_layer(x_BTH, layer, rotary, attend, asking, attention.weights(norm), after)
+        if whole is not None:
+            return whole
+        mixed = attention.of_normed(x_BTH, norm, layer, rotary, attend, asking)
         x_BTH = x_BTH if asking is None else take_rows(x_BTH, asking)
-        return rest_of_layer(x_BTH, mixed, self.self_attn.o_proj, self.post_attention_layernorm, self.mlp)
+        return rest_of_layer(x_BTH, mixed, attention.o_proj, self.post_attention_layernorm, self.mlp)
 
 
 class SpecBlockModel(DraftNetwork):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from specblock.cuda_ext.linear import can_pack
 from specblock.drafter.config import DrafterConfig
 from specblock.drafter.layers import Attend, Linear, RMSNorm
 from specblock.drafter.token_bias import TokenBias
@@ -131,6 +132,12 @@ class DraftNetwork(nn.Module, ABC):
             if isinstance(module, Linear):
                 module.pack()
         return self
+
+    @property
+    def packs(self) -> bool:
+        """Whether ``pack`` prepares every linear map and heads fit: outside of training, a layer is one native call."""
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        return self.config.head_dim % 16 == 0 and all(can_pack(linear.weight) for linear in linears)
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Target embeddings of int64 tokens, [..., H]."""

@@ -1,7 +1,7 @@
 """A drafter's blocks in fixed shapes: slots, lengths and what is seen are data on the device.
 
-The counterpart of ``BlockDrafter``'s own forwards for CUDA devices: the attention reads the whole storage through
-``slot_attention``, so that a block can be recorded as a graph.
+The counterpart of ``BlockDrafter``'s own forwards: the attention reads the whole storage, so that a block can be
+recorded as a graph on CUDA devices, and a layer is one native call on CPUs.
 
 Legend: B requests, P new positions, K slots, T = P * K rows, n leaves, W rows of the cycle so far, H hidden.
 """
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from specblock.cuda_ext.attention import slot_attention
 from specblock.cuda_ext.noise import NoiseRows
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.transfer import on_device
@@ -28,6 +27,7 @@ from specblock.drafter.interface import NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.proposals import Proposals, Ranking, propose
+from specblock.drafter.slot_attend import SlotAttend
 
 POSITIONS = (1, 2, 4, 8, 16)
 """New positions that one forward takes; more are absorbed the other way."""
@@ -43,6 +43,7 @@ class SlotBlocks:
     def __init__(self, network: DraftNetwork, settings: DraftSettings, rule: FanOutRule, graphs: bool) -> None:
         self.graphs = graphs
         self._network, self._settings, self._rule = network, settings, rule
+        self._whole_layers = network.packs
         self._recorded: weakref.WeakKeyDictionary[DrafterCache, BlockGraphs] = weakref.WeakKeyDictionary()
 
     @property
@@ -71,9 +72,11 @@ class SlotBlocks:
 
         The counters of the cache are the caller's to advance, afterwards.
         """
-        width, most = self._network.config.num_slots, next(p for p in POSITIONS if p >= new.tokens.shape[1])
-        more = most - new.tokens.shape[1]
-        tokens, features = F.pad(new.tokens, (0, more)), F.pad(new.features, (0, 0, 0, more))
+        width, most, tokens, features = self._network.config.num_slots, new.tokens.shape[1], new.tokens, new.features
+        if not self._whole_layers:  # graphs want few sizes
+            most = next(p for p in POSITIONS if p >= tokens.shape[1])
+            more = most - tokens.shape[1]
+            tokens, features = F.pad(tokens, (0, more)), F.pad(features, (0, 0, 0, more))
         counters = [
             (1, slot, cache.rows[slot] * width, cache.rotary[slot], max(0, count - 1))
             for slot, count in zip(slots, new.counts, strict=True)
@@ -85,17 +88,15 @@ class SlotBlocks:
             real, slot_B, base, rotary, newest = (column.contiguous() for column in numbers.unbind(1))
             order_T = torch.arange(most * width, device=tokens.device)
             visible = (order_T <= order_T[:, None]).expand(tokens.shape[0], -1, -1).contiguous()
-            rows = self._write_from(cache, real, base)[:, None] + order_T
-
-            def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                cache.put(layer, slot_B, rows, key, value)
-                return slot_attention(query, cache.keys[layer], cache.values[layer], slot_B, base, visible)
-
+            attend = self._attend(cache, slot_B, base, visible, real)
             index = self._network.rotary_index(rotary[:, None] + torch.arange(most, device=tokens.device))
             tables = self._network.rotary_tables(index)
-            u = self._network.run_layers(self._network.first_inputs(features, tokens), tables, attend)
-            every = torch.arange(tokens.shape[0], device=tokens.device)
-            return self._proposed(u[every, newest][:, None], rest, ranking, first=True)
+            u = self._network.run_layers(
+                self._network.first_inputs(features, tokens), tables, attend, newest if self._whole_layers else None
+            )
+            if u.shape[1] > 1:
+                u = u[torch.arange(u.shape[0], device=u.device), newest][:, None]
+            return self._proposed(u, rest, ranking, first=True)
 
         return self._run(cache, ("first", most), body, inputs, ranking)
 
@@ -122,16 +123,7 @@ class SlotBlocks:
             numbers, hidden, token, depth, seen, *rest = given
             real, slot_B, root_row, rotary = (column.contiguous() for column in numbers.unbind(1))
             visible = self._visible(seen, first_row)
-            own = torch.arange(first_row, end, device=token.device)
-            rows = self._write_from(cache, real, root_row)[:, None] + own
-
-            def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-                cache.put(layer, slot_B, rows, key, value)
-                # Rows of earlier blocks lie before this block's: they ask for nothing, and are there to be seen.
-                padded = F.pad(query, (0, 0, first_row, 0))
-                mixed = slot_attention(padded, cache.keys[layer], cache.values[layer], slot_B, root_row, visible)
-                return mixed[:, first_row:]
-
+            attend = self._attend(cache, slot_B, root_row, visible, real)
             index = self._network.rotary_index(rotary[:, None].expand(-1, num_leaves), depth)
             tables = self._network.rotary_tables(index)
             u = self._network.run_layers(self._network.later_inputs(hidden, token), tables, attend)
@@ -140,18 +132,21 @@ class SlotBlocks:
         return self._run(cache, ("later", first_row, num_leaves), body, inputs, ranking)
 
     def _visible(self, seen_BnW: Tensor, first_row: int) -> Tensor:
-        """bool [B, W, W]: rows of earlier blocks see themselves, a leaf's rows what it has seen and its own so far."""
-        batch, num_leaves, end = seen_BnW.shape
+        """bool [B, n * K, W]: a leaf's rows see what it has seen and its own so far."""
+        num_leaves, end = seen_BnW.shape[1:]
         column = torch.arange(end, device=seen_BnW.device)
         own = column[first_row:].view(num_leaves, -1)
         causal = (column >= own[:, :1, None]) & (column <= own[:, :, None])  # [n, K, W]
-        asking = (seen_BnW[:, :, None] | causal).flatten(1, 2)
-        silent = (column == column[:first_row, None]).expand(batch, -1, -1)
-        return torch.cat([silent, asking], dim=1)
+        return (seen_BnW[:, :, None] | causal).flatten(1, 2)
 
-    def _write_from(self, cache: DrafterCache, real: Tensor, first: Tensor) -> Tensor:
-        """int64 [B]: where rows are written; those that fill up a batch go behind everything, where nobody reads."""
-        return torch.where(real > 0, first, cache.keys.shape[3] - cache.padding_rows)
+    def _attend(
+        self, cache: DrafterCache, slot_B: Tensor, first_B: Tensor, visible_BTW: Tensor, real_B: Tensor
+    ) -> SlotAttend:
+        if self._whole_layers:
+            return SlotAttend(cache, slot_B, first_B, visible_BTW, whole_layers=True)
+        # Requests that only fill up a batch write behind everything, where nobody reads.
+        write_B = torch.where(real_B > 0, first_B, cache.keys.shape[3] - cache.padding_rows)
+        return SlotAttend(cache, slot_B, first_B, visible_BTW, write_B)
 
     def _run(
         self, cache: DrafterCache, key: tuple[Any, ...], body: Any, inputs: Tensors, ranking: Ranking

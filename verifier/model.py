@@ -19,7 +19,7 @@ from specblock.cuda_ext.transfer import on_device
 from specblock.verifier import loading
 from specblock.verifier.fused import FusedLayers, can_fuse
 from specblock.verifier.kv_cache import TargetCache, host_list
-from specblock.verifier.native import use_native_layers
+from specblock.verifier.native import takes_slots, use_native_layers
 from specblock.verifier.slots import MOST_ROWS, SlotForward, use_slot_attention
 
 _CHECK_TOKENS = 4
@@ -88,7 +88,8 @@ class TargetModel:
         self._hook_features()
         self.by_slot: SlotForward | None = None
         """The forward of decode cycles, where it is another one than that of prompts."""
-        wants_slots = not self.native and (self.device.type == "cuda" if by_slot is None else by_slot)
+        can = takes_slots(model) if self.native else self.device.type == "cuda" or by_slot is True
+        wants_slots = can and by_slot is not False
         reason = self._fusing_fails(expected, wants_slots)
         if reason:
             self._unfuse(reason)
@@ -152,7 +153,7 @@ class TargetModel:
             feature_layers: see ``load``.
             native: see ``load``.
             graphs: see ``load``.
-            by_slot: run decode cycles through ``SlotForward``; None does so on CUDA devices.
+            by_slot: run decode cycles through ``SlotForward``; None does so on CUDA devices and with native layers.
         """
         name = model.config.name_or_path or type(model).__name__
         return cls(model, tokenizer, feature_layers, name, native, graphs, by_slot)
@@ -219,7 +220,7 @@ class TargetModel:
             head_dim=getattr(config, "head_dim", None) or self.hidden_size // heads,
             dtype=self.dtype,
             device=self.device,
-            padding_rows=0 if self.by_slot is None else MOST_ROWS,
+            padding_rows=MOST_ROWS if self.by_slot is not None and not self.native else 0,
         )
 
     @torch.no_grad()
@@ -256,7 +257,8 @@ class TargetModel:
         # Every row sees itself, so a padding row is never a softmax over nothing.
         visible_BRR = (visible_BRR | torch.eye(rows, dtype=torch.bool, device=self.device)).expand(batch, -1, -1)
         depth_BR = (order_R if depth is None else depth).expand(batch, -1)
-        if self.by_slot is not None and cache.padding_rows and logits_rows is None and rows <= MOST_ROWS:
+        holds = self.native or cache.padding_rows  # a cache for slots
+        if self.by_slot is not None and holds and logits_rows is None and rows <= MOST_ROWS:
             return TargetOutput(*self.by_slot(cache, slot_list, tokens, depth_BR, visible_BRR))
         length_B = on_device(cache.stage(slot_list, rows), self.device)
         assert cache.staging is not None
@@ -401,14 +403,18 @@ class TargetModel:
                 "%s does not attend by slot (%s): masks instead, without graphs", type(self._model).__name__, reason
             )
             return None
-        use_slot_attention(self._model)
+        self._attend_by_slot()
         return SlotForward(self._run, self._head, self.device, graphs)
+
+    def _attend_by_slot(self) -> None:
+        if not self.native:  # native layers do so by themselves
+            use_slot_attention(self._model)
 
     @torch.no_grad()
     def _slots_fail(self, expected: Tensor) -> str:
         """Why this model cannot attend by slot; empty if it can. Leaves everything as it was."""
         before = self._model.config._attn_implementation
-        use_slot_attention(self._model)
+        self._attend_by_slot()
         self.by_slot = SlotForward(self._run, self._head, self.device, False)
         try:
             tokens, prefix = self._check_tokens(), _CHECK_TOKENS // 2

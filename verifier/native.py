@@ -6,7 +6,7 @@ products, norms and attention of a decode cycle compute every row on its own.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,10 @@ from specblock.cuda_ext.attention import tree_attention
 from specblock.cuda_ext.layer import AttentionWeights, RestWeights, attention_inputs, layer_rest
 from specblock.cuda_ext.linear import PackedLinear, can_pack, exchange, pack_linears, swiglu
 from specblock.cuda_ext.norm import rms_norm
+from specblock.cuda_ext.slot_layer import CacheRows, slot_layer
+
+if TYPE_CHECKING:
+    from specblock.verifier.slots import SlotRows
 
 ATTENTION = "specblock_tree"
 _PLAIN_LAYERS = ("LlamaDecoderLayer", "Qwen3DecoderLayer", "MistralDecoderLayer")
@@ -126,12 +130,18 @@ class NativeLayer(nn.Module):
         past_key_values: Any = None,
         *,
         position_embeddings: tuple[Tensor, Tensor],
+        slot_rows: SlotRows | None = None,
         **others: Any,
     ) -> Tensor:
-        """transformers' calling convention; see ``NativeAttention``."""
+        """transformers' calling convention; see ``NativeAttention``. [B, R, K] -> [B, R, K]."""
         attention = self.self_attn
-        query, key, value = attention_inputs(hidden_states, self._before, position_embeddings)
         past = past_key_values if cache is None else cache
+        if slot_rows is not None:
+            layer = past.layers[attention.layer_idx]
+            rows = CacheRows(layer.keys, layer.values, slot_rows.slots, slot_rows.lengths, slot_rows.visible)
+            scale = attention.scaling
+            return slot_layer(hidden_states, self._before, self._after, position_embeddings, rows, scale=scale)
+        query, key, value = attention_inputs(hidden_states, self._before, position_embeddings)
         if past is not None:
             key, value = past.update(key, value, attention.layer_idx)
         mixed, _ = _attention(attention, query, key, value, attention_mask, scaling=attention.scaling, **others)
@@ -209,6 +219,11 @@ def use_native_layers(model: Any) -> bool:
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for the model's own forward, padding and chunks included
     model.config._attn_implementation = ATTENTION
     return True
+
+
+def takes_slots(model: Any) -> bool:
+    """Whether every decoder layer of a native model can run over the slots of a cache."""
+    return all(isinstance(layer, NativeLayer) and layer.self_attn.head_dim % 16 == 0 for layer in model.model.layers)
 
 
 def _attention(

@@ -8,31 +8,11 @@
 #include <tuple>
 #include <vector>
 
-#include "checks.h"
-#include "kernels.h"
-#include "products.h"
-#include "rotary.h"
+#include "layer_parts.h"
 
 namespace {
 
 using namespace specblock;
-
-const float* norm_of(const Tensor& norm, int64_t size) {
-  check(norm, ScalarType::Float, 1, "norm");
-  STD_TORCH_CHECK(norm.size(0) == size, "the norm does not fit the rows");
-  return read<float>(norm);
-}
-
-// Heads of `size` in rows [B * T, outputs], normalised (with a norm) and rotated by rows of tables [B or 1, T, size].
-void turn(float* rows, int64_t count, int64_t outputs, int64_t size, const float* norm, float eps, const float* cosine,
-          const float* sine, int64_t table_rows) {
-  if (norm != nullptr) kernels().normalise(rows, norm, rows, count * (outputs / size), size, eps);
-  for (int64_t row = 0; row < count; row++) {
-    const int64_t at = row % table_rows * size;
-    for (int64_t head = 0; head < outputs / size; head++)
-      rotate(rows + row * outputs + head * size, cosine + at, sine + at, size);
-  }
-}
 
 // x float32 [B, T, K], cos and sin [B or 1, T, D] -> query [B, T, query_out], key and value [B, T, key_out].
 std::tuple<Tensor, Tensor, Tensor> attention_inputs(const Tensor& x, const Tensor& norm, double eps, const Tensor& query,
@@ -45,13 +25,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_inputs(const Tensor& x, const Tenso
   check_packed(query, K, query_out);
   check_packed(key, K, key_out);
   check_packed(value, K, key_out);
-  check(cos, ScalarType::Float, 3, "cos");
-  check(sin, ScalarType::Float, 3, "sin");
+  check_tables(cos, sin, B, T, query_out, key_out);
   const int64_t D = cos.size(2);
-  for (const Tensor* t : {&cos, &sin})
-    STD_TORCH_CHECK((t->size(0) == B || t->size(0) == 1) && t->size(0) == cos.size(0) && t->size(1) == T && t->size(2) == D,
-                    "attention_inputs: cos and sin do not fit x");
-  STD_TORCH_CHECK(D > 0 && D % 2 == 0 && query_out % D == 0 && key_out % D == 0, "attention_inputs: heads do not fit");
   std::vector<float> normed(rows * K);
   kernels().normalise(read<float>(x), norm_of(norm, K), normed.data(), rows, K, static_cast<float>(eps));
   Tensor q = torch::stable::empty({B, T, query_out}, ScalarType::Float);
@@ -61,13 +36,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_inputs(const Tensor& x, const Tenso
   multiply(normed.data(), rows, key, write<float>(k), key_out);
   multiply(normed.data(), rows, value, write<float>(v), key_out);
   const float *cosine = read<float>(cos), *sine = read<float>(sin);
-  const int64_t table_rows = cos.size(0) * T;
-  if (rows > 0) {
-    turn(write<float>(q), rows, query_out, D, query_norm ? norm_of(*query_norm, D) : nullptr, static_cast<float>(head_eps),
-         cosine, sine, table_rows);
-    turn(write<float>(k), rows, key_out, D, key_norm ? norm_of(*key_norm, D) : nullptr, static_cast<float>(head_eps), cosine,
-         sine, table_rows);
-  }
+  const std::vector<int64_t> place = table_rows(cos, rows);
+  turn(write<float>(q), rows, query_out, D, query_norm ? norm_of(*query_norm, D) : nullptr, static_cast<float>(head_eps),
+       cosine, sine, place);
+  turn(write<float>(k), rows, key_out, D, key_norm ? norm_of(*key_norm, D) : nullptr, static_cast<float>(head_eps), cosine,
+       sine, place);
   return {q, k, v};
 }
 
@@ -79,23 +52,9 @@ Tensor layer_rest(const Tensor& x, const Tensor& mixed, const Tensor& output, co
   check(mixed, ScalarType::Float, mixed.dim(), "mixed");
   const int64_t K = x.size(x.dim() - 1), inputs = mixed.size(mixed.dim() - 1), rows = K > 0 ? x.numel() / K : 0;
   STD_TORCH_CHECK(inputs > 0 && mixed.numel() == rows * inputs, "layer_rest: mixed does not fit x");
-  check_packed(output, inputs, K);
-  check_packed(gate, K, inner);
-  check_packed(up, K, inner);
-  check_packed(down, inner, K);
-  const float* weight = norm_of(norm, K);
   Tensor out = torch::stable::empty(x.sizes(), ScalarType::Float);
-  auto* to = write<float>(out);
-  std::vector<float> normed(rows * K), gated(rows * inner), other(rows * inner), last(rows * K);
-  multiply(read<float>(mixed), rows, output, to, K);
-  const float* residual = read<float>(x);
-  for (int64_t i = 0; i < rows * K; i++) to[i] = residual[i] + to[i];
-  kernels().normalise(to, weight, normed.data(), rows, K, static_cast<float>(eps));
-  multiply(normed.data(), rows, gate, gated.data(), inner);
-  multiply(normed.data(), rows, up, other.data(), inner);
-  gate_with(gated.data(), other.data(), rows * inner);
-  multiply(gated.data(), rows, down, last.data(), K);
-  for (int64_t i = 0; i < rows * K; i++) to[i] = to[i] + last[i];
+  const Rest rest(output, norm, eps, gate, up, down, inner, inputs, K);
+  rest(read<float>(x), read<float>(mixed), rows, write<float>(out));
   return out;
 }
 

@@ -37,6 +37,6 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads(said[-1])
     assert {row["operation"] for row in found["rows"]} >= {
         "tree attention", "norm", "target forward", "best drafts", "expansion", "the target's choice",
-        "acceptance walk", "KV commit", "1 layers without attention",
+        "acceptance walk", "KV commit", "1 layers",
     }  # fmt: skip
     assert found["facts"]["native_kernels"]

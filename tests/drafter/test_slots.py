@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.cuda_ext.tree import DraftTree
+from specblock.drafter import layers
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.graphs import BlockGraphs
@@ -20,10 +22,12 @@ from tests.drafter.helpers import HIDDEN, KINDS, VOCAB, tiny_model
 from tests.recorders import FakeRecorder
 
 
-def pair(kind: str, recorder: FakeRecorder | None, **changes: Any) -> tuple[BlockDrafter, BlockDrafter]:
+def pair(
+    kind: str, recorder: FakeRecorder | None, dtype: torch.dtype = torch.float64, head_dim: int = 8, **changes: Any
+) -> tuple[BlockDrafter, BlockDrafter]:
     """The same network twice: forwards with masks, forwards over slots."""
     settings = DraftSettings(**{"node_budget": 30, "blocks": 5 if kind == "eagle3" else 3, "leaf_cap": 6} | changes)
-    masks = BlockDrafter(tiny_model(dtype=torch.float64, **KINDS[kind]), settings)
+    masks = BlockDrafter(tiny_model(dtype=dtype, head_dim=head_dim, **KINDS[kind]), settings, by_slot=False)
     slots = BlockDrafter(masks.model, settings, by_slot=True)
     assert masks.by_slot is None and slots.by_slot is not None
     if recorder is not None:
@@ -38,7 +42,8 @@ def pair(kind: str, recorder: FakeRecorder | None, **changes: Any) -> tuple[Bloc
 
 def assert_same(one: DraftTree, other: DraftTree) -> None:
     for name in DraftTree.__dataclass_fields__:
-        torch.testing.assert_close(getattr(one, name), getattr(other, name), rtol=1e-6, atol=1e-6)
+        own, others = getattr(one, name), getattr(other, name)
+        torch.testing.assert_close(own, others, rtol=1e-6 if own.dtype == torch.float64 else 1e-4, atol=1e-5)
 
 
 def cycles(drafters: tuple[BlockDrafter, BlockDrafter], noisy: bool, seed: int = 0) -> None:
@@ -55,7 +60,7 @@ def cycles(drafters: tuple[BlockDrafter, BlockDrafter], noisy: bool, seed: int =
         ([1, 3, 2], [2, 3, 1]), ([0, 2], [4, 1]),
     ):  # fmt: skip
         batch, width = len(slots), max(counts)
-        features = torch.randn(batch, width, 3 * HIDDEN, generator=generator, dtype=torch.float64)
+        features = torch.randn(batch, width, 3 * HIDDEN, generator=generator, dtype=drafters[0].dtype)
         tokens = torch.randint(0, VOCAB, (batch, width), generator=generator)
         roots = torch.randint(0, VOCAB, (batch,), generator=generator)
         sampling = SamplingBatch.of([params[slot] for slot in slots])
@@ -84,6 +89,30 @@ def test_the_same_trees_and_cache(kind: str, recorded: bool, noisy: bool) -> Non
     recorder = FakeRecorder()
     cycles(pair(kind, recorder if recorded else None), noisy)
     assert (recorder.replayed > recorder.recorded > 0) == recorded
+
+
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("noisy", [False, True])
+def test_whole_native_layers_draft_the_same(kind: str, noisy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafters = pair(kind, None, dtype=torch.float32, head_dim=16)
+    assert BlockDrafter(drafters[0].model, drafters[0].settings).by_slot is not None, "float32 on a CPU goes by slot"
+    calls: list[int] = []
+    native = layers.slot_layer
+    monkeypatch.setattr(layers, "slot_layer", lambda *a, **k: calls.append(1) or native(*a, **k))
+    cycles(drafters, noisy)
+    assert bool(calls) == (kind != "parallel"), "parallel heads have no layers"
+    calls.clear()
+    with torch.no_grad():
+        for parameter in drafters[0].model.parameters():  # both drafters have it, and see that it was written to
+            parameter.mul_(1.1)
+    cycles(drafters, noisy, seed=1)
+
+
+def test_heads_that_native_layers_do_not_take_go_without() -> None:
+    drafters = pair("specblock", None, dtype=torch.float32, head_dim=8)
+    assert BlockDrafter(drafters[0].model, drafters[0].settings).by_slot is None
+    cycles(drafters, noisy=True)
 
 
 def test_the_same_with_the_published_refresh() -> None:

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from specblock.cuda_ext.linear import PackedLinear
 from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.ops import ancestor_mask
 from specblock.verifier.loading import cache_argument
 from specblock.verifier.model import TargetModel
 from specblock.verifier.native import ATTENTION, NativeAttention, NativeMLP, NativeNorm
@@ -46,6 +47,31 @@ def test_the_model_stays_the_model(family):
         assert torch.allclose(target.forward(cache, [0], tokens).logits, expected, atol=1e-4)
     assert torch.equal(target.output_head, untouched.get_output_embeddings().weight)
     assert target.vocab_size == VOCAB
+
+
+@BOTH
+def test_whole_layers_over_slots_are_the_layers_under_masks(family):
+    models = [with_uneven_norms(tiny_hf_model(family, torch.float32, head_dim=16)) for _ in range(2)]
+    masks, slots = (
+        TargetModel.from_model(m, native=True, by_slot=own) for m, own in zip(models, (False, None), strict=True)
+    )
+    assert masks.native and slots.native and masks.by_slot is None and slots.by_slot is not None
+    caches = [target.new_cache(3, 64) for target in (masks, slots)]
+    for target, cache in zip((masks, slots), caches, strict=True):
+        assert cache.padding_rows == 0
+        for slot in range(3):
+            target.prefill(cache, cache.allocate(), list(range(slot, slot + 20 + slot)))
+    tree = random_trees(1, VOCAB, num_raw=8, budget=8)([0, 0], torch.tensor([3, 5]), [0])[0]
+    mask = ancestor_mask(tree, 5)
+    want, got = (
+        target.forward(cache, [2, 0], tree.token, tree_mask=mask, depth=tree.depth)
+        for target, cache in zip((masks, slots), caches, strict=True)
+    )
+    torch.testing.assert_close(got.logits, want.logits)
+    torch.testing.assert_close(got.features, want.features)
+    for slot, length in enumerate(caches[0].lengths):
+        end = length + (tree.num_rows if slot != 1 else 0)
+        torch.testing.assert_close(caches[1].keys[:, slot, :, :end], caches[0].keys[:, slot, :, :end])
 
 
 @BOTH

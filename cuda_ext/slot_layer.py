@@ -1,0 +1,102 @@
+"""A whole Llama-like decoder layer over the slots of a cache, for the few rows of a cycle: one native call on a CPU.
+
+Legend: B requests, T new rows per request, A of them that ask for something, W rows behind a request's prefix of which
+the new ones are the last, K size of the residual stream, S slots, G key/value heads, C capacity of a slot, D head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specblock.cuda_ext.attention import slot_attention_reference
+from specblock.cuda_ext.layer import AttentionWeights, RestWeights, attention_inputs_reference, layer_rest_reference
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRows:
+    """Where the new rows of B requests go in one layer of a cache, and what they see there.
+
+    Attributes:
+        keys: float32 [S, G, C, D], contiguous in D; written.
+        values: as ``keys``.
+        slots: int64 [B], distinct.
+        lengths: int64 [B], rows of each request's prefix, all of which every new row sees; at most C - W.
+        visible: bool [B, T, W], which rows behind the prefix each new row sees; every row sees itself.
+    """
+
+    keys: Tensor
+    values: Tensor
+    slots: Tensor
+    lengths: Tensor
+    visible: Tensor
+
+
+def slot_layer(
+    x: Tensor,
+    before: AttentionWeights,
+    after: RestWeights,
+    rotary: tuple[Tensor, Tensor],
+    rows: CacheRows,
+    *,
+    scale: float | None = None,
+    residual: Tensor | None = None,
+    asking: Tensor | None = None,
+) -> Tensor:
+    """Keys and values of all new rows go to the cache; the rows that ask attend and go through the SwiGLU.
+
+    A row's result has the same bits whatever other requests, rows and hidden keys there are.
+
+    Args:
+        x: float32 [B, T, inputs] on the CPU, contiguous.
+        before: packed products of ``inputs``; without a norm, ``x`` is normalised already.
+        after: packed.
+        rotary: cos and sin, float32 [B or 1, T, D], half-split layout.
+        rows: the cache.
+        scale: of the scores; None is D^-0.5.
+        residual: float32 [B, T, K], contiguous; None is ``x``.
+        asking: int64 [B, A], numbers of the rows that ask; None is all T.
+
+    Returns:
+        float32 [B, A or T, K].
+    """
+    b, a, (cos, sin) = before, after, rotary
+    result: Tensor = torch.ops.specblock.slot_layer.default(
+        x, residual, b.norm, b.eps, b.query.panels, b.key.panels, b.value.panels, b.query.out_features,
+        b.key.out_features, cos, sin, b.query_norm, b.key_norm, b.head_eps, rows.keys, rows.values, rows.slots,
+        rows.lengths, rows.visible, asking, cos.shape[-1] ** -0.5 if scale is None else scale, a.output.panels, a.norm,
+        a.eps, a.gate.panels, a.up.panels, a.down.panels, a.gate.out_features,
+    )  # fmt: skip
+    return result
+
+
+def slot_layer_reference(
+    x: Tensor,
+    before: AttentionWeights,
+    after: RestWeights,
+    rotary: tuple[Tensor, Tensor],
+    rows: CacheRows,
+    *,
+    scale: float | None = None,
+    residual: Tensor | None = None,
+    asking: Tensor | None = None,
+) -> Tensor:
+    """``slot_layer`` of its parts."""
+    batch, count, width = rows.visible.shape
+    query, key, value = attention_inputs_reference(x, before, rotary)
+    place_BT = rows.lengths[:, None] + width - count + torch.arange(count)
+    rows.keys[rows.slots[:, None], :, place_BT] = key.transpose(1, 2)
+    rows.values[rows.slots[:, None], :, place_BT] = value.transpose(1, 2)
+    # Rows behind the prefix that are not new see themselves only: nobody asks what for.
+    old = torch.eye(width, dtype=torch.bool)[: width - count].expand(batch, -1, -1)
+    padded = torch.nn.functional.pad(query, (0, 0, width - count, 0))
+    mixed = slot_attention_reference(
+        padded, rows.keys, rows.values, rows.slots, rows.lengths, torch.cat([old, rows.visible], dim=1),
+        query.shape[-1] ** -0.5 if scale is None else scale,
+    )[:, width - count :].flatten(2)  # fmt: skip
+    stream = x if residual is None else residual
+    if asking is not None:
+        mixed, stream = (t.gather(1, asking[:, :, None].expand(-1, -1, t.shape[-1])) for t in (mixed, stream))
+    return layer_rest_reference(stream, mixed, after)

@@ -1,0 +1,152 @@
+"""A whole decoder layer over a cache: the native call is its parts, writes what they write, and checks its input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from specblock.cuda_ext.layer import AttentionWeights, RestWeights
+from specblock.cuda_ext.linear import PackedWeight, pack
+from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.slot_layer import CacheRows, slot_layer, slot_layer_reference
+
+pytestmark = pytest.mark.skipif(not native_available(), reason="native operations were not built")
+HEADS, KEY_HEADS, INNER, CAPACITY = 4, 2, 40, 40
+
+
+def packed(outputs: int, inputs: int) -> PackedWeight:
+    return pack((torch.randn(outputs, inputs) / inputs**0.5).to(torch.bfloat16).float())
+
+
+def weights(hidden: int, inputs: int, size: int, *, norm: bool, head_norms: bool) -> Any:
+    own = (torch.rand(size) + 0.5, torch.rand(size) + 0.5) if head_norms else (None, None)
+    before = AttentionWeights(
+        norm=torch.rand(inputs) + 0.5 if norm else None, eps=1e-5, query=packed(HEADS * size, inputs),
+        key=packed(KEY_HEADS * size, inputs), value=packed(KEY_HEADS * size, inputs), query_norm=own[0],
+        key_norm=own[1], head_eps=1e-6,
+    )  # fmt: skip
+    after = RestWeights(
+        output=packed(hidden, HEADS * size), norm=torch.rand(hidden) + 0.5, eps=1e-5, gate=packed(INNER, hidden),
+        up=packed(INNER, hidden), down=packed(hidden, INNER),
+    )  # fmt: skip
+    return before, after
+
+
+def cache_rows(batch: int, count: int, width: int, size: int, seed: int) -> CacheRows:
+    slots = torch.randperm(batch + 2)[:batch]
+    lengths = torch.randint(0, CAPACITY - width + 1, (batch,))
+    keys, values = torch.randn(2, batch + 2, KEY_HEADS, CAPACITY, size)
+    visible = torch.rand(batch, count, width) < 0.5
+    visible |= torch.eye(width, dtype=torch.bool)[width - count :]
+    return CacheRows(keys, values, slots, lengths, visible)
+
+
+def copied(rows: CacheRows) -> CacheRows:
+    return CacheRows(rows.keys.clone(), rows.values.clone(), rows.slots, rows.lengths, rows.visible)
+
+
+@given(
+    seed=st.integers(0, 10**6), batch=st.integers(1, 4), count=st.integers(1, 9), more=st.integers(0, 6),
+    shared=st.booleans(), head_norms=st.booleans(), residual=st.booleans(), asked=st.integers(0, 4),
+    size=st.sampled_from([16, 32]), hidden=st.sampled_from([48, 64]),
+)  # fmt: skip
+@settings(max_examples=120, deadline=None)
+def test_the_layer_is_its_parts(
+    seed: int, batch: int, count: int, more: int, shared: bool, head_norms: bool, residual: bool, asked: int, size: int,
+    hidden: int,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    inputs = 2 * hidden if residual else hidden
+    before, after = weights(hidden, inputs, size, norm=not residual, head_norms=head_norms)
+    rows = cache_rows(batch, count, count + more, size, seed)
+    again = copied(rows)
+    x, angle = torch.randn(batch, count, inputs), torch.randn(1 if shared else batch, count, size)
+    options = {
+        "scale": 0.2,
+        "residual": torch.randn(batch, count, hidden) if residual else None,
+        "asking": torch.randint(0, count, (batch, asked)) if asked else None,
+    }
+    with torch.inference_mode():
+        got = slot_layer(x, before, after, (angle.cos(), angle.sin()), rows, **options)
+        wanted = slot_layer_reference(x, before, after, (angle.cos(), angle.sin()), again, **options)
+    assert got.shape == (batch, asked or count, hidden)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert torch.equal(rows.keys, again.keys) and torch.equal(rows.values, again.values)
+
+
+def test_a_row_has_the_same_bits_alone_and_among_others() -> None:
+    torch.manual_seed(3)
+    before, after = weights(64, 64, 32, norm=True, head_norms=True)
+    rows = cache_rows(4, 5, 5, 32, 3)
+    x, angle = torch.randn(4, 5, 64), torch.randn(4, 5, 32)
+    with torch.inference_mode():
+        together = slot_layer(x, before, after, (angle.cos(), angle.sin()), copied(rows))
+        for b in range(4):
+            one = CacheRows(
+                rows.keys, rows.values, rows.slots[b : b + 1], rows.lengths[b : b + 1], rows.visible[b:][:1]
+            )
+            table = (angle.cos()[b : b + 1], angle.sin()[b : b + 1])
+            alone = slot_layer(x[b : b + 1], before, after, table, one)
+            assert torch.equal(alone[0], together[b])
+            asked = slot_layer(x[b : b + 1], before, after, table, one, asking=torch.tensor([[4, 1]]))
+            assert torch.equal(asked[0], together[b, [4, 1]])
+
+
+def test_what_hidden_and_stale_rows_hold_changes_nothing() -> None:
+    torch.manual_seed(4)
+    before, after = weights(64, 64, 32, norm=True, head_norms=False)
+    clean = cache_rows(2, 3, 6, 32, 4)
+    dirty = copied(clean)
+    for b in range(2):
+        slot, length = int(clean.slots[b]), int(clean.lengths[b])
+        unseen = [length + 3 + row for row in range(-3, 0) if not clean.visible[b, :, row + 3].any()]
+        dirty.keys[slot, :, length + 6 :], dirty.values[slot, :, length + 6 :] = float("nan"), float("nan")
+        dirty.keys[slot, :, unseen], dirty.values[slot, :, unseen] = 1e6, -1e6
+    x, angle = torch.randn(2, 3, 64), torch.randn(1, 3, 32)
+    with torch.inference_mode():
+        results = [slot_layer(x, before, after, (angle.cos(), angle.sin()), rows) for rows in (clean, dirty)]
+    assert torch.equal(*results)
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_written() -> None:
+    torch.manual_seed(5)
+    before, after = weights(64, 64, 32, norm=True, head_norms=False)
+    b, a, rows = before, after, cache_rows(2, 3, 4, 32, 5)
+    table = torch.ones(1, 3, 32)
+    fits = [
+        torch.ones(2, 3, 64), None, b.norm, b.eps, b.query.panels, b.key.panels, b.value.panels, 128, 64, table, table,
+        None, None, 0.0, rows.keys, rows.values, rows.slots, rows.lengths, rows.visible, None, 0.2, a.output.panels,
+        a.norm, a.eps, a.gate.panels, a.up.panels, a.down.panels, INNER,
+    ]  # fmt: skip
+    before_keys = rows.keys.clone()
+    for place, wrong in (
+        (0, torch.ones(2, 64)),
+        (0, torch.ones(2, 3, 48)), (0, torch.ones(2, 3, 64).double()), (1, torch.ones(2, 2, 64)),
+        (2, torch.ones(63)), (4, b.key.panels), (7, 96), (8, 32), (9, torch.ones(1, 2, 32)), (11, torch.ones(31)),
+        (14, rows.keys[:, :1]), (14, rows.keys.double()), (15, rows.values[..., :16]), (16, torch.tensor([0, 9])),
+        (16, torch.tensor([-1, 0])), (17, torch.tensor([0, CAPACITY - 3])), (17, torch.tensor([-1, 0])),
+        (18, rows.visible[:, :, :2].contiguous()), (18, rows.visible.int()), (19, torch.tensor([[0], [3]])),
+        (19, torch.tensor([[0]])), (21, b.query.panels), (22, torch.ones(5)), (24, b.key.panels), (27, 64),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError):
+            torch.ops.specblock.slot_layer(*fits[:place], wrong, *fits[place + 1 :])
+    assert torch.equal(rows.keys, before_keys)
+    torch.ops.specblock.slot_layer(*fits)
+    assert not torch.equal(rows.keys, before_keys)
+
+
+def test_a_fake_call_has_the_shape() -> None:
+    torch.manual_seed(6)
+    before, after = weights(64, 64, 32, norm=True, head_norms=False)
+    rows, table = cache_rows(2, 3, 4, 32, 6), torch.ones(1, 3, 32)
+    x = torch.ones(2, 3, 64)
+    mode = torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.inference_mode():
+        fake = mode.from_tensor(x)
+        assert slot_layer(fake, before, after, (table, table), rows).shape == (2, 3, 64)
+        asked = slot_layer(fake, before, after, (table, table), rows, asking=torch.zeros(2, 1, dtype=torch.int64))
+        assert asked.shape == (2, 1, 64)
