@@ -32,10 +32,13 @@ _START = {
     "eagle3": DraftSettings(blocks=3, leaf_cap=2, node_budget=7, beam=4, fan_out=(1,), rank_head=False),
     "parallel": DraftSettings(blocks=1, leaf_cap=8, node_budget=7),
 }
+_RULE = "fan_out rule"
+_BY_SCORE = (_RULE, ("rank head", 3, 4, 6, 10))
+"""Fan-outs by rank class, or without the rank head, so many of every slot: their scores alone then decide."""
 _GRID: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
     "specblock": [
         ("blocks", (1, 2)), ("node_budget", (4, 7, 12, 20, 31)), ("leaf_cap", (2, 4, 8)),
-        ("noise_scale", (0.7, 1.0, 1.4)),
+        ("noise_scale", (0.7, 1.0, 1.4)), _BY_SCORE,
     ],
     "eagle3": [
         ("blocks", (1, 2, 3, 4, 6)), ("leaf_cap", (1, 2, 4, 10)), ("beam", (2, 4, 10)),
@@ -81,15 +84,14 @@ def run(settings: TuneSettings, say: Callable[[str], None]) -> int:
         log: list[dict[str, Any]] = []
         chosen, tried_trees = _START[kind], dict[DraftSettings, float]()
         for name, values in _GRID[kind]:
-            steps = _measured(
-                target, network, [replace(chosen, **{name: v}) for v in values], prompts, how, files[0][0]
-            )
+            candidates = [_changed(chosen, name, value) for value in values]
+            steps = _measured(target, network, candidates, prompts, how, files[0][0])
             for candidate, speed in steps:
                 log.append({"kind": kind, "settings": asdict(candidate), "tokens_per_s": speed})
             tried_trees |= dict(steps)
             chosen, speed = max(steps, key=lambda step: step[1])
-            tried = ", ".join(f"{getattr(c, name)}: {s:.1f}" for c, s in steps)
-            say(f"{kind}: {name} -> {getattr(chosen, name)} ({tried} tokens/s)")
+            tried = ", ".join(f"{value}: {s:.1f}" for value, (_, s) in zip(values, steps, strict=True))
+            say(f"{kind}: {name} -> {values[candidates.index(chosen)]} ({tried} tokens/s)")
         finalists = sorted(tried_trees, key=tried_trees.__getitem__)[-_FINALISTS:]
         finals = _measured(target, network, finalists, others, how, files[0][0])
         chosen, speed = max(finals, key=lambda step: step[1])
@@ -99,6 +101,13 @@ def run(settings: TuneSettings, say: Callable[[str], None]) -> int:
         kept["log"] = [step for step in kept["log"] if step["kind"] != kind] + log
         path.write_text(json.dumps(kept, indent=1) + "\n")
     return 0
+
+
+def _changed(settings: DraftSettings, name: str, value: Any) -> DraftSettings:
+    """One candidate of a step of the search."""
+    if name != _RULE:
+        return replace(settings, **{name: value})
+    return settings if value == "rank head" else replace(settings, rank_head=False, beam=value, fan_out=(1,))
 
 
 def _measured(

@@ -82,8 +82,13 @@ class Linear(nn.Linear):
         return self._packed
 
     def _state(self) -> tuple[int, int]:
-        # Tensors born in inference mode count no versions; nothing writes to such weights.
-        return self.weight.data_ptr(), -1 if self.weight.is_inference() else self.weight._version
+        return written(self.weight)
+
+
+def written(weight: Tensor) -> tuple[int, int]:
+    """Changes when a weight was moved or written to (through ``weight.data`` it does not)."""
+    # Tensors born in inference mode count no versions; nothing writes to such weights.
+    return weight.data_ptr(), -1 if weight.is_inference() else weight._version
 
 
 class RMSNorm(nn.Module):

@@ -23,6 +23,7 @@ from specblock.drafter.layers import (
     rows_of,
     take_rows,
     whole_layer,
+    written,
 )
 from specblock.drafter.network import DraftNetwork
 
@@ -44,14 +45,26 @@ class InputLayer(nn.Module):
         self.query_norm = RMSNorm(hidden, eps)
         self.fuse = Linear(3 * hidden, hidden, parts=3)  # condition, token, query
         nn.init.normal_(self.position_queries.weight, std=0.02)
+        self._slots, self._slots_state = torch.empty(0), ((0, 0),) * 3
 
     def forward(self, condition_BPH: Tensor, token_BPH: Tensor) -> Tensor:
         """[B, P, H] condition (projected feature or parent's hidden) and embedding -> [B, P, K, H]."""
         # W [c; e; q] is the sum of three products: condition and token once per position, queries once at all.
         shared = self.fuse.part(0, self.condition_norm(condition_BPH))
         shared = shared + self.fuse.part(1, self.token_norm(token_BPH))
-        query = self.fuse.part(2, self.query_norm(self.position_queries.weight))
-        return shared[..., None, :] + query
+        return shared[..., None, :] + self._of_slots()
+
+    def _of_slots(self) -> Tensor:
+        """[K, H], the queries' part; outside of training the same until a weight is written to."""
+        weights = (self.fuse.weight, self.position_queries.weight, self.query_norm.weight)
+        # A recorded graph must compute it: it does not see that weights were exchanged.
+        if torch.is_grad_enabled() or not self.fuse.weight.is_cpu:
+            return self.fuse.part(2, self.query_norm(self.position_queries.weight))
+        state = tuple(written(weight) for weight in weights)
+        if state != self._slots_state:
+            self._slots = self.fuse.part(2, self.query_norm(self.position_queries.weight))
+            self._slots_state = state
+        return self._slots
 
 
 class DecoderLayer(nn.Module):
