@@ -33,9 +33,9 @@ class PackedWeight:
     panels: Tensor
     out_features: int
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """float32 [..., K] -> float32 [..., N]."""
-        result: Tensor = torch.ops.specblock.packed_linear(x.contiguous(), self.panels, self.out_features)
+    def __call__(self, x: Tensor, coarse: bool = False) -> Tensor:
+        """float32 [..., K] -> float32 [..., N]; ``coarse`` rounds x to bfloat16 where that is faster."""
+        result: Tensor = torch.ops.specblock.packed_linear(x.contiguous(), self.panels, self.out_features, coarse)
         return result
 
     def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor], norm: Tensor | None = None, eps: float = 0.0) -> Tensor:

@@ -115,7 +115,7 @@ def has_kernel(name: str, tensor: Tensor) -> bool:
     return native_available() if tensor.is_cpu else tensor.is_cuda and cuda_native_available(name)
 
 
-def _packed_linear_shape(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
+def _packed_linear_shape(x: Tensor, packed: Tensor, out_features: int, coarse: bool = False) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 

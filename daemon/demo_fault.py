@@ -30,14 +30,14 @@ class DesynchronisedDrafter(BlockDrafter):
         super().__init__(model, settings)
         self._last: dict[int, Tensor] = {}
 
-    def refresh(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:
-        """See BlockDrafter.refresh."""
+    def paired(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> NewPositions:
+        """See BlockDrafter.paired."""
         late = new.features.roll(1, dims=1)
         for row, (slot, count) in enumerate(zip(slots, new.counts, strict=True)):
             late[row, 0] = self._last.get(slot, new.features[row, 0])
             if count:
                 self._last[slot] = new.features[row, count - 1].clone()
-        return super().refresh(cache, slots, NewPositions(late, new.tokens, new.counts))
+        return NewPositions(late, new.tokens, new.counts)
 
 
 class DesynchronisedEngineActor(EngineActor):

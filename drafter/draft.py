@@ -14,7 +14,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.attention import tree_attention
 from specblock.cuda_ext.noise import NoiseRows, NoiseWindow
 from specblock.cuda_ext.ops import grow_tree
 from specblock.cuda_ext.sampling import SamplingBatch
@@ -33,7 +32,7 @@ from specblock.drafter.expand import (
 from specblock.drafter.fan_out import FanOutRule
 from specblock.drafter.interface import Draft, NewPositions
 from specblock.drafter.kv_cache import DrafterCache
-from specblock.drafter.layers import rows_of, take_rows
+from specblock.drafter.masks import MaskBlocks
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.plan import DraftPlan, FixedLimits, Limits
 from specblock.drafter.proposals import Proposals, Ranking, propose
@@ -58,7 +57,9 @@ class BlockDrafter:
         self._fixed = FixedLimits(settings)
         self._fan_out = FanOutRule.of(settings, self.device)
         self.by_slot: SlotBlocks | None = None
-        if self.device.type == "cuda" or model.packs if by_slot is None else by_slot:
+        self._masks = MaskBlocks(model)
+        pays = self.device.type == "cuda" or model.packs
+        if by_slot or (by_slot is None and pays):
             self.by_slot = SlotBlocks(model, settings, self._fan_out, graphs and self.device.type == "cuda")
 
     @property
@@ -118,33 +119,12 @@ class BlockDrafter:
     def refresh(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:
         """Appends the rows of new positions, every one computed from true target features.
 
+        They are context: on CPUs with a matrix unit they are computed in bfloat16, unlike those of a cycle.
+
         Returns:
             u [B, 1, K, H] of each request's newest position (of padding, if it has none: finite and meaningless).
         """
-        newest_position = [max(0, count - 1) for count in new.counts]
-        numbers = [slots, [cache.rows[s] for s in slots], [cache.rotary[s] for s in slots], newest_position]
-        slots_B, base, rotary_base, newest = on_device(numbers, new.tokens.device)
-        num_positions, width = new.tokens.shape[1], self.model.config.num_slots
-        order_P = torch.arange(num_positions, device=base.device)
-        # Padding may reach further than this, even out of the storage: nothing looks at it.
-        end = max(1, *(cache.rows[s] + count for s, count in zip(slots, new.counts, strict=True))) * width
-        row = base[:, None] * width + torch.arange(num_positions * width, device=base.device)
-        in_order = cache.in_order(slots)
-        mask_BTS = torch.arange(end, device=base.device) <= row[:, :, None]  # causal over rows (method reference 1.6)
-        newest_rows = rows_of(newest, num_positions, width)
-        newest_mask = mask_BTS if newest_rows is None else take_rows(mask_BTS, newest_rows)
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.write(layer, slots_B, in_order, base * width, key, value, end)
-            everyone = query.shape[2] == mask_BTS.shape[1]
-            return tree_attention(query, keys, values, mask_BTS if everyone else newest_mask)
-
-        rotary = self.model.rotary_tables(self.model.rotary_index(rotary_base[:, None] + order_P))
-        inputs = self.model.first_inputs(new.features, new.tokens)
-        hidden = self.model.run_layers(inputs, rotary, attend, newest)
-        for slot, count in zip(slots, new.counts, strict=True):
-            cache.advance(slot, count)
-        return hidden
+        return self._absorb(cache, slots, self.paired(cache, slots, new))
 
     @torch.no_grad()
     def draft(
@@ -216,12 +196,26 @@ class BlockDrafter:
         depth_BnK = depth_Bn[:, :, None] + torch.arange(1, width + 1, device=root_index.device)
         return noise.rows(slots_B[:, None, None], root_index[:, None, None] + depth_BnK)
 
+    def paired(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> NewPositions:
+        """What is stored for new positions: they themselves."""
+        return new
+
+    def _absorb(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:
+        if self.by_slot is not None and self.by_slot.whole_layers:
+            found = self.by_slot.absorb(cache, slots, new)
+        else:
+            found = self._masks.first(cache, slots, new)
+        for slot, count in zip(slots, new.counts, strict=True):
+            cache.advance(slot, count)
+        return found
+
     def _first_block(
         self, cache: DrafterCache, slots: list[int], new: NewPositions, ranking: Ranking
     ) -> tuple[Tensor, Proposals]:
         """Refresh and block 1: u [B, 1, K, H] of each newest position and what it proposes."""
+        new = self.paired(cache, slots, new)
         if self.by_slot is None or new.tokens.shape[1] > POSITIONS[-1]:
-            hidden = self.refresh(cache, slots, new)
+            hidden = self._absorb(cache, slots, new)
             return hidden, propose(self.model, self.settings, self._fan_out, hidden, ranking, first=True)
         found = self.by_slot.first(cache, slots, new, ranking)
         for slot, count in zip(slots, new.counts, strict=True):
@@ -238,34 +232,5 @@ class BlockDrafter:
         """A later block: u [B, n, K, H] and what it proposes."""
         if self.by_slot is not None:
             return self.by_slot.later(cache, slots, leaves, self._scratch_start(block), ranking)
-        hidden = self._later_block(cache, slots, slots_B, leaves, block)
+        hidden = self._masks.later(cache, slots, slots_B, leaves, self._scratch_start(block))
         return hidden, propose(self.model, self.settings, self._fan_out, hidden, ranking, first=False)
-
-    def _later_block(
-        self, cache: DrafterCache, slots: list[int], slots_B: Tensor, leaves: Leaves, block: int
-    ) -> Tensor:
-        """One batched forward over all leaves: u [B, n, K, H]. Nothing is appended to the finished positions."""
-        width, device = self.model.config.num_slots, slots_B.device
-        num_leaves = leaves.token.shape[1]
-        first_row = self._scratch_start(block)
-        numbers = [[(cache.rows[s] - 1) * width for s in slots], [cache.last_rotary[s] for s in slots]]
-        root_row, root_rotary = on_device(numbers, device)
-        start = root_row + first_row
-        end = (max(cache.rows[s] for s in slots) - 1) * width + first_row + num_leaves * width
-        in_order = cache.in_order(slots)
-        scratch = torch.arange(leaves.seen.shape[-1], device=device)
-        own = first_row + torch.arange(num_leaves * width, device=device).view(num_leaves, width)
-        causal = (scratch >= own[:, :1, None]) & (scratch <= own[:, :, None])  # [n, K, scratch]
-        visible = (leaves.seen[:, :, None] | causal).flatten(1, 2)
-        relative = torch.arange(end, device=device) - root_row[:, None]  # [B, end]
-        inside = (relative >= 0) & (relative < scratch.shape[0])
-        index = relative.clamp(0, scratch.shape[0] - 1)[:, None].expand(-1, visible.shape[1], -1)
-        mask = (relative < 0)[:, None] | (inside[:, None] & visible.gather(2, index))
-
-        def attend(layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            keys, values = cache.write(layer, slots_B, in_order, start, key, value, end)
-            return tree_attention(query, keys, values, mask)
-
-        positions = root_rotary[:, None].expand(-1, num_leaves)
-        rotary = self.model.rotary_tables(self.model.rotary_index(positions, leaves.depth))
-        return self.model.run_layers(self.model.later_inputs(leaves.hidden, leaves.token), rotary, attend)

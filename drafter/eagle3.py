@@ -16,10 +16,10 @@ from specblock.drafter.layers import (
     MLP,
     Attend,
     Attention,
+    DecoderBlock,
     Linear,
     RMSNorm,
     rest_of_layer,
-    rest_weights,
     rows_of,
     take_rows,
     whole_layer,
@@ -46,8 +46,8 @@ class Eagle3Layer(nn.Module):
         token, hidden = x_BT2H.chunk(2, dim=-1)
         both = torch.cat([self.input_layernorm(token), self.hidden_norm(hidden)], dim=-1)
         attention, norm = self.self_attn, self.post_attention_layernorm
-        after = rest_weights(attention.o_proj, norm, self.mlp)
-        whole = whole_layer(both, 0, rotary, attend, asking, attention.weights(None), after, residual=hidden)
+        block = DecoderBlock(None, attention, norm, self.mlp)
+        whole = whole_layer(both, 0, rotary, attend, asking, block, residual=hidden)
         if whole is not None:
             return whole
         mixed = attention(both, 0, rotary, attend, asking)

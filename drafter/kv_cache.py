@@ -18,7 +18,8 @@ class DrafterCache:
 
     Attributes:
         positions: finished positions; position i is the pair (h_i, x_{i+1}).
-        padding_rows: rows of each slot at the very end, to write what nobody reads.
+        padding_rows: rows of each slot at the very end, for what nobody reads: of requests that only fill up a batch,
+            and of those that have fewer new positions than others in it.
         rows: stored positions, and rotary: index of the next one. Both equal ``positions`` unless the published
             refresh is imitated, which stores some twice and skips indices.
         domains: ``domain_key`` of each slot's kind of text.
@@ -39,7 +40,7 @@ class DrafterCache:
     ) -> None:
         # The one behind scratch rows takes padding, and so do the rows behind it.
         rows = capacity_positions * config.num_slots + scratch_rows + 1 + padding_rows
-        self.padding_rows = padding_rows
+        self.padding_rows, self._scratch_rows, self._width = padding_rows, scratch_rows, config.num_slots
         shape = (config.num_hidden_layers, num_slots, config.num_key_value_heads, rows, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
@@ -63,6 +64,14 @@ class DrafterCache:
     def positions_after(self, slot: int, count: int) -> int:
         """Finished positions of a slot once ``advance`` has counted ``count``."""
         return self.positions[slot] + count - self.surplus[slot][0]
+
+    def room(self, slot: int, count: int) -> int:
+        """Stored positions of a slot, behind which ``count`` more have room."""
+        end = self.keys.shape[3] - self.padding_rows - self._scratch_rows - 1
+        assert (self.rows[slot] + count) * self._width <= end, (
+            "drafter cache overflow: the scheduler must check capacity"
+        )
+        return self.rows[slot]
 
     def put(self, layer: int, slots_B: Tensor, rows_BT: Tensor, keys: Tensor, values: Tensor) -> None:
         """Writes rows ``[B, kv_heads, T, D]`` at ``rows_BT`` int64 [B, T], all of which the storage has."""

@@ -6,6 +6,7 @@ Legend: B batch, T rows, A rows that look for something, K slots, H hidden, D he
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Linear(nn.Linear):
     """A linear map without bias, as every one in the drafter.
 
+    While ``coarse`` is set, the native product may round its input to bfloat16 (see ``DraftNetwork.coarsely``).
+
     Its input may be a concatenation of ``parts`` equally long pieces, each of which can be multiplied on its own:
     ``W [a; b] = part(0, a) + part(1, b)``. After ``pack`` the native product serves; a weight that was written to,
     moved or cast is noticed (writing through ``weight.data`` is not).
@@ -34,6 +37,7 @@ class Linear(nn.Linear):
     def __init__(self, in_features: int, out_features: int, parts: int = 1) -> None:
         super().__init__(in_features, out_features, bias=False)
         self._parts = parts
+        self.coarse = False
         self._packed: tuple[PackedWeight, ...] = ()
         self._packed_state = (-1, -1)
 
@@ -48,14 +52,14 @@ class Linear(nn.Linear):
         if not pieces:
             return F.linear(x, self.weight)
         if len(pieces) == 1:
-            return pieces[0](x)
+            return pieces[0](x, self.coarse)
         inputs = x.chunk(len(pieces), dim=-1)
-        return torch.stack([piece(taken) for piece, taken in zip(pieces, inputs, strict=True)]).sum(dim=0)
+        return torch.stack([piece(taken, self.coarse) for piece, taken in zip(pieces, inputs, strict=True)]).sum(dim=0)
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """The contribution of one piece of the input: [..., in / parts] -> [..., out]."""
         pieces = self._current()
-        return pieces[index](x) if pieces else F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
+        return pieces[index](x, self.coarse) if pieces else F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
 
     def pack(self) -> None:
         """From here on, outside of training, the native product serves where it can."""
@@ -189,31 +193,42 @@ class MLP(nn.Module):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
+@dataclass(frozen=True, slots=True)
+class DecoderBlock:
+    """The modules of a decoder layer: a norm (None: rows come normalised), attention, another norm, the MLP."""
+
+    before: RMSNorm | None
+    attention: Attention
+    after: RMSNorm
+    mlp: MLP
+
+
 def whole_layer(
     x_BTI: Tensor,
     layer: int,
     rotary: tuple[Tensor, Tensor],
     attend: Attend,
     asking: Tensor | None,
-    before: AttentionWeights | None,
-    after: RestWeights | None,
+    block: DecoderBlock,
     residual: Tensor | None = None,
 ) -> Tensor | None:
     """A decoder layer in one native call, [B, T or A, H]; None where that cannot be.
 
     Args:
-        x_BTI: rows, to be normalised by ``before`` if it has a norm.
+        x_BTI: rows, to be normalised by the block's first norm if it has one.
         layer: its number in the cache.
         rotary, attend, asking: as of a layer's ``forward``.
-        before, after: packed weights; None where something is not packed.
+        block: the layer's modules.
         residual: [B, T, H], what the layer adds to; None is ``x_BTI``.
     """
     rows = attend.rows(layer) if isinstance(attend, SlotAttend) else None
-    if before is None or after is None or rows is None:
+    if rows is None:
         return None
-    cos, sin = rotary[0][:, 0].contiguous(), rotary[1][:, 0].contiguous()
-    stream = None if residual is None else residual.contiguous()
-    return slot_layer(x_BTI.contiguous(), before, after, (cos, sin), rows, residual=stream, asking=asking)
+    attention, coarse = block.attention, block.attention.o_proj.coarse
+    before, after = attention.weights(block.before), rest_weights(attention.o_proj, block.after, block.mlp)
+    assert before is not None and after is not None, "whole layers are asked for where all weights are packed"
+    tables = rotary[0][:, 0], rotary[1][:, 0]
+    return slot_layer(x_BTI, before, after, tables, rows, residual=residual, asking=asking, coarse=coarse)
 
 
 def rest_weights(output: Linear, norm: RMSNorm, mlp: MLP) -> RestWeights | None:

@@ -16,10 +16,10 @@ from specblock.drafter.layers import (
     MLP,
     Attend,
     Attention,
+    DecoderBlock,
     Linear,
     RMSNorm,
     rest_of_layer,
-    rest_weights,
     rows_of,
     take_rows,
     whole_layer,
@@ -45,7 +45,8 @@ class InputLayer(nn.Module):
         self.query_norm = RMSNorm(hidden, eps)
         self.fuse = Linear(3 * hidden, hidden, parts=3)  # condition, token, query
         nn.init.normal_(self.position_queries.weight, std=0.02)
-        self._slots, self._slots_state = torch.empty(0), ((0, 0),) * 3
+        self._slots = torch.empty(0)
+        self._slots_state: tuple[tuple[int, int], ...] = ()
 
     def forward(self, condition_BPH: Tensor, token_BPH: Tensor) -> Tensor:
         """[B, P, H] condition (projected feature or parent's hidden) and embedding -> [B, P, K, H]."""
@@ -82,8 +83,8 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """[B, T, H] -> [B, T, H], or [B, A, H] of the rows ``asking`` [B, A]."""
         attention, norm = self.self_attn, self.input_layernorm
-        after = rest_weights(attention.o_proj, self.post_attention_layernorm, self.mlp)
-        whole = whole_layer(x_BTH, layer, rotary, attend, asking, attention.weights(norm), after)
+        block = DecoderBlock(norm, attention, self.post_attention_layernorm, self.mlp)
+        whole = whole_layer(x_BTH, layer, rotary, attend, asking, block)
         if whole is not None:
             return whole
         mixed = attention.of_normed(x_BTH, norm, layer, rotary, attend, asking)

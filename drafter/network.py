@@ -10,6 +10,8 @@ vocabulary.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -132,6 +134,18 @@ class DraftNetwork(nn.Module, ABC):
             if isinstance(module, Linear):
                 module.pack()
         return self
+
+    @contextmanager
+    def coarsely(self) -> Iterator[None]:
+        """Inside, native products may round what they multiply to bfloat16: for rows that are only context."""
+        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        for linear in linears:
+            linear.coarse = True
+        try:
+            yield
+        finally:
+            for linear in linears:
+                linear.coarse = False
 
     @property
     def packs(self) -> bool:

@@ -41,7 +41,8 @@ class SlotAttend:
         """
         self._cache, self._slots, self._first, self._visible = cache, slots_B, first_B, visible_BTW
         self._write = first_B if write_B is None else write_B
-        self._square: Tensor | None = None
+        self._square: Tensor | None = None  # with where the rows go, made when first needed
+        self._places = self._write
         self._whole_layers = whole_layers
 
     def rows(self, layer: int) -> CacheRows | None:
@@ -54,18 +55,23 @@ class SlotAttend:
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See ``Attend``."""
         cache, (_, count, width) = self._cache, self._visible.shape
-        own = torch.arange(width - count, width, device=query.device)
-        cache.put(layer, self._slots, self._write[:, None] + own, key, value)
+        assert query.shape[2] == count, "only whole layers let some rows ask"
+        if self._square is None:
+            own = torch.arange(width - count, width, device=query.device)
+            self._places, self._square = self._write[:, None] + own, self._all_visible()
+        cache.put(layer, self._slots, self._places, key, value)
+        keys, values = cache.keys[layer], cache.values[layer]
+        if width == count:
+            return slot_attention(query, keys, values, self._slots, self._first, self._square)
         # Rows of earlier blocks lie before this block's: they ask for nothing, and are there to be seen.
         padded = F.pad(query, (0, 0, width - count, 0))
-        keys, values = cache.keys[layer], cache.values[layer]
-        mixed = slot_attention(padded, keys, values, self._slots, self._first, self._all_visible())
+        mixed = slot_attention(padded, keys, values, self._slots, self._first, self._square)
         return mixed[:, width - count :]
 
     def _all_visible(self) -> Tensor:
         """bool [B, W, W]: rows of earlier blocks see themselves."""
-        if self._square is None:
-            batch, count, width = self._visible.shape
-            itself = torch.eye(width, dtype=torch.bool, device=self._visible.device)[: width - count]
-            self._square = torch.cat([itself.expand(batch, -1, -1), self._visible], dim=1)
-        return self._square
+        batch, count, width = self._visible.shape
+        if width == count:
+            return self._visible
+        itself = torch.eye(width, dtype=torch.bool, device=self._visible.device)[: width - count]
+        return torch.cat([itself.expand(batch, -1, -1), self._visible], dim=1)

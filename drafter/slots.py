@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specblock.cuda_ext.linear import can_pack
 from specblock.cuda_ext.noise import NoiseRows
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.transfer import on_device
@@ -43,7 +44,7 @@ class SlotBlocks:
     def __init__(self, network: DraftNetwork, settings: DraftSettings, rule: FanOutRule, graphs: bool) -> None:
         self.graphs = graphs
         self._network, self._settings, self._rule = network, settings, rule
-        self._whole_layers = network.packs
+        self._packs = network.packs
         self._recorded: weakref.WeakKeyDictionary[DrafterCache, BlockGraphs] = weakref.WeakKeyDictionary()
 
     @property
@@ -55,6 +56,11 @@ class SlotBlocks:
     def num_failures(self) -> int:
         """Recordings that failed, over all caches."""
         return sum(graphs.failures for graphs in self._recorded.values())
+
+    @property
+    def whole_layers(self) -> bool:
+        """Whether a layer is one native call; no longer after the network was cast to another type."""
+        return self._packs and can_pack(self._network.lm_head.weight)
 
     def graphs_over(self, cache: DrafterCache) -> BlockGraphs | None:
         """The graphs over one cache, which go when it goes; None before ``use_graphs``, or if there are to be none."""
@@ -73,12 +79,12 @@ class SlotBlocks:
         The counters of the cache are the caller's to advance, afterwards.
         """
         width, most, tokens, features = self._network.config.num_slots, new.tokens.shape[1], new.tokens, new.features
-        if not self._whole_layers:  # graphs want few sizes
+        if not self.whole_layers:  # graphs want few sizes
             most = next(p for p in POSITIONS if p >= tokens.shape[1])
             more = most - tokens.shape[1]
             tokens, features = F.pad(tokens, (0, more)), F.pad(features, (0, 0, 0, more))
         counters = [
-            (1, slot, cache.rows[slot] * width, cache.rotary[slot], max(0, count - 1))
+            (1, slot, cache.room(slot, count) * width, cache.rotary[slot], max(0, count - 1))
             for slot, count in zip(slots, new.counts, strict=True)
         ]
         inputs = (on_device(counters, tokens.device), features, tokens)
@@ -86,19 +92,28 @@ class SlotBlocks:
         def body(given: Tensors) -> Tensors:
             numbers, features, tokens, *rest = given
             real, slot_B, base, rotary, newest = (column.contiguous() for column in numbers.unbind(1))
-            order_T = torch.arange(most * width, device=tokens.device)
-            visible = (order_T <= order_T[:, None]).expand(tokens.shape[0], -1, -1).contiguous()
-            attend = self._attend(cache, slot_B, base, visible, real)
-            index = self._network.rotary_index(rotary[:, None] + torch.arange(most, device=tokens.device))
-            tables = self._network.rotary_tables(index)
-            u = self._network.run_layers(
-                self._network.first_inputs(features, tokens), tables, attend, newest if self._whole_layers else None
-            )
-            if u.shape[1] > 1:
-                u = u[torch.arange(u.shape[0], device=u.device), newest][:, None]
+            u = self._first_rows(cache, (features, tokens), (slot_B, base, rotary, newest), real)
             return self._proposed(u, rest, ranking, first=True)
 
         return self._run(cache, ("first", most), body, inputs, ranking)
+
+    def absorb(self, cache: DrafterCache, slots: Sequence[int], new: NewPositions) -> Tensor:
+        """Block 1 of any number of positions, as context: coarsely, and without proposing anything. Whole layers only.
+
+        Returns:
+            u [B, 1, K, H] of each newest position; zeros for requests without any.
+        """
+        width = self._network.config.num_slots
+        found = new.features.new_zeros(len(slots), 1, width, self._network.config.hidden_size)
+        with self._network.coarsely():
+            # One by one: prompts differ in length, and padding would be computed.
+            for row, (slot, count) in enumerate(zip(slots, new.counts, strict=True)):
+                if count:
+                    rows = cache.room(slot, count)
+                    given = (new.features[row : row + 1, :count], new.tokens[row : row + 1, :count])
+                    numbers = on_device([[slot], [rows * width], [cache.rotary[slot]], [count - 1]], new.tokens.device)
+                    found[row] = self._first_rows(cache, given, tuple(numbers.unbind(0)))[0]
+        return found
 
     def later(
         self, cache: DrafterCache, slots: Sequence[int], leaves: Leaves, first_row: int, ranking: Ranking
@@ -131,6 +146,28 @@ class SlotBlocks:
 
         return self._run(cache, ("later", first_row, num_leaves), body, inputs, ranking)
 
+    def _first_rows(
+        self, cache: DrafterCache, given: tuple[Tensor, Tensor], numbers: Tensors, real_B: Tensor | None = None
+    ) -> Tensor:
+        """Block 1 of features [B, P, F] and tokens [B, P]: u [B, 1, K, H] of the newest positions.
+
+        Args:
+            cache: where the rows go.
+            given: features and tokens.
+            numbers: int64 [B] each: slot, first row, rotary index of the first position, number of the newest one.
+            real_B: 0 for requests that only fill up a batch; None: there are none.
+        """
+        features, tokens = given
+        slot_B, base, rotary, newest = numbers
+        (batch, count), device = tokens.shape, tokens.device
+        order_T = torch.arange(count * self._network.config.num_slots, device=device)
+        visible = (order_T <= order_T[:, None]).expand(batch, -1, -1).contiguous()
+        attend = self._attend(cache, slot_B, base, visible, real_B)
+        index = self._network.rotary_index(rotary[:, None] + torch.arange(count, device=device))
+        tables, inputs = self._network.rotary_tables(index), self._network.first_inputs(features, tokens)
+        u = self._network.run_layers(inputs, tables, attend, newest if self.whole_layers else None)
+        return u if u.shape[1] == 1 else u[torch.arange(batch, device=device), newest][:, None]
+
     def _visible(self, seen_BnW: Tensor, first_row: int) -> Tensor:
         """bool [B, n * K, W]: a leaf's rows see what it has seen and its own so far."""
         num_leaves, end = seen_BnW.shape[1:]
@@ -140,10 +177,10 @@ class SlotBlocks:
         return (seen_BnW[:, :, None] | causal).flatten(1, 2)
 
     def _attend(
-        self, cache: DrafterCache, slot_B: Tensor, first_B: Tensor, visible_BTW: Tensor, real_B: Tensor
+        self, cache: DrafterCache, slot_B: Tensor, first_B: Tensor, visible_BTW: Tensor, real_B: Tensor | None
     ) -> SlotAttend:
-        if self._whole_layers:
-            return SlotAttend(cache, slot_B, first_B, visible_BTW, whole_layers=True)
+        if real_B is None or self.whole_layers:
+            return SlotAttend(cache, slot_B, first_B, visible_BTW, whole_layers=self.whole_layers)
         # Requests that only fill up a batch write behind everything, where nobody reads.
         write_B = torch.where(real_B > 0, first_B, cache.keys.shape[3] - cache.padding_rows)
         return SlotAttend(cache, slot_B, first_B, visible_BTW, write_B)

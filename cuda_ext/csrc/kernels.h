@@ -39,9 +39,10 @@ struct DraftRow {
 };
 
 struct Kernels {
-  // out[M, N] = x[M, K] times the panels begin .. end of a packed weight; see panel_matmul.h.
+  // out[M, N] = x[M, K] times the panels begin .. end of a packed weight; see panel_matmul.h. `coarse` allows x to be
+  // rounded to bfloat16 where that is faster.
   void (*multiply_half)(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
-                        int64_t begin, int64_t end);
+                        int64_t begin, int64_t end, bool coarse);
   void (*multiply_float)(const float* x, const float* packed, float* out, int64_t M, int64_t K, int64_t N,
                          int64_t begin, int64_t end);
   void (*attend)(const AttentionRows& rows);

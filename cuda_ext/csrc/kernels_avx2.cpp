@@ -18,5 +18,5 @@
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kAvx2 = {multiply<uint16_t>, multiply<float>, attend, normalise, draft_top, gate};
+const specblock::Kernels specblock::kAvx2 = {multiply_half, multiply<float>, attend, normalise, draft_top, gate};
 #endif

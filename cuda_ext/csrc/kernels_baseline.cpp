@@ -16,4 +16,4 @@
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kBaseline = {multiply<uint16_t>, multiply<float>, attend, normalise, draft_top, gate};
+const specblock::Kernels specblock::kBaseline = {multiply_half, multiply<float>, attend, normalise, draft_top, gate};

@@ -55,10 +55,11 @@ struct Rest {
   const Tensor& up;
   const Tensor& down;
   int64_t inner, K;
+  bool coarse;  // see kernels.h
 
   Rest(const Tensor& output, const Tensor& norm, double eps, const Tensor& gate, const Tensor& up, const Tensor& down,
-       int64_t inner, int64_t inputs, int64_t K)
-      : output(output), norm(norm_of(norm, K)), eps(static_cast<float>(eps)), gate(gate), up(up), down(down), inner(inner), K(K) {
+       int64_t inner, int64_t inputs, int64_t K, bool coarse = false)
+      : output(output), norm(norm_of(norm, K)), eps(static_cast<float>(eps)), gate(gate), up(up), down(down), inner(inner), K(K), coarse(coarse) {
     check_packed(output, inputs, K);
     check_packed(gate, K, inner);
     check_packed(up, K, inner);
@@ -68,13 +69,13 @@ struct Rest {
   // to = r + swiglu(norm(r)) with r = residual + mixed times output; `to` is none of the others.
   void operator()(const float* residual, const float* mixed, int64_t rows, float* to) const {
     std::vector<float> normed(rows * K), gated(rows * inner), other(rows * inner);
-    multiply(mixed, rows, output, to, K);
+    multiply(mixed, rows, output, to, K, coarse);
     for (int64_t i = 0; i < rows * K; i++) to[i] = residual[i] + to[i];
     kernels().normalise(to, norm, normed.data(), rows, K, eps);
-    multiply(normed.data(), rows, gate, gated.data(), inner);
-    multiply(normed.data(), rows, up, other.data(), inner);
+    multiply(normed.data(), rows, gate, gated.data(), inner, coarse);
+    multiply(normed.data(), rows, up, other.data(), inner, coarse);
     gate_with(gated.data(), other.data(), rows * inner);
-    multiply(gated.data(), rows, down, normed.data(), K);
+    multiply(gated.data(), rows, down, normed.data(), K, coarse);
     for (int64_t i = 0; i < rows * K; i++) to[i] = to[i] + normed[i];
   }
 };

@@ -16,7 +16,7 @@ namespace {
 using namespace specblock;
 
 // x [..., K] float32, packed [panels, K, 16] bfloat16 or float32 -> [..., out_features] float32.
-Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features) {
+Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features, bool coarse) {
   STD_TORCH_CHECK(x.is_cpu() && x.dim() >= 1 && x.is_contiguous(), "packed_linear: x must be contiguous [..., K] on the CPU");
   STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float, "packed_linear: x must be float32");
   const int64_t K = x.size(x.dim() - 1);
@@ -26,24 +26,24 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
   shape.back() = out_features;
   Tensor out = torch::stable::empty(shape, ScalarType::Float);
   specblock::multiply(static_cast<const float*>(x.const_data_ptr()), x.numel() / K, packed,
-                      static_cast<float*>(out.mutable_data_ptr()), out_features);
+                      static_cast<float*>(out.mutable_data_ptr()), out_features, coarse);
   return out;
 }
 
 // silu(x times gate) * (x times up), times down: [..., K] -> [..., out_features].
 Tensor swiglu(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t inner, int64_t out_features) {
-  Tensor middle = packed_linear(x, gate, inner);
-  const Tensor other = packed_linear(x, up, inner);
+  Tensor middle = packed_linear(x, gate, inner, false);
+  const Tensor other = packed_linear(x, up, inner, false);
   specblock::gate_with(static_cast<float*>(middle.mutable_data_ptr()), static_cast<const float*>(other.const_data_ptr()),
                        middle.numel());
-  return packed_linear(middle, down, out_features);
+  return packed_linear(middle, down, out_features, false);
 }
 
 // x times packed, every head of `head_dim` outputs normalised (with a norm) and rotated by cos and sin float32 [M, head_dim]
 // in the half-split layout: [..., K] -> [..., out_features].
 Tensor rotary_linear(const Tensor& x, const Tensor& packed, int64_t out_features, const Tensor& cos, const Tensor& sin,
                      std::optional<Tensor> norm, double eps) {
-  Tensor out = packed_linear(x, packed, out_features);
+  Tensor out = packed_linear(x, packed, out_features, false);
   const int64_t D = cos.dim() == 2 ? cos.size(1) : 0, M = out_features > 0 ? out.numel() / out_features : 0;
   STD_TORCH_CHECK(D > 0 && D % 2 == 0 && out_features % D == 0, "rotary_linear: heads do not fit the outputs");
   for (const Tensor* t : {&cos, &sin})
@@ -149,7 +149,7 @@ Tensor philox_uniform(const Tensor& seed, const Tensor& choice, const Tensor& po
 }  // namespace
 
 STABLE_TORCH_LIBRARY(specblock, m) {
-  m.def("packed_linear(Tensor x, Tensor packed, int out_features) -> Tensor");
+  m.def("packed_linear(Tensor x, Tensor packed, int out_features, bool coarse=False) -> Tensor");
   m.def("tree_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor");
   m.def("philox_uniform(Tensor seed, Tensor choice, Tensor position, int vocab_size) -> Tensor");
   m.def("swiglu(Tensor x, Tensor gate, Tensor up, Tensor down, int inner, int out_features) -> Tensor");

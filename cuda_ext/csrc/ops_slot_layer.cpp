@@ -65,7 +65,7 @@ struct Slots {
     std::vector<std::unique_ptr<bool[]>> seen(B);
     for (int64_t b = 0; b < B; b++) {
       const int64_t total = length[b] + W;
-      seen[b] = std::make_unique<bool[]>(A * total);
+      seen[b] = std::make_unique_for_overwrite<bool[]>(A * total);
       for (int64_t a = 0; a < A; a++) {
         std::fill_n(seen[b].get() + a * total, length[b], true);
         std::copy_n(visible + (b * T + asking[b * A + a]) * W, W, seen[b].get() + a * total + length[b]);
@@ -122,7 +122,7 @@ Tensor slot_layer(const Tensor& x, std::optional<Tensor> residual, std::optional
                   double head_eps, Tensor keys, Tensor values, const Tensor& slots, const Tensor& lengths,
                   const Tensor& visible, std::optional<Tensor> asking, double scale, const Tensor& output,
                   const Tensor& after, double after_eps, const Tensor& gate, const Tensor& up, const Tensor& down,
-                  int64_t inner) {
+                  int64_t inner, bool coarse) {
   check(x, ScalarType::Float, 3, "x");
   const Tensor& stream = residual ? *residual : x;
   check(stream, ScalarType::Float, 3, "residual");
@@ -136,9 +136,9 @@ Tensor slot_layer(const Tensor& x, std::optional<Tensor> residual, std::optional
   STD_TORCH_CHECK(D % 16 == 0 && key_out > 0 && query_out % key_out == 0, "slot_layer: heads do not fit each other");
   Slots cache(keys, values, slots, lengths, visible, B, T, key_out, D);
   const Asking who(asking, B, T);
-  const Rest rest(output, after, after_eps, gate, up, down, inner, query_out, K);
+  const Rest rest(output, after, after_eps, gate, up, down, inner, query_out, K, coarse);
   const int64_t count = static_cast<int64_t>(who.whole.size());
-  Tensor out = torch::stable::empty({B, B > 0 ? count / B : T, K}, ScalarType::Float);
+  Tensor out = torch::stable::empty({B, asking ? asking->size(1) : T, K}, ScalarType::Float);
   if (rows == 0) return out;
 
   std::vector<float> normed, q(count * query_out), k(rows * key_out), v(rows * key_out), mixed(count * query_out);
@@ -148,10 +148,10 @@ Tensor slot_layer(const Tensor& x, std::optional<Tensor> residual, std::optional
     kernels().normalise(from, norm_of(*norm, inputs), normed.data(), rows, inputs, static_cast<float>(eps));
     from = normed.data();
   }
-  multiply(from, rows, key, k.data(), key_out);
-  multiply(from, rows, value, v.data(), key_out);
+  multiply(from, rows, key, k.data(), key_out, coarse);
+  multiply(from, rows, value, v.data(), key_out, coarse);
   const std::vector<float> taken = asking ? who.rows(from, inputs) : std::vector<float>();
-  multiply(asking ? taken.data() : from, count, query, q.data(), query_out);
+  multiply(asking ? taken.data() : from, count, query, q.data(), query_out, coarse);
   const std::vector<int64_t> place = table_rows(cos, rows);
   std::vector<int64_t> asked(count);
   for (int64_t i = 0; i < count; i++) asked[i] = place[who.whole[i]];
@@ -172,7 +172,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specblock, m) {
   m.def("slot_layer(Tensor x, Tensor? residual, Tensor? norm, float eps, Tensor query, Tensor key, Tensor value, "
         "int query_out, int key_out, Tensor cos, Tensor sin, Tensor? query_norm, Tensor? key_norm, float head_eps, "
         "Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor lengths, Tensor visible, Tensor? asking, float scale, "
-        "Tensor output, Tensor after, float after_eps, Tensor gate, Tensor up, Tensor down, int inner) -> Tensor");
+        "Tensor output, Tensor after, float after_eps, Tensor gate, Tensor up, Tensor down, int inner, bool coarse=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) { m.impl("slot_layer", TORCH_BOX(&slot_layer)); }

@@ -114,4 +114,10 @@ SB_INLINE void multiply(const float* x, const W* packed, float* out, int64_t M, 
     std::memcpy(out + m * N + whole * kPanel, part.data() + m * kPanel, (N - whole * kPanel) * sizeof(float));
 }
 
+// Without a matrix unit there is nothing to gain by rounding x.
+inline void multiply_half(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
+                          int64_t begin, int64_t end, bool /*coarse*/) {
+  multiply<uint16_t>(x, packed, out, M, K, N, begin, end);
+}
+
 }  // namespace

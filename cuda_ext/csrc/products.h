@@ -23,15 +23,15 @@ inline void check_packed(const Tensor& packed, int64_t inputs, int64_t outputs) 
   STD_TORCH_CHECK(outputs > (packed.size(0) - 1) * kPanel && outputs <= packed.size(0) * kPanel, "out_features does not fit packed");
 }
 
-// out[rows, outputs] = x[rows, K] times a packed weight that was checked.
-inline void multiply(const float* x, int64_t rows, const Tensor& packed, float* out, int64_t outputs) {
+// out[rows, outputs] = x[rows, K] times a packed weight that was checked; `coarse`: see kernels.h.
+inline void multiply(const float* x, int64_t rows, const Tensor& packed, float* out, int64_t outputs, bool coarse = false) {
   if (rows == 0) return;
   const int64_t inputs = packed.size(1), grain = kMultiplyAddsPerThread / (rows * inputs * kPanel) + 1;
   const bool narrow = packed.scalar_type() == ScalarType::BFloat16;
   const void* weights = packed.const_data_ptr();
   torch::stable::parallel_for(0, packed.size(0), grain, [&](int64_t begin, int64_t end) {
     if (narrow)
-      kernels().multiply_half(x, static_cast<const uint16_t*>(weights), out, rows, inputs, outputs, begin, end);
+      kernels().multiply_half(x, static_cast<const uint16_t*>(weights), out, rows, inputs, outputs, begin, end, coarse);
     else
       kernels().multiply_float(x, static_cast<const float*>(weights), out, rows, inputs, outputs, begin, end);
   });

@@ -2,6 +2,7 @@
 //
 // The unit multiplies bfloat16 and adds in float32. A float32 value is exactly the sum of three bfloat16 numbers, its
 // leading, middle and last eight bits, so three passes give a float32 product, and some rows cost little more than one.
+// Where that much is not wanted, one pass over rounded values does: a third of the work, for many rows of it.
 // (The unit takes numbers below 2^-126 for zero, so values below about 2^-103 lose bits; of those nothing depends on.)
 //
 // An output is one chain of additions in a fixed order, so it does not depend on how many other rows there are. (The chain is
@@ -20,7 +21,7 @@ namespace {
 
 using specblock::kPanel;
 constexpr int64_t kTile = 16, kDepth = 32;  // rows of a tile; inputs that one step multiplies
-constexpr int kParts = 3, kPanels = 3;  // parts of a value; panels that are multiplied side by side
+constexpr int kExact = 3, kPanels = 3;  // parts of a value; panels that are multiplied side by side
 
 struct alignas(64) TileShape {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -56,8 +57,9 @@ class Lines {
   T* data_;
 };
 
-// to[part][row][depth] = the parts of x[M][K], cut off, not rounded: what is left is exact, and nothing overflows. Zeros
-// where x has no value.
+// to[part][row][depth] = the parts of x[M][K], cut off, not rounded: what is left is exact, and nothing overflows. A single
+// part is rounded to the nearest. Zeros where x has no value.
+template <int kParts>
 SB_INLINE void split(const float* x, int64_t M, int64_t K, int64_t rows, int64_t depth, uint16_t* to) {
   for (int64_t m = 0; m < rows; m++)
     for (int64_t k = 0; k < depth; k += 16) {
@@ -67,7 +69,12 @@ SB_INLINE void split(const float* x, int64_t M, int64_t K, int64_t rows, int64_t
       // Of infinities and NaN the leading part says everything; a bit that is not cut off keeps a NaN one.
       const __mmask16 odd = _mm512_fpclass_ps_mask(left, 0x99), nan = _mm512_fpclass_ps_mask(left, 0x81);
       for (int part = 0; part < kParts; part++) {
-        const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(left), 16);
+        const __m512i bits = _mm512_castps_si512(left);
+        __m512i high = _mm512_srli_epi32(bits, 16);
+        if constexpr (kParts == 1) {
+          const __m512i half = _mm512_add_epi32(_mm512_set1_epi32(0x7fff), _mm512_and_si512(high, _mm512_set1_epi32(1)));
+          high = _mm512_mask_srli_epi32(high, static_cast<__mmask16>(~nan), _mm512_add_epi32(bits, half), 16);
+        }
         const __m512i kept = part == 0 ? _mm512_mask_or_epi32(high, nan, high, _mm512_set1_epi32(0x40)) : high;
         _mm256_store_si256(reinterpret_cast<__m256i*>(to + (part * rows + m) * depth + k), _mm512_cvtepi32_epi16(kept));
         left = _mm512_sub_ps(left, _mm512_castsi512_ps(_mm512_slli_epi32(high, 16)));
@@ -119,7 +126,7 @@ struct Interleaved {
 
 // Sums of one tile of rows and P panels (1 to 3): sums[P][16][16].
 // The first tile of rows interleaves the weights as it goes, so that memory and the unit work at the same time.
-template <int P, bool kFirst>
+template <int P, bool kFirst, int kParts>
 inline void tile_product(const uint16_t* parts, int64_t part_size, int64_t row_size, const uint16_t* panels, int64_t K,
                          __m512i order, const Interleaved& weights, float* sums) {
   _tile_zero(0);
@@ -135,18 +142,27 @@ inline void tile_product(const uint16_t* parts, int64_t part_size, int64_t row_s
     }
     SB_STORED();
     _tile_loadd(3, parts + k, row_size * 2);
-    _tile_loadd(4, parts + part_size + k, row_size * 2);
-    _tile_loadd(5, parts + 2 * part_size + k, row_size * 2);
+    if constexpr (kParts == kExact) {
+      _tile_loadd(4, parts + part_size + k, row_size * 2);
+      _tile_loadd(5, parts + 2 * part_size + k, row_size * 2);
+    }
     _tile_loadd(6, weights.at(0, step), 64);
-    if constexpr (P == 1) {
+    if constexpr (P > 1) _tile_loadd(7, weights.at(1, step), 64);
+    if constexpr (kParts == 1) {
+      _tile_dpbf16ps(0, 3, 6);
+      if constexpr (P > 1) _tile_dpbf16ps(1, 3, 7);
+    } else if constexpr (P == 1) {
       SB_ADD(0, 6);
     } else {
-      _tile_loadd(7, weights.at(1, step), 64);
       SB_ADD_BOTH();
     }
     if constexpr (P == 3) {
       _tile_loadd(6, weights.at(2, step), 64);
-      SB_ADD(2, 6);
+      if constexpr (kParts == 1) {
+        _tile_dpbf16ps(2, 3, 6);
+      } else {
+        SB_ADD(2, 6);
+      }
     }
   }
   _tile_stored(0, sums, 64);
@@ -158,17 +174,19 @@ inline void tile_product(const uint16_t* parts, int64_t part_size, int64_t row_s
 #undef SB_ADD_BOTH
 
 // One tile of rows and `count` panels.
+template <int kParts>
 inline void tile_products(int64_t count, bool first, const uint16_t* parts, int64_t part_size, int64_t row_size,
                           const uint16_t* panels, int64_t K, __m512i order, const Interleaved& weights, float* sums) {
   const auto run = [&](auto product) { product(parts, part_size, row_size, panels, K, order, weights, sums); };
   switch (count) {
-    case 1: first ? run(tile_product<1, true>) : run(tile_product<1, false>); break;
-    case 2: first ? run(tile_product<2, true>) : run(tile_product<2, false>); break;
-    default: first ? run(tile_product<3, true>) : run(tile_product<3, false>); break;
+    case 1: first ? run(tile_product<1, true, kParts>) : run(tile_product<1, false, kParts>); break;
+    case 2: first ? run(tile_product<2, true, kParts>) : run(tile_product<2, false, kParts>); break;
+    default: first ? run(tile_product<3, true, kParts>) : run(tile_product<3, false, kParts>); break;
   }
 }
 
 // out[M, N] of the panels begin .. end; the last panel of the matrix may stand for fewer than 16 columns.
+template <int kParts>
 inline void multiply_some(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
                           int64_t begin, int64_t end) {
   constexpr int64_t kFewSteps = 4;
@@ -177,7 +195,7 @@ inline void multiply_some(const float* x, const uint16_t* packed, float* out, in
   const int64_t kept = tiles > 1 ? steps : kFewSteps;
   Lines<uint16_t> parts(kParts * part_size), room(kPanels * kept * kDepth * kPanel);
   const Interleaved weights{room.data(), kept, tiles > 1};
-  split(x, M, K, rows, depth, parts.data());
+  split<kParts>(x, M, K, rows, depth, parts.data());
   alignas(64) uint16_t pairs[32];
   for (int i = 0; i < 32; i++) pairs[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
   // Columns j and j + 8 of a bfloat16 panel are neighbours; back into their order.
@@ -190,7 +208,7 @@ inline void multiply_some(const float* x, const uint16_t* packed, float* out, in
     const int64_t count = end - panel < kPanels ? end - panel : kPanels;
     const uint16_t* at = packed + panel * K * kPanel;
     for (int64_t first = 0; first < M; first += height) {
-      tile_products(count, first == 0, parts.data() + first * depth, part_size, depth, at, K, order, weights, sums);
+      tile_products<kParts>(count, first == 0, parts.data() + first * depth, part_size, depth, at, K, order, weights, sums);
       for (int64_t p = 0; p < count; p++) {
         const int64_t column = (panel + p) * kPanel, there = N - column < kPanel ? N - column : kPanel;
         const auto inside = static_cast<__mmask16>((1u << there) - 1);
@@ -207,10 +225,11 @@ inline void multiply_some(const float* x, const uint16_t* packed, float* out, in
 
 // The same for any number of rows: so many at a time that their parts take little memory.
 inline void multiply_tiles(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
-                           int64_t begin, int64_t end) {
+                           int64_t begin, int64_t end, bool coarse) {
   constexpr int64_t kMost = 8 * kTile;
+  const auto some = coarse ? multiply_some<1> : multiply_some<kExact>;
   for (int64_t m = 0; m < M; m += kMost)
-    multiply_some(x + m * K, packed, out + m * N, M - m < kMost ? M - m : kMost, K, N, begin, end);
+    some(x + m * K, packed, out + m * N, M - m < kMost ? M - m : kMost, K, N, begin, end);
 }
 
 }  // namespace

@@ -85,9 +85,23 @@ SB_INLINE void mix_rows(const float* weights, int64_t stride, const AttentionRow
   }
 }
 
+// Keys up to the last one that any of some query rows sees: in the chunks of a long text that is about half of them.
+SB_INLINE int64_t seen_keys(const AttentionRows& a, int64_t first, int64_t count) {
+  int64_t seen = 1;
+  for (int64_t n = 0; n < std::min(count, a.rows) && seen < a.T; n++) {
+    const bool* visible = a.mask + (first + n) % a.rows * a.mask_row;
+    int64_t t = a.T;
+    while (t > seen && !visible[t - 1]) t--;
+    seen = t;
+  }
+  return seen;
+}
+
 // The query rows first .. first + count - 1 (row n is head n / rows, tree row n % rows).
-SB_INLINE void attend_chunk(const AttentionRows& a, int64_t first, int64_t count, std::vector<float>& queries,
+SB_INLINE void attend_chunk(const AttentionRows& whole, int64_t first, int64_t count, std::vector<float>& queries,
                             std::vector<float>& scores) {
+  AttentionRows a = whole;
+  a.T = seen_keys(whole, first, count);
   const int64_t stride = (count + L - 1) / L * L;
   queries.assign(a.D * stride, 0.0f);
   scores.resize(a.T * stride);

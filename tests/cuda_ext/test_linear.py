@@ -190,3 +190,17 @@ def test_parts_of_every_size_add_up() -> None:
     x = torch.logspace(-30, 38, 500, dtype=torch.float64).float()[:, None] * torch.tensor([[1.0], [-1.0]])[:, None]
     x = x.reshape(-1, 1)
     assert torch.equal(pack(weight)(x), x.expand(-1, 16))
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [1, 7, 16, 33, 400])
+def test_a_coarse_product_is_that_of_rounded_rows(rows: int) -> None:
+    torch.manual_seed(rows)
+    weight, x = torch.randn(40, 50).bfloat16().float(), torch.randn(rows, 50)
+    x[0, :4] = torch.tensor([1e-3, -3e30, 0.0, 1.00390625])  # the last lies between two bfloat16 numbers
+    packed = pack(weight)
+    coarse = packed(x, coarse=True)
+    rounds = not torch.equal(coarse, packed(x))  # only a matrix unit gains by it
+    assert torch.equal(coarse, packed(x.bfloat16().float() if rounds else x))
+    x[rows // 2, 3] = float("nan")
+    assert packed(x, coarse=True)[rows // 2].isnan().all()

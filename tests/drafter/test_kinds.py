@@ -198,13 +198,13 @@ def test_the_published_refresh_pairs_and_counts_as_the_published_code() -> None:
     drafter = BlockDrafter(model, DraftSettings(published_refresh=True, shared_noise=False))
     window = random_window(1, prompt_tokens=6, generated=30)
     cache, fed = drafter.new_cache(1, 40), []
-    original = drafter.refresh
+    original = drafter.paired
 
     def spy(own: object, slots: list[int], new: NewPositions) -> torch.Tensor:
         fed.append((cache.rows[0], cache.rotary[0], new.tokens[0, : new.counts[0]].tolist()))
         return original(cache, slots, new)
 
-    drafter.refresh = spy  # type: ignore[method-assign,assignment]
+    drafter.paired = spy  # type: ignore[method-assign,assignment]
     x, at = window.tokens.tolist(), 0
     for step in (5, 3, 1, 1, 2):
         new = NewPositions(window.features[None, at : at + step], window.tokens[None, at + 1 : at + step + 1].long(),

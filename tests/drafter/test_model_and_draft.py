@@ -71,7 +71,7 @@ def test_later_blocks_training_forward_equals_decoding(kind: str, consumed: list
                 valid=torch.ones(1, 1, dtype=torch.bool), hidden=hidden[:, :, count - 1], seen=seen,
             )  # fmt: skip
             with torch.no_grad():
-                hidden = drafter._later_block(cache, [0], torch.tensor([0]), leaves, block)
+                hidden = drafter._masks.later(cache, [0], torch.tensor([0]), leaves, drafter._scratch_start(block))
             torch.testing.assert_close(hidden[0, 0], trained[block][0, position], atol=1e-5, rtol=1e-5)
 
 

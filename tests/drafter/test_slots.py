@@ -102,11 +102,27 @@ def test_whole_native_layers_draft_the_same(kind: str, noisy: bool, monkeypatch:
     monkeypatch.setattr(layers, "slot_layer", lambda *a, **k: calls.append(1) or native(*a, **k))
     cycles(drafters, noisy)
     assert bool(calls) == (kind != "parallel"), "parallel heads have no layers"
-    calls.clear()
-    with torch.no_grad():
-        for parameter in drafters[0].model.parameters():  # both drafters have it, and see that it was written to
-            parameter.mul_(1.1)
-    cycles(drafters, noisy, seed=1)
+
+
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+@pytest.mark.parametrize("written", ["input_layer.position_queries", "input_layer.query_norm", "input_layer.fuse", ""])
+def test_weights_that_are_written_to_are_noticed(written: str) -> None:
+    _, used = pair("specblock", None, dtype=torch.float32, head_dim=16)
+    cycles((used, used), noisy=True)
+    with torch.inference_mode(), torch.no_grad():
+        for name, parameter in used.model.named_parameters():
+            if name.startswith(written):
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    fresh = tiny_model(dtype=torch.float32, head_dim=16, **KINDS["specblock"])
+    fresh.load_state_dict(used.model.state_dict())
+    cycles((BlockDrafter(fresh, used.settings, by_slot=False), used), noisy=True, seed=1)
+
+
+def test_a_network_that_was_cast_goes_on_without_whole_layers() -> None:
+    masks, slots = pair("specblock", None, dtype=torch.float32, head_dim=16)
+    cycles((masks, slots), noisy=True)
+    slots.model.to(torch.float64)  # both drafters have it
+    cycles((masks, slots), noisy=True, seed=1)
 
 
 def test_heads_that_native_layers_do_not_take_go_without() -> None:
@@ -143,3 +159,41 @@ def test_what_cannot_be_recorded_runs_without_and_says_so_once(caplog: pytest.Lo
     assert [r.getMessage() for r in caplog.records if "no CUDA graph" in r.getMessage()] == [
         "no CUDA graph for a drafter's block, going on without more of them: operation not permitted"
     ]
+
+
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+@pytest.mark.parametrize("kind", ["specblock", "eagle3"])
+def test_prompts_of_any_length_are_absorbed_alike(kind: str) -> None:
+    """Side by side and one by one; up to the rounding of context, as with masks."""
+    masks, slots = pair(kind, None, dtype=torch.float32, head_dim=16)
+    generator = torch.Generator().manual_seed(0)
+    counts = [30, 1, 0, 17]
+    features = torch.randn(4, 30, 3 * HIDDEN, generator=generator)
+    tokens = torch.randint(0, VOCAB, (4, 30), generator=generator)
+    caches = [drafter.new_cache(4, 40) for drafter in (masks, slots, slots)]
+    u = [
+        d.refresh(c, [0, 1, 2, 3], NewPositions(features, tokens, counts))
+        for d, c in zip((masks, slots), caches[:2], strict=True)
+    ]
+    for slot, count in enumerate(counts):
+        one = NewPositions(
+            features[slot : slot + 1, : max(1, count)], tokens[slot : slot + 1, : max(1, count)], [count]
+        )
+        alone = slots.refresh(caches[2], [slot], one)
+        if count:
+            assert torch.equal(alone[0], u[1][slot])
+            torch.testing.assert_close(u[1][slot], u[0][slot], rtol=0.05, atol=0.05)
+    assert caches[0].rows == caches[1].rows == caches[2].rows == counts
+    assert torch.equal(caches[1].keys, caches[2].keys) and torch.equal(caches[1].values, caches[2].values)
+    width = masks.model.config.num_slots
+    for slot, count in enumerate(counts):
+        stored = [cache.keys[:, slot, :, : count * width] for cache in caches[:2]]
+        torch.testing.assert_close(*stored, rtol=0.05, atol=0.05)
+
+
+def test_a_cache_without_room_is_noticed() -> None:
+    _, slots = pair("specblock", None, dtype=torch.float32, head_dim=16)
+    cache = slots.new_cache(1, 5)
+    new = NewPositions(torch.zeros(1, 8, 3 * HIDDEN), torch.zeros(1, 8, dtype=torch.int64), [8])
+    with pytest.raises(AssertionError, match="overflow"):
+        slots.refresh(cache, [0], new)
