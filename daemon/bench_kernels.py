@@ -224,18 +224,17 @@ def _layer_rows() -> list[KernelRow]:
         for _ in range(_LAYERS)
     ]  # fmt: skip
 
-    keys, values = torch.randn(2, 1, _KV_HEADS, 256, _HEAD_SIZE)
+    keys, values = torch.randn(2, _LAYERS, 1, _KV_HEADS, 256, _HEAD_SIZE)
     slots, lengths = torch.tensor([0]), torch.tensor([200])
 
-    def through(x: Tensor, rotary: tuple[Tensor, Tensor], rows: CacheRows, layer: Any) -> None:
-        for before, after in layers:
-            x = layer(x, before, after, rotary, rows)
+    def through(x: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor, layer: Any) -> None:
+        for (before, after), key, value in zip(layers, keys, values, strict=True):
+            x = layer(x, before, after, rotary, CacheRows(key, value, slots, lengths, visible))
 
     found = []
     for count in _ROWS:
         x, angle = torch.randn(1, count, _HIDDEN), torch.randn(1, count, _HEAD_SIZE)
-        rows = CacheRows(keys, values, slots, lengths, torch.ones(1, count, count, dtype=torch.bool).tril())
-        given = (x, (angle.cos(), angle.sin()), rows)
+        given = (x, (angle.cos(), angle.sin()), torch.ones(1, count, count, dtype=torch.bool).tril())
         found.append(
             compare(
                 f"{_LAYERS} layers",

@@ -1,7 +1,7 @@
 """``specblockd bench tune``: each kind's best fixed tree on this machine, from training prompts only.
 
 Every candidate answers the same prompts, interleaved; what counts is tokens per second at the headline setting. The
-search is a coordinate descent: depth, then fan-out, then budget, then the spread of the noise. The fastest of many
+search is a coordinate descent over the steps of ``_GRID``, in their order. The fastest of many
 noisy measurements looks faster than it is, so the best few meet again on other training prompts, and those decide.
 """
 
@@ -37,8 +37,8 @@ _BY_SCORE = (_RULE, ("rank head", 3, 4, 6, 10))
 """Fan-outs by rank class, or without the rank head, so many of every slot: their scores alone then decide."""
 _GRID: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
     "specblock": [
-        ("blocks", (1, 2)), ("node_budget", (4, 7, 12, 20, 31)), ("leaf_cap", (2, 4, 8)),
-        ("noise_scale", (0.7, 1.0, 1.4)), _BY_SCORE,
+        ("blocks", (1, 2)), _BY_SCORE, ("node_budget", (4, 5, 7, 9, 12, 20)), ("leaf_cap", (2, 4, 8)),
+        ("noise_scale", (0.7, 1.0, 1.4)),
     ],
     "eagle3": [
         ("blocks", (1, 2, 3, 4, 6)), ("leaf_cap", (1, 2, 4, 10)), ("beam", (2, 4, 10)),
@@ -107,7 +107,9 @@ def _changed(settings: DraftSettings, name: str, value: Any) -> DraftSettings:
     """One candidate of a step of the search."""
     if name != _RULE:
         return replace(settings, **{name: value})
-    return settings if value == "rank head" else replace(settings, rank_head=False, beam=value, fan_out=(1,))
+    if value == "rank head":
+        return settings
+    return replace(settings, rank_head=False, beam=value, fan_out=tuple(min(n, value) for n in settings.fan_out))
 
 
 def _measured(

@@ -19,13 +19,21 @@ _OURS = ("token_bias.table", "token_bias.domains", "token_bias.stamps")
 """Not part of the published format: written only where something was counted, zero where they are missing."""
 
 
+def stored(model: DraftNetwork, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """A drafter's tensors as they are stored: weights as ``dtype``, vocabulary maps as they are."""
+    return {
+        name: tensor.detach() if name in _BUFFERS else tensor.detach().to(dtype)
+        for name, tensor in model.state_dict().items()
+    }
+
+
 def save_drafter(model: DraftNetwork, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes a drafter; weights are stored as ``dtype``, vocabulary maps as they are."""
+    """Writes a drafter; see ``stored``."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
     tensors = {
-        name: (tensor if name in _BUFFERS else tensor.to(dtype)).detach().cpu().contiguous()
-        for name, tensor in model.state_dict().items()
+        name: tensor.cpu().contiguous()
+        for name, tensor in stored(model, dtype).items()
         if name not in _OURS or bool(model.token_bias.domains.any())
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

@@ -127,7 +127,7 @@ def test_bands_and_classes() -> None:
 @pytest.fixture
 def trainer(tmp_path: Path) -> Trainer:
     model = tiny_model()
-    save_drafter(model, tmp_path / "base", torch.float32)
+    save_drafter(model, tmp_path / "base")
     registry = DrafterRegistry(tmp_path / "state", lambda: 1.0)
     registry.import_base(tmp_path / "base")
     return Trainer(model.embedding.clone(), registry, DraftSettings(), torch.float32, batch_windows=2)
@@ -150,6 +150,9 @@ def test_micro_profile_then_rest_then_store_and_reload(trainer: Trainer) -> None
     version = trainer.store(rest.candidate_version, "d000001")
     stored, candidate = trainer.weights(version), trainer.weights(rest.candidate_version)
     assert all(torch.equal(stored[name], candidate[name]) for name in stored)
+    trained = [stored[name] for name in stored if stored[name].is_floating_point()]
+    assert all(torch.equal(weight, weight.bfloat16().float()) for weight in trained), "drafts as fast as its base"
+    assert not all(torch.equal(stored[name], before) for name, before in trainer.weights(base).items())
     assert trainer.registry.show(version).metadata["decision_id"] == "d000001"
 
 
