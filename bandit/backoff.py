@@ -15,7 +15,8 @@ def cooldown_left_s(
     """Seconds until the next update may start; a drop that has grown ends the back-off, not the plain cool-down.
 
     An update without a gain makes the next one wait until what it cost is ``waste_share`` of serving, so that being
-    wrong again and again can never cost more than that.
+    wrong again and again can never cost more than that. Only those that were shown not to pay make it wait longer still
+    with each in a row: one whose interval still contained a gain that pays is hardly evidence against the next.
     """
     if state.ended_s == 0.0:
         return 0.0

@@ -58,7 +58,7 @@ class PolicyConfig:
     waste_share: float = 0.03
     """Share of serving time that updates without a gain may cost: the next one waits until the last is below it."""
     backoff_factor: float = 2.0
-    """Each abandoned update in a row multiplies that wait, and the cool-down, by this."""
+    """Each update in a row that was shown not to pay multiplies that wait, and the cool-down, by this."""
     backoff_max_s: float = 6 * 3600.0
     evidence_growth: float = 1.5
     """A drop grown by this factor since the last abandoned update ends the back-off (not the plain cool-down)."""

@@ -181,7 +181,8 @@ class PolicyState:
         changes_attributed: detector reports that a parity check has looked into.
         ended_s: end of the newest update; 0 before any.
         cooldown_s: plain cool-down of its arm.
-        abandoned_in_row: updates that ended without a realised gain since the last that had one.
+        abandoned_in_row: updates that were shown not to pay since the last that gained; at least 1 after any other
+            that ended without a gain.
         abandoned_drop: share-weighted drop at the newest abandoned update.
         wasted_s: device-seconds that the newest update without a gain cost.
         score: device-seconds of a parity check.

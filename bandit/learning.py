@@ -110,14 +110,33 @@ def learn_parity(
 
 
 def end_update(
-    state: PolicyState, arm: Arm, now_s: float, drop: float, *, gained: bool, spent_s: float = 0.0
+    state: PolicyState,
+    arm: Arm,
+    now_s: float,
+    drop: float,
+    *,
+    gained: bool,
+    decided: bool = True,
+    spent_s: float = 0.0,
 ) -> PolicyState:
-    """Start the cool-down after an update; one without a gain lengthens the back-off, by what it has cost."""
+    """Start the cool-down after an update; one without a gain begins a back-off, by what it has cost.
+
+    Args:
+        state: before.
+        arm: what was done.
+        now_s: its end.
+        drop: that it was made for, weighted with shares of traffic.
+        gained: it serves, and nothing spoke against it.
+        decided: without a gain, it was shown that it would not have paid. One that was given up while it might have
+            paid says little about the next one: what it has cost is waited off, but the back-off does not double.
+        spent_s: device-seconds that it has cost.
+    """
+    in_row = state.abandoned_in_row + 1 if decided else max(state.abandoned_in_row, 1)
     return replace(
         state,
         ended_s=now_s,
         cooldown_s=arm.cooldown_s,
-        abandoned_in_row=0 if gained else state.abandoned_in_row + 1,
+        abandoned_in_row=0 if gained else in_row,
         abandoned_drop=0.0 if gained else drop,
         wasted_s=0.0 if gained else spent_s,
     )

@@ -207,6 +207,16 @@ def _after_probe(context: DecisionContext, probed: Probed, state: PolicyState, c
     )
 
 
+def may_pay(decision: Decision) -> bool:
+    """Whether an update that is given up after its trial might have paid all the same.
+
+    The trial is short: mostly it leaves the net value's *upper* bound above 0, and then nothing is shown against the
+    arm. A fault is a reason to keep away from training, whatever the trial measured.
+    """
+    option = decision.option()
+    return option is not None and decision.verdict != FAULT and 2 * option.value.net - option.value.net_lower > 0
+
+
 def _why(best: Option) -> str:
     value = best.value
     pays = "never" if value.break_even_s is None else f"after {value.break_even_s:.0f} s"

@@ -89,10 +89,12 @@ class Recovery:
         *,
         charged_s: float | None = None,
         numbers: dict[str, float] | None = None,
+        decided: bool = True,
     ) -> None:
         """Write the last stage and start the cool-down. ``charged_s`` defaults to what the begun action should cost.
 
-        An update that settles passed the gate, and nothing live spoke against it: it gained. No other did.
+        An update that settles passed the gate, and nothing live spoke against it: it gained. No other did; whether
+        it was shown that it would not have paid (``decided``) says how long the next one waits.
         """
         state, config = self._journal.state, self._journal.config
         cost_s = record.expected_s if charged_s is None else charged_s
@@ -110,7 +112,8 @@ class Recovery:
             arm = next((arm for arm in config.arms if arm.name == record.arm), Arm(name=record.arm))
             since_s = pending.started_s if mine and pending is not None else now_s
             spent_s = math.fsum(c.device_s for c in state.policy.charges if c.time_s >= since_s)
-            state.policy = end_update(state.policy, arm, now_s, drop, gained=stage == "settled", spent_s=spent_s)
+            gained = stage == "settled"
+            state.policy = end_update(state.policy, arm, now_s, drop, gained=gained, decided=decided, spent_s=spent_s)
         if mine:
             state.pending = None
 

@@ -85,14 +85,23 @@ class StageTools:
         policy = learn_gain(self.state.policy, arm, pending.targets, saving, self.config, now_s)
         self.state.policy = learn_shown(policy, arm, pending.targets, trial, saving) if trial else policy
 
-    def reject(self, pending: PendingUpdate, now_s: float, reason: str) -> None:
-        """End an update at the gate; what it would have saved is learned."""
+    def reject(self, pending: PendingUpdate, now_s: float, reason: str, *, decided: bool) -> None:
+        """End an update at the gate, which failed it (``decided``) or left it open; what it would save is learned."""
         record, rows = self.ledger.open_record(pending.decision_id), self.state.pending
         assert record is not None and rows is not None
         self.learn(pending, pooled_saving(rows.rows), now_s)
-        self.drop(record, "rejected", now_s, reason)
+        self.drop(record, "rejected", now_s, reason, decided=decided)
 
-    def drop(self, record: LedgerRecord, stage: str, now_s: float, reason: str, charged_s: float | None = None) -> None:
+    def drop(
+        self,
+        record: LedgerRecord,
+        stage: str,
+        now_s: float,
+        reason: str,
+        charged_s: float | None = None,
+        *,
+        decided: bool = True,
+    ) -> None:
         """End an update that never served (or was refused) and forget its candidate."""
         problem = self.journal.discard(record.candidate_version)
-        self.recovery.finish(record, stage, now_s, reason + problem, charged_s=charged_s)
+        self.recovery.finish(record, stage, now_s, reason + problem, charged_s=charged_s, decided=decided)

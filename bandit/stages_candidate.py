@@ -14,7 +14,7 @@ from specblock.bandit.forecast import domain_weights, gate_outlook
 from specblock.bandit.gate import GateEvidence, gate_rows, judge, pooled_saving
 from specblock.bandit.learning import learn_training
 from specblock.bandit.outside import attempt
-from specblock.bandit.policy import decide, inputs_digest
+from specblock.bandit.policy import decide, inputs_digest, may_pay
 from specblock.bandit.stage_tools import StageTools
 from specblock.bandit.state import PendingUpdate
 
@@ -56,7 +56,7 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     )
     if decision.action != CONTINUE:
         tools.learn_trial(pending, saving, now_s)
-        tools.drop(record, "abandoned", now_s, decision.reason)
+        tools.drop(record, "abandoned", now_s, decision.reason, decided=not may_pay(decision))
         return True
     option = decision.option() or pending.option
     tools.move(stage="training", candidate_version=candidate, option=option, trial=saving)
@@ -114,11 +114,11 @@ def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     if evidence.verdict == "pass":
         tools.move(stage="promoting")
     elif evidence.verdict == "fail":
-        tools.reject(pending, now_s, evidence.reason)
+        tools.reject(pending, now_s, evidence.reason, decided=True)
     elif (outlook := _not_worth_looking_on(tools, pending, evidence)) and not late:
-        tools.reject(pending, now_s, outlook)
+        tools.reject(pending, now_s, outlook, decided=False)
     elif late:
-        tools.reject(pending, now_s, f"undecided at the deadline: {evidence.reason}")
+        tools.reject(pending, now_s, f"undecided at the deadline: {evidence.reason}", decided=False)
     return True
 
 
