@@ -195,7 +195,7 @@ def phases(target: TargetModel, drafter: BlockDrafter) -> list[Phase]:
     return [
         *(Phase(f"target forward, {count} rows", partial(forward, count), True) for count in _ROWS),
         *(Phase(f"verification, {count} rows", partial(verification, tree), False) for count, tree in chains.items()),
-        Phase(f"drafter refresh, {_POSITIONS} positions", partial(cycle.refresh, _POSITIONS), True),
+        Phase(f"drafter absorbs {_POSITIONS} positions", partial(cycle.refresh, _POSITIONS), True),
         Phase("drafting, one block", partial(cycle.run, DraftPlan((), 7), 1, _POSITIONS), False),
         Phase(
             f"drafting, two blocks, {_LEAVES} leaves",

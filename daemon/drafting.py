@@ -119,13 +119,22 @@ class Drafting:
         if self._planner is not None:
             self._planner.drafter_changed()
 
-    def follow(self, state: RequestState) -> None:
-        """Absorbs a chunk of the prompt, all but its newest position, unless text of this kind is not drafted for."""
-        if self._drafter is None or not (self._planner is None or self._planner.speculates(state.request.domain)):
+    def follow(self, state: RequestState, batch: int) -> None:
+        """Absorbs a chunk of the prompt, all but its newest position, unless text of this kind is not drafted for.
+
+        Args:
+            state: the request.
+            batch: requests that wait for it, itself included.
+        """
+        planner, domain = self._planner, state.request.domain
+        if self._drafter is None or not (planner is None or planner.speculates(domain)):
             return
+        begin_s = 0.0 if planner is None else planner.clock()
         new = self._new_positions([state], keep=1)
         if new.counts[0]:
             self._drafter.refresh(self._cache, [state.slot], new)
+        if planner is not None:
+            planner.absorbed(domain, planner.clock() - begin_s, batch)
 
     def draft(self, states: Sequence[RequestState], sampling: SamplingBatch) -> Drafted:
         """Trees for all requests of a cycle; absorbs what the last verification left."""

@@ -246,7 +246,7 @@ class Engine:
         self._cache.advance([state.slot], [chunk.shape[1]])
         state.prefilled = end
         state.keep_features(output.features[0], self.drafter is not None)
-        self._drafting.follow(state)
+        self._drafting.follow(state, len(self.running))
         if state.prefill_done:
             state.decoding_since_s = self._clock()
 

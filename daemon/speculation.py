@@ -16,6 +16,7 @@ from specblock.drafter.forgetting import ForgettingRatio
 # Of a Poisson count; about two of what drafts accepted one after the other vary by at three tokens a cycle. Being wrong
 # costs far more than waiting: coming back is paid from the probes' budget.
 _DOUBT_SD = 3.0
+_ABSORBED_HALF_LIFE_CYCLES = 500.0
 _OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
 
 
@@ -143,6 +144,8 @@ class SpeculationGate:
         self._cycles = 0
         self._domains: dict[str, _DomainState] = {}
         self._probe: _Probe | None = None
+        # Plain cycles that absorbing prompts took, over cycles that drafted: what a probe does not see.
+        self._absorbed = ForgettingRatio(_ABSORBED_HALF_LIFE_CYCLES)
 
     def decide(self, participants: Sequence[Participant], probe_cycle_s: float) -> tuple[bool, ...]:
         """Which requests of the next cycle speculate.
@@ -200,12 +203,23 @@ class SpeculationGate:
             if yes and (state.on or self._probe is None):
                 state.speed.add(tokens, max(1.0 + charge, 0.05))
                 state.cycles_since_change += 1
+                self._absorbed.add(0.0)
             elif yes:
                 self.budget.share(seconds / num_drafted)
                 self._record_probe(tokens, max(1.0 + charge, 0.05))
         for domain in {p.domain for p, yes in zip(participants, speculate, strict=True) if yes}:
             self._state(domain).engine_cycles += 1
             self._maybe_off(self._state(domain))
+
+    def absorbed(self, domain: str, plain_cycles: float) -> None:
+        """Charges a domain with what its drafter took outside of cycles, such as absorbing a prompt.
+
+        Args:
+            domain: kind of text.
+            plain_cycles: cycles of one request that plain decoding would have made in that time, of all in the batch.
+        """
+        self._state(domain).speed.add(0.0, plain_cycles, observations=0)
+        self._absorbed.add(plain_cycles, 0.0, observations=0)
 
     def drafter_changed(self) -> None:
         """Forgets what was learned about the drafter before and lets one probe start at once."""
@@ -268,7 +282,7 @@ class SpeculationGate:
 
     def _record_probe(self, tokens: int, plain_cycles: float) -> None:
         assert self._probe is not None
-        self._probe.speed.add(tokens, plain_cycles)
+        self._probe.speed.add(tokens, plain_cycles + self._absorbed.value())
         self._probe.cycles += 1
         if self._probe.cycles >= self.settings.probe_cycles:
             self._judge(self._probe)

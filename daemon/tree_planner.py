@@ -55,7 +55,7 @@ class TreePlanner:
         planner: PlannerSettings | None = None,
     ) -> None:
         self.cost, self._settings = CycleCost(curve), settings
-        self._clock, self._generator = clock, generator
+        self.clock, self._generator = clock, generator
         self._planner = planner or PlannerSettings()
         self.survival, self.gain = SurvivalTable(), LeafGain()
         self.gate = SpeculationGate(self._planner.gate)
@@ -98,7 +98,7 @@ class TreePlanner:
             explore_block=self._generator.randrange(self._settings.blocks - 1) if explores else -1,
             habit=habit,
             weighed=due or probing,
-            begin_s=self._clock(),
+            begin_s=self.clock(),
         )
         self._cycle.last_s = self._cycle.begin_s
         return speculate
@@ -117,7 +117,7 @@ class TreePlanner:
             choice = min(cycle.habit.leaves(block), int(np.isfinite(scores).sum(axis=1).max()))
             if choice:
                 cycle.growth.leaf_caps.append(choice)
-            cycle.last_s = self._clock()
+            cycle.last_s = self.clock()
             return choice
         self._tick(cycle)
         stop = self.outlook.stop(cycle.growth, block, scores)
@@ -130,7 +130,7 @@ class TreePlanner:
         if choice:
             cycle.growth.leaf_caps.append(choice)
             cycle.growth.leaf_mass.append(float(stop.mass_m[min(choice, len(stop.mass_m)) - 1]))
-        cycle.last_s = self._clock()
+        cycle.last_s = self.clock()
         return choice
 
     def nodes(self, score_BM: Tensor) -> int:
@@ -141,7 +141,7 @@ class TreePlanner:
         gain_N = self.outlook.kept(cycle.growth, scores)
         if not cycle.weighed:
             cycle.nodes = cycle.habit.nodes(gain_N)
-            cycle.spent_s = self._clock() - cycle.begin_s
+            cycle.spent_s = self.clock() - cycle.begin_s
             return cycle.nodes
         scale, spent_s = self._scaled(cycle)
         bias = self.outlook.budget_bias(1 + len(cycle.growth.leaf_caps))
@@ -155,7 +155,7 @@ class TreePlanner:
             usual_s = self.cost.draft_s(caps, cycle.drafting) + self.cost.overhead_s  # without what is paid only now
             every_N = np.arange(2, self._settings.node_budget + 2, dtype=np.float64)
             cycle.habit.chose(caps, scale * bias, usual_s, self.cost.verify_s(every_N, cycle.batch))
-        cycle.spent_s = self._clock() - cycle.begin_s
+        cycle.spent_s = self.clock() - cycle.begin_s
         return cycle.nodes
 
     def record(self, result: CycleResult) -> None:
@@ -195,6 +195,10 @@ class TreePlanner:
         self.gate.record(
             cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cost.plain_s(batch)
         )
+
+    def absorbed(self, domain: str, seconds: float, batch: int) -> None:
+        """Charges a kind of text for a prompt that was absorbed while so many requests waited, its own included."""
+        self.gate.absorbed(domain, seconds / self.cost.plain_s(batch) * batch)
 
     def drafter_changed(self) -> None:
         """A new drafter version serves from the next cycle on."""
@@ -268,12 +272,12 @@ class TreePlanner:
         A probe of one request stands for the whole batch, so that it grows the trees that all would grow.
         """
         if not cycle.probing:
-            return 1.0, self._clock() - cycle.begin_s
+            return 1.0, self.clock() - cycle.begin_s
         return cycle.batch / cycle.drafting, self.cost.draft_s(cycle.growth.leaf_caps, cycle.batch)
 
     def _tick(self, cycle: Cycle) -> None:
         """Notes the seconds of the block that just ended; the scores have been read, so the device is done with it."""
-        now_s = self._clock()
+        now_s = self.clock()
         cycle.block_s.append(now_s - cycle.last_s)
         cycle.last_s = now_s
 

@@ -39,7 +39,7 @@ def test_without_a_drafter_every_tree_is_a_root() -> None:
     drafting = Drafting(None, target, None, slots=1, capacity_tokens=32)
     state = state_of(target, 0, "a", 4)
     drafting.reset(0, "any")
-    drafting.follow(state)
+    drafting.follow(state, 1)
     drafted = drafting.draft([state], batch([state]))
     assert not drafting.active and not drafting.enabled and drafting.tree_rows == 1
     assert drafted.tree.token.tolist() == [[5]] and drafted.max_depth == 0
@@ -51,7 +51,7 @@ def test_switched_off_it_follows_the_prompt_and_drafts_nothing() -> None:
     drafting = Drafting(drafter_of(target), target, None, slots=1, capacity_tokens=64)
     drafting.enabled = False
     state = state_of(target, 0, "a", 6)
-    drafting.follow(state)
+    drafting.follow(state, 1)
     assert not drafting.active and drafting.num_pending(state) == 1, "pairs need the token after: one stays"
     assert drafting.draft([state], batch([state])).tree.num_rows == 1
     assert drafting.num_pending(state) == sum(p.shape[0] for p in state.pending) == 1
@@ -66,15 +66,15 @@ def test_a_pause_leaves_positions_pending_until_the_request_drafts_again() -> No
     drafting = Drafting(drafter, target, Pauses(2), slots=2, capacity_tokens=400)  # type: ignore[arg-type]
     states = [state_of(target, 0, "always", 5), state_of(target, 1, "later", 3)]
     for state in states:
-        drafting.follow(state)
+        drafting.follow(state, 1)
     widths = []
-    refresh = drafter.refresh
+    refresh = drafter.paired
 
     def watched(cache, slots, new):  # type: ignore[no-untyped-def]
         widths.append(max(new.counts))
         return refresh(cache, slots, new)
 
-    drafter.refresh = watched  # type: ignore[method-assign]
+    drafter.paired = watched  # type: ignore[method-assign]
     for cycle, pending in enumerate((1, 301, 0)):
         drafted = drafting.draft(states, batch(states))
         assert drafted.speculate == (True, cycle == 2)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
+from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.cost_curve import CostCurve, RowCurve
 from specblock.daemon.engine import Engine, EngineSettings, Listener
@@ -35,12 +36,13 @@ SHAPE = {
 }  # fmt: skip
 
 
-def target_of(family: str, dtype: torch.dtype) -> TargetModel:
+def target_of(family: str, dtype: torch.dtype, head_dim: int = 8, native: bool = False) -> TargetModel:
     torch.manual_seed(5)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE)) if family == "llama" else Qwen3ForCausalLM(Qwen3Config(**SHAPE))
+    shape = SHAPE | {"head_dim": head_dim}
+    model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else Qwen3ForCausalLM(Qwen3Config(**shape))
     with torch.no_grad():
         model.lm_head.weight.mul_(8)  # peaked enough that drafts are accepted sometimes
-    return TargetModel.from_model(model.to(dtype).eval())
+    return TargetModel.from_model(model.to(dtype).eval(), native=native)
 
 
 def drafter_of(target: TargetModel, kind: str = "specblock", **settings: object) -> BlockDrafter:
@@ -48,7 +50,7 @@ def drafter_of(target: TargetModel, kind: str = "specblock", **settings: object)
     config = DrafterConfig(
         kind=kind, num_slots=1 if kind == "eagle3" else 4, num_hidden_layers=1 if kind == "eagle3" else 2,
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, vocab_size=VOCAB, draft_vocab_size=VOCAB, feature_layers=target.feature_layers,
+        head_dim=target.config.head_dim, vocab_size=VOCAB, draft_vocab_size=VOCAB, feature_layers=target.feature_layers,
     )  # fmt: skip
     model = new_network(config, target.embedding).to(target.dtype).eval()
     return BlockDrafter(model, DraftSettings(**{"node_budget": 24, "noise_scale": 4.0} | settings))  # type: ignore[arg-type]
@@ -216,6 +218,10 @@ class Pauses:
 
     def __init__(self, until: int) -> None:
         self.until, self.cycles = until, 0
+        self.clock = lambda: 0.0
+
+    def absorbed(self, domain: str, seconds: float, batch: int) -> None:
+        assert seconds == 0 and batch > 0
 
     def begin(self, participants, new_positions):  # type: ignore[no-untyped-def]
         self.cycles += 1
@@ -270,18 +276,34 @@ def test_replay_of_the_serving_version_equals_live_cycle_by_cycle(settings: dict
         assert replayed.accepted == window.accepted, window.conversation_id
 
 
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+@pytest.mark.parametrize("kind", ["specblock", "eagle3"])
+@pytest.mark.parametrize("settings", [{}, {"published_refresh": True}])
+def test_whole_native_layers_keep_the_text_and_replay_equals_live(kind: str, settings: dict[str, object]) -> None:
+    target = target_of("qwen3", torch.float32, head_dim=16, native=True)
+    drafter = drafter_of(target, kind, **settings)
+    assert target.by_slot is not None and drafter.by_slot is not None and drafter.by_slot.whole_layers
+    requests = random_requests(24, seed=9)
+    texts, keep = run(target, drafter, requests, slots=5)
+    assert texts == run(target, None, requests, slots=5)[0]
+    windows = list(keep.windows.values())
+    assert sum(len(w.accepted) for w in windows) > 50
+    for window, replayed in zip(windows, replay(drafter, windows, batch_windows=6), strict=True):
+        assert replayed.accepted == window.accepted, window.conversation_id
+
+
 def test_replay_notices_a_desynchronised_live_cache() -> None:
     """The planted fault: live positions shifted by one. Replay of the same weights no longer agrees."""
     target = target_of("llama", torch.float64)
     drafter = drafter_of(target, shared_noise=False)
-    healthy = drafter.refresh
+    healthy = drafter.paired
 
-    def shifted(cache: DrafterCache, slots: list[int], new: NewPositions) -> torch.Tensor:
-        return healthy(cache, slots, NewPositions(new.features, (new.tokens + 1) % VOCAB, new.counts))
+    def shifted(cache: DrafterCache, slots: list[int], new: NewPositions) -> NewPositions:
+        return NewPositions(new.features, (new.tokens + 1) % VOCAB, new.counts)
 
-    drafter.refresh = shifted  # type: ignore[method-assign]
+    drafter.paired = shifted  # type: ignore[method-assign]
     _, keep = run(target, drafter, random_requests(24, seed=8), slots=5)
-    drafter.refresh = healthy  # type: ignore[method-assign]
+    drafter.paired = healthy  # type: ignore[method-assign]
     windows = [w for w in keep.windows.values() if w.accepted]
     replays = replay(drafter, windows)
     assert [r.accepted for r in replays] != [w.accepted for w in windows]

@@ -414,3 +414,21 @@ def test_a_domain_not_seen_for_long_gives_its_place_to_a_new_one() -> None:
         gate.record([Participant("r", "b")], [True], [2], 1.0, 1.0, 1.0)
     gate.is_on("d")
     assert {"b", "d"} <= set(gate.speeds()) and len(gate.speeds()) == 4
+
+
+def test_a_domain_pays_for_the_prompts_its_drafter_absorbs() -> None:
+    """3 % faster cycles, but five plain cycles of absorbing for every 60 that are made."""
+    request = [Participant("r", "x")]
+    for prompt_cycles, stays_on in ((0.0, True), (5.0, False)):
+        gate = SpeculationGate(GateSettings(min_cycles=24))
+        for cycle in range(600):
+            if cycle % 60 == 0:
+                gate.absorbed("x", prompt_cycles)
+            gate.record(request, [gate.is_on("x")], [2 if gate.is_on("x") else 1], 2 / 1.03, 2 / 1.03, 1.0)
+        assert gate.is_on("x") == stays_on
+        if not stays_on:  # and a probe, which absorbs nothing by itself, does not forget it
+            gate.budget.grant(1)
+            for _ in range(gate.settings.probe_cycles):
+                assert gate.decide(request, 0.01) == (True,)
+                gate.record(request, [True], [2], 2 / 1.06, 2 / 1.06, 1.0)
+            assert not gate.is_on("x")
