@@ -162,7 +162,6 @@ class Phase(StrEnum):
     VERIFY = "verify"
     FIRST_BLOCK = "first_block"
     LATER_BLOCK = "later_block"
-    PLAIN = "plain"
 
 
 class OnlineCorrection:

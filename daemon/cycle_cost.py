@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from specblock.daemon.cost_curve import CostCurve, Floats, OnlineCorrection, Phase
+from specblock.daemon.plain_price import PlainPrice
 from specblock.drafter.plan import DraftPlan
 
 USUAL_POSITIONS = 8
@@ -24,6 +23,8 @@ class CycleCost:
     def __init__(self, curve: CostCurve, correction: OnlineCorrection | None = None) -> None:
         self.curve = curve
         self.correction = correction or OnlineCorrection()
+        self.plain = PlainPrice()
+        self._one_row: dict[int, float] = {}
         self._overhead_s = {True: curve.overhead_s, False: curve.overhead_s}
 
     @property
@@ -48,23 +49,24 @@ class CycleCost:
 
     def cycle_s(self, plan: DraftPlan, drafting: int, batch: int, positions: int = 1) -> float:
         """Seconds of a cycle in which D of B requests draft by a plan, with so many new positions."""
-        verify_s = float(self.verify_s(np.array([plan.node_budget + 1.0]), batch)[0])
+        verify_s = self.curve.verify_s(plan.node_budget + 1, batch) * self.correction.factor(Phase.VERIFY)
         return self.draft_s(plan.leaf_caps, drafting, positions) + verify_s + self.overhead_s
 
     def plain_s(self, batch: int) -> float:
         """Seconds of a cycle without speculation."""
-        return self._curve_plain_s(batch) * self.correction.factor(Phase.PLAIN)
+        return self._predicted_plain_s(batch) * self.plain.factor(batch)
 
     def observe_plain(self, verify_s: float, total_s: float, batch: int, *, amid_speculation: bool) -> None:
         """Learns from a cycle without speculation.
 
         Between speculating cycles the factor of larger trees is fresh, and what is left over is the shape of the curve
-        at one row. With speculation off nothing else is measured, so the cycle tells of the machine's speed as a whole.
+        at one row, and what a drafter's reading does to the target's. With speculation off nothing else is measured, so
+        the cycle tells of the machine's speed as a whole.
         """
         if amid_speculation:
-            self.correction.observe(Phase.PLAIN, total_s, self._curve_plain_s(batch))
+            self.plain.observe(batch, total_s, self._predicted_plain_s(batch))
         else:
-            predicted_s = self.curve.verify_s(1, batch) * self.correction.factor(Phase.PLAIN)
+            predicted_s = self._one_row_s(batch) * self.plain.factor(batch)
             self.correction.observe(Phase.VERIFY, verify_s, predicted_s)
         self._see_overhead(False, total_s - verify_s)
 
@@ -80,8 +82,13 @@ class CycleCost:
         self.correction.observe(Phase.VERIFY, verify_s, self.curve.verify_s(rows, batch))
         self._see_overhead(True, other_s)
 
-    def _curve_plain_s(self, batch: int) -> float:
-        return float(self.verify_s(np.ones(1), batch)[0]) + self._overhead_s[False]
+    def _predicted_plain_s(self, batch: int) -> float:
+        return self._one_row_s(batch) * self.correction.factor(Phase.VERIFY) + self._overhead_s[False]
+
+    def _one_row_s(self, batch: int) -> float:
+        if batch not in self._one_row:
+            self._one_row[batch] = self.curve.verify_s(1, batch)
+        return self._one_row[batch]
 
     def _see_overhead(self, speculating: bool, seconds: float) -> None:
         self._overhead_s[speculating] += _OVERHEAD_RATE * (max(0.0, seconds) - self._overhead_s[speculating])

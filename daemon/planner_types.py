@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from specblock.cuda_ext.tree import DraftTree
+from specblock.daemon.plain_price import Look
 from specblock.daemon.speculation import GateSettings, Participant
 from specblock.daemon.tree_habit import Habit
 from specblock.daemon.tree_outlook import Growth
@@ -20,7 +21,8 @@ class PlannerSettings:
 
     Attributes:
         explore_share: cycles that make another choice of leaves than the best one.
-        plain_share: cycles without speculation while it is on, to keep the price of plain decoding known.
+        plain_share: cycles without speculation while it is on, to keep the price of plain decoding known; more of them
+            while little of it is known, none at all if 0.
         settle_cycles: cycles with drafts of a new drafter, or of another number of requests, that are all weighed.
         weigh_every: of later ones every so many is weighed and learned from; those between follow the choice before.
         gate: when speculation goes off and on.
@@ -95,7 +97,7 @@ class Cycle:
     speculate: tuple[bool, ...]
     positions: int
     probing: bool
-    plain_check: bool
+    look: Look | None
     explore_block: int
     habit: Habit
     weighed: bool

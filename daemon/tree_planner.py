@@ -18,6 +18,7 @@ from torch import Tensor
 
 from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
+from specblock.daemon.plain_price import PlainLooks
 from specblock.daemon.planner_types import Cycle, CycleResult, PlannerSettings, PlannerStatus
 from specblock.daemon.speculation import Participant, SpeculationGate
 from specblock.daemon.tree_habit import Habits
@@ -62,6 +63,7 @@ class TreePlanner:
         self.outlook = TreeOutlook(self.survival, settings.node_budget)
         self._typical = DraftPlan((), min(8, settings.node_budget))
         self._cycle: Cycle | None = None
+        self._looks = PlainLooks(self._planner.plain_share)
         self._habits = Habits()
         self._explored = 0
         # Real over modelled seconds: what the curves do not know, the weighing itself among it.
@@ -82,8 +84,10 @@ class TreePlanner:
         speculate = self.gate.decide(participants, expected_s)
         probing = self.gate.is_probe(participants, speculate)
         explore, check = self._generator.random(), self._generator.random()
-        plain_check = any(speculate) and not probing and check < self._planner.plain_share
-        if plain_check:
+        look = None
+        if any(speculate) and not probing:
+            look = self._looks.next(check, self.cost.plain.seen(batch))
+        if look is not None:
             speculate = (False,) * batch
         habit = self._habits.of(batch, sum(speculate))
         due = any(speculate) and habit.due(self._planner.settle_cycles, self._planner.weigh_every)
@@ -94,7 +98,7 @@ class TreePlanner:
             speculate=speculate,
             positions=max([1, *behind]),
             probing=probing,
-            plain_check=plain_check,
+            look=look,
             explore_block=self._generator.randrange(self._settings.blocks - 1) if explores else -1,
             habit=habit,
             weighed=due or probing,
@@ -165,8 +169,9 @@ class TreePlanner:
         seconds = result.draft_s + result.verify_s + result.other_s
         usual_s = seconds
         if result.tree is None:
-            cost.observe_plain(result.verify_s, seconds, batch, amid_speculation=cycle.plain_check)
-            self._plain_surplus.add(min(seconds / cost.plain_s(batch), _MOST_SURPLUS))
+            if cycle.look is None or cycle.look.counts:
+                self._plain_surplus.add(min(seconds / cost.plain_s(batch), _MOST_SURPLUS))
+                cost.observe_plain(result.verify_s, seconds, batch, amid_speculation=cycle.look is not None)
         else:
             assert result.accepted_rows is not None and cycle.nodes, "a tree that these limits did not bound"
             building_s = result.draft_s - cycle.spent_s

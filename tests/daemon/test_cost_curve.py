@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from specblock.daemon.cost_curve import CostCurve, OnlineCorrection, Phase, RowCurve, Timing
 from specblock.daemon.cost_profile import measure
 from specblock.daemon.cycle_cost import CycleCost
+from specblock.daemon.plain_price import PlainLooks, PlainPrice
 from specblock.drafter.plan import DraftPlan
 from tests.daemon.test_engine import drafter_of, target_of
 
@@ -131,3 +132,37 @@ def test_a_drafter_of_one_block_has_no_later_points() -> None:
     target = target_of("llama", torch.float32)
     curve = measure(target, drafter_of(target, blocks=1), 1, Ticks(1e-4), budget_s=1.0)
     assert curve.later_block == curve.first_block
+
+
+def test_the_price_of_plain_cycles_is_learned_by_size_of_the_batch() -> None:
+    price = PlainPrice()
+    assert price.factor(3) == 1 and price.seen(3) == 0
+    for _ in range(12):
+        price.observe(1, 0.8, 1.0)
+    price.observe(8, 1.2, 1.0)
+    price.observe(8, 0.0, 1.0)  # a blind clock
+    assert price.factor(1) == pytest.approx(0.8, rel=0.04)
+    assert price.factor(2) == price.factor(1), "the nearest that is known"
+    assert 1 < price.factor(5) < 1.2 and price.seen(7) == 1, "one look among five to eight counts half"
+
+
+def test_looks_are_runs_whose_first_cycle_does_not_count_and_rare_once_enough_was_seen() -> None:
+    looks, draws = PlainLooks(0.006), np.random.default_rng(0)
+    found = [looks.next(draws.random(), seen=0) for _ in range(4000)]
+    runs = [look.counts for look in found if look is not None]
+    assert runs[:6] == [False, True, True, False, True, True] and 0.10 < len(runs) / len(found) < 0.17
+    found = [looks.next(draws.random(), seen=20) for _ in range(20_000)]
+    assert 0.004 < sum(look is not None for look in found) / len(found) < 0.008
+    assert all(PlainLooks(0.0).next(draws.random(), seen=0) is None for _ in range(100))
+
+
+def test_what_speculation_does_to_verification_is_not_charged_to_plain_decoding() -> None:
+    """Verification behind a drafter takes 1.3 times the curve; plain cycles do not."""
+    curve = CostCurve(RowCurve((1, 33), (0.01, 0.02)), RowCurve((1,), (0.002,)), RowCurve((1,), (0.002,)), 0.001)
+    cost = CycleCost(curve)
+    for number in range(400):
+        cost.observe_verify(1.3 * curve.verify_s(9, 1), 9, 1, 0.001)
+        if number % 40 == 0:
+            cost.observe_plain(0.010, 0.011, 1, amid_speculation=True)
+    assert cost.plain_s(1) == pytest.approx(0.011, rel=0.06)
+    assert cost.cycle_s(DraftPlan((), 8), 1, 1) == pytest.approx(0.002 + 1.3 * curve.verify_s(9, 1) + 0.001, rel=0.02)

@@ -235,7 +235,9 @@ def test_it_comes_back_when_a_new_version_is_good() -> None:
     planner.drafter_changed()
     good = World(cycles=60)
     ledger = run(planner, clock, good, costs)
-    assert ledger.drafted >= 58  # the probe starts at once and speculation stays on
+    assert (
+        ledger.drafted >= 48
+    )  # the probe starts at once, speculation stays on, and some cycles are looks at plain ones
     assert planner.speculates("any")
 
 

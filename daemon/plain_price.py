@@ -1,0 +1,92 @@
+"""What plain decoding costs beside speculation: looks at plain cycles, and the price that they teach.
+
+A plain cycle right after a drafted one is dearer than plain decoding is: what a drafter reads has put the target's
+weights out of the cache. Looks therefore are runs of a few cycles, of which the first teaches nothing. How far plain
+cycles lie from the curve depends on the number of requests, so each has its own price; one not looked at takes that of
+the nearest.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+_RUN_CYCLES = 3
+_ENOUGH = 8  # cycles that count, before looks become rare
+_EAGER_SHARE = 0.05  # of cycles that begin a run until then
+_LEAST_RATE = 0.1
+_LOG_LIMIT = math.log(4.0)  # of what one cycle may say
+
+
+@dataclass(slots=True)
+class _Price:
+    log: float = 0.0
+    seen: int = 0
+
+
+class PlainPrice:
+    """Measured over predicted seconds of plain cycles, by size of the batch (1, 2, 3-4, 5-8, ...)."""
+
+    def __init__(self) -> None:
+        self._prices: dict[int, _Price] = {}
+
+    def factor(self, batch: int) -> float:
+        """What to multiply the prediction with; 1 before anything was seen."""
+        if not self._prices:
+            return 1.0
+        own = _size(batch)
+        nearest = min(self._prices, key=lambda size: (abs(size - own), size))
+        return math.exp(self._prices[nearest].log)
+
+    def seen(self, batch: int) -> int:
+        """Plain cycles of such a batch that were learned from."""
+        price = self._prices.get(_size(batch))
+        return 0 if price is None else price.seen
+
+    def observe(self, batch: int, measured_s: float, predicted_s: float) -> None:
+        """Learns from a plain cycle: the mean with a prior that counts once, then an exponential average."""
+        if measured_s <= 0 or predicted_s <= 0:
+            return  # a clock too coarse says nothing
+        price = self._prices.setdefault(_size(batch), _Price())
+        error = min(max(math.log(measured_s / predicted_s), -_LOG_LIMIT), _LOG_LIMIT)
+        price.log += max(_LEAST_RATE, 1 / (price.seen + 2)) * (error - price.log)
+        price.seen += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A plain cycle while speculation is on; ``counts`` is False for the first of a run."""
+
+    counts: bool
+
+
+class PlainLooks:
+    """Says which cycles are plain although speculation is on."""
+
+    def __init__(self, share: float) -> None:
+        """Args:
+        share: of cycles, in the long run; 0 never looks.
+        """
+        self._share, self._left = share, 0
+
+    def next(self, draw: float, seen: int) -> Look | None:
+        """Whether the coming cycle, which would speculate, is a look.
+
+        Args:
+            draw: uniform in [0, 1).
+            seen: plain cycles of such a batch that were learned from.
+        """
+        if self._left:
+            self._left -= 1
+            return Look(counts=True)
+        begins = self._share / _RUN_CYCLES if self._share < 1 else 1.0
+        if self._share > 0 and seen < _ENOUGH:
+            begins = max(begins, _EAGER_SHARE)
+        if draw >= begins:
+            return None
+        self._left = _RUN_CYCLES - 1
+        return Look(counts=False)
+
+
+def _size(batch: int) -> int:
+    return (batch - 1).bit_length()
