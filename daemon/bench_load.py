@@ -118,6 +118,7 @@ def run(settings: LoadSettings, as_json: bool, say: Callable[[str], None]) -> in
             leaf_cap=largest.leaf_cap,
             node_budget=largest.node_budget,
             noise_scale=usual.noise_scale,
+            rank_head=usual.rank_head,
         ),
     )
     prompts = [p for domain in _DOMAINS for p in read_prompts(settings.prompts / f"{domain}.jsonl")]

@@ -83,7 +83,8 @@ def ways(target: TargetModel, untouched: TargetModel, found: dict[str, DraftNetw
             for shared in (True, False):
                 chosen = replace(published_settings(kind), shared_noise=shared, noise_scale=best.noise_scale)
                 yield WayName(published, shared, "fixed"), engine_way(target, BlockDrafter(network, chosen))
-        largest = BlockDrafter(network, replace(LARGEST[kind], noise_scale=best.noise_scale))
+        ceiling = replace(LARGEST[kind], noise_scale=best.noise_scale, rank_head=best.rank_head)
+        largest = BlockDrafter(network, ceiling)
         planner = profiled_planner(target, largest, slots=1, seed=0)
         yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planner)
 

@@ -118,12 +118,14 @@ class CostCurve:
         first_block: by new positions and requests.
         later_block: by leaves and requests.
         overhead_s: committing and emitting, per cycle.
+        plain: verification of one row by requests where nothing drafts in between; None is as ``verify`` says.
     """
 
     verify: RowCurve
     first_block: RowCurve
     later_block: RowCurve
     overhead_s: float = 0.0
+    plain: RowCurve | None = None
 
     def verify_s(self, rows: int, batch: int) -> float:
         """Seconds of one verification."""
@@ -135,11 +137,16 @@ class CostCurve:
 
     def plain_s(self, batch: int) -> float:
         """Seconds of one cycle without speculation."""
-        return self.verify_s(1, batch) + self.overhead_s
+        return self.one_row_s(batch) + self.overhead_s
+
+    def one_row_s(self, batch: int) -> float:
+        """Seconds of the verification in such a cycle."""
+        return (self.plain or self.verify).at(1, batch)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, for logs and benchmark files."""
         curves = {"verify": self.verify, "first_block": self.first_block, "later_block": self.later_block}
+        curves |= {} if self.plain is None else {"plain": self.plain}
         return {"overhead_s": self.overhead_s} | {
             name: {"total_rows": list(c.total_rows), "seconds": list(c.seconds), "per_request_s": c.per_request_s}
             for name, c in curves.items()
@@ -153,7 +160,8 @@ class CostCurve:
             part = data[name]
             return RowCurve(tuple(part["total_rows"]), tuple(part["seconds"]), part["per_request_s"])
 
-        return cls(curve("verify"), curve("first_block"), curve("later_block"), data["overhead_s"])
+        plain = curve("plain") if "plain" in data else None
+        return cls(curve("verify"), curve("first_block"), curve("later_block"), data["overhead_s"], plain)
 
 
 class Phase(StrEnum):

@@ -61,7 +61,13 @@ def measure(target: TargetModel, drafter: AnyDrafter, slots: int, clock: Clock, 
         budget_s: no further point is begun after this time, except one per curve.
     """
     begin_s = clock()
-    verify_points = list(_verify_timings(target, slots, clock, begin_s + _VERIFY_SHARE * budget_s))
+    # Drafts come before every verification that is timed: what they read puts the target's weights out of the cache.
+    cycle = DraftCycle(drafter, target.feature_size, slots, runs=2 * len(_ROWS) * (_REPEATS + 1))
+    usual = DraftPlan((), drafter.settings.node_budget)
+    timed = _Verifications(target, slots, clock)
+    plain_points = [Timing(1, batch, timed.seconds(1, batch)) for batch in sorted({1, slots})]
+    until_s = begin_s + _VERIFY_SHARE * budget_s
+    verify_points = list(timed.points(until_s, lambda: cycle.run(usual, 1, 1)))
     first_points, later_points = measure_drafting(drafter, target.feature_size, slots, clock, begin_s + budget_s)
     first_block = RowCurve.fit(first_points)
     return CostCurve(
@@ -69,6 +75,7 @@ def measure(target: TargetModel, drafter: AnyDrafter, slots: int, clock: Clock, 
         first_block=first_block,
         later_block=RowCurve.fit(later_points) if later_points else first_block,
         overhead_s=_OVERHEAD_S,
+        plain=RowCurve.fit(plain_points),
     )
 
 
@@ -145,26 +152,38 @@ class DraftCycle:
         return NewPositions(features.to(self.device, self._drafter.dtype), tokens, [positions] * batch)
 
 
-def _verify_timings(target: TargetModel, slots: int, clock: Clock, until_s: float) -> Iterator[Timing]:
-    cache = target.new_cache(slots, _PREFIX_TOKENS + max(_ROWS))
-    target.use_graphs(cache)
-    cache.advance(list(range(slots)), [_PREFIX_TOKENS] * slots)  # the values in the prefix do not change the time
-    params = [SamplingParams(temperature=1.0, top_p=0.95, seed=slot) for slot in range(slots)]
-    states = [ChoiceState(p, [], target.vocab_size, target.device) for p in params]
-    noise = NoiseWindow(slots, _DEPTH + 1, target.vocab_size, target.device)
-    for index, rows in enumerate(_ROWS):
-        for batch in sorted({1, slots}):
-            if index > 1 and clock() >= until_s:
-                return
-            tree = stand_in_tree(rows, batch, target.device)
-            sampling = SamplingBatch.of(params[:batch], target.device)
+class _Verifications:
+    """Verifies trees of any size for the first slots of a cache, again and again."""
 
-            def once(tree: DraftTree = tree, batch: int = batch, sampling: SamplingBatch = sampling) -> None:
-                verify(
-                    target, cache, list(range(batch)), tree, _DEPTH, states[:batch], noise, sampling=sampling
-                )  # fmt: skip
+    def __init__(self, target: TargetModel, slots: int, clock: Clock) -> None:
+        self._target, self._slots, self._clock = target, slots, clock
+        self._cache = target.new_cache(slots, _PREFIX_TOKENS + max(_ROWS))
+        target.use_graphs(self._cache)
+        self._cache.advance(
+            list(range(slots)), [_PREFIX_TOKENS] * slots
+        )  # what is in a prefix does not change the time
+        self._params = [SamplingParams(temperature=1.0, top_p=0.95, seed=slot) for slot in range(slots)]
+        self._states = [ChoiceState(p, [], target.vocab_size, target.device) for p in self._params]
+        self._noise = NoiseWindow(slots, _DEPTH + 1, target.vocab_size, target.device)
 
-            yield Timing(rows, batch, _timed(once, clock, target.device))
+    def seconds(self, rows: int, batch: int, between: Callable[[], object] | None = None) -> float:
+        """Seconds of one verification, with something done before it."""
+        target, tree = self._target, stand_in_tree(rows, batch, self._target.device)
+        sampling, states = SamplingBatch.of(self._params[:batch], target.device), self._states[:batch]
+        slots = list(range(batch))
+
+        def once() -> None:
+            verify(target, self._cache, slots, tree, _DEPTH, states, self._noise, sampling=sampling)
+
+        return _timed(once, self._clock, target.device, between)
+
+    def points(self, until_s: float, between: Callable[[], object]) -> Iterator[Timing]:
+        """Points of the curve, most telling first; two of them however little time there is."""
+        for index, rows in enumerate(_ROWS):
+            for batch in sorted({1, self._slots}):
+                if index > 1 and self._clock() >= until_s:
+                    return
+                yield Timing(rows, batch, self.seconds(rows, batch, between))
 
 
 def stand_in_tree(rows: int, batch: int, device: torch.device) -> DraftTree:
@@ -183,17 +202,26 @@ def stand_in_tree(rows: int, batch: int, device: torch.device) -> DraftTree:
     )
 
 
-def _timed(call: Callable[[], object], clock: Clock, device: torch.device) -> float:
-    """Seconds of the fastest of a few calls after one to warm up.
+def _timed(
+    call: Callable[[], object], clock: Clock, device: torch.device, between: Callable[[], object] | None = None
+) -> float:
+    """Seconds of the fastest of a few calls after one to warm up, each after ``between``.
 
     Other work on the machine only ever adds time, and unevenly: the fastest call says most about the shape of the
     curve. What the load adds on average, the online correction learns.
     """
     seconds: list[float] = []
     for _ in range(_REPEATS + 1):
+        if between is not None:
+            between()
+            _wait(device)
         begin_s = clock()
         call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        _wait(device)
         seconds.append(clock() - begin_s)
     return min(seconds[1:])
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -87,7 +87,7 @@ class CycleCost:
 
     def _one_row_s(self, batch: int) -> float:
         if batch not in self._one_row:
-            self._one_row[batch] = self.curve.verify_s(1, batch)
+            self._one_row[batch] = self.curve.one_row_s(batch)
         return self._one_row[batch]
 
     def _see_overhead(self, speculating: bool, seconds: float) -> None:
