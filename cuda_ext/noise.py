@@ -116,20 +116,25 @@ class NoiseWindow:
         """Forgets everything about a slot (a new request moved in)."""
         self._next[slot] = 0
 
-    def advance(self, slots: list[int], first: list[int], seeds: list[int], choices: list[int]) -> None:
-        """Makes positions ``first[b] .. first[b] + width - 1`` of every given slot available.
+    def advance(
+        self, slots: list[int], first: list[int], seeds: list[int], choices: list[int], count: int | None = None
+    ) -> None:
+        """Makes positions ``first[b] .. first[b] + count - 1`` of every given slot available.
 
         Args:
             slots: slots that sample at temperature > 0.
             first: first position needed per slot; must not decrease between resets.
             seeds: 64-bit seed per slot.
             choices: choice index per slot.
+            count: positions, at most ``width``; None is all of them.
         """
+        count = self._width if count is None else count
+        assert count <= self._width, "a window holds no more positions than its width"
         wanted: list[tuple[int, int, int, int]] = []
         for slot, start, seed, choice in zip(slots, first, seeds, choices, strict=True):
-            for position in range(max(start, self._next[slot]), start + self._width):
+            for position in range(max(start, self._next[slot]), start + count):
                 wanted.append((slot, position, seed, choice))
-            self._next[slot] = max(self._next[slot], start + self._width)
+            self._next[slot] = max(self._next[slot], start + count)
         if not wanted:
             return
         vocab_size = self._rows.shape[2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,7 +19,6 @@ from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
-from specblock.drafter.precision import shortest_s
 from specblock.drafter.weight_bytes import weight_bytes_per_cycle
 from specblock.verifier.model import TargetModel
 
@@ -32,6 +32,7 @@ LARGEST = {
 }
 """Ceilings between which sizes are chosen per cycle."""
 _LOOKUP = DraftSettings(blocks=1, node_budget=10)
+_TRIES = 5
 _LOOKUP_TOKENS = 10  # transformers' own usual setting
 
 
@@ -93,15 +94,23 @@ def untouched_target(target: TargetModel) -> TargetModel:
     """transformers' own layers, in the format in which they decode fastest here: its users would run it so."""
     formats = (torch.float32, torch.bfloat16)
     loaded = [load_target(target.model_name, dtype, str(target.device), native=False) for dtype in formats]
-    return min(loaded, key=_token_s)
+    tried: list[list[float]] = [[] for _ in loaded]
+    for _ in range(_TRIES):  # in turns, so that a drift of the machine hits both
+        for seconds, one in zip(tried, loaded, strict=True):
+            seconds.append(_generate_s(one))
+    return min(zip(tried, loaded, strict=True), key=lambda pair: min(pair[0]))[1]
 
 
-def _token_s(target: TargetModel) -> float:
-    """Shortest time of a forward of one token."""
-    warm(target)
-    token = torch.zeros(1, 1, dtype=torch.int64, device=target.device)
+def _generate_s(target: TargetModel) -> float:
+    """Seconds of some tokens behind a prompt, as ``generate`` makes them."""
+    prompt = torch.arange(32, device=target.device)[None]
+    begin_s = time.perf_counter()
     with torch.inference_mode():
-        return shortest_s(lambda: target.transformers_model(input_ids=token, use_cache=False))
+        target.transformers_model.generate(
+            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24, min_new_tokens=24,
+            pad_token_id=1,
+        )  # fmt: skip
+    return time.perf_counter() - begin_s
 
 
 def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:

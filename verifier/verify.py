@@ -57,7 +57,7 @@ def verify(
     slot_list = host_list(slots)
     output = model.forward(cache, slot_list, tree.token, tree_mask=ancestor_mask(tree, max_depth), depth=tree.depth)
     first_position = [cache.lengths[slot] + 1 for slot in slot_list]
-    _advance_noise(noise, states, slot_list, first_position)
+    _advance_noise(noise, states, slot_list, first_position, max_depth + 1)
     accepted = accept(output.logits, tree, states, noise, slot_list, first_position, sampling)
     request_B1 = torch.arange(len(slot_list), device=output.logits.device)[:, None]
     return VerifyResult(
@@ -71,7 +71,7 @@ def verify(
 
 
 def _advance_noise(
-    noise: NoiseWindow, states: Sequence[ChoiceState], slots: Sequence[int], first_position: Sequence[int]
+    noise: NoiseWindow, states: Sequence[ChoiceState], slots: Sequence[int], first_position: Sequence[int], count: int
 ) -> None:
     drawn = [b for b, state in enumerate(states) if state.params.temperature > 0]
     params = [states[b].params for b in drawn]
@@ -80,4 +80,5 @@ def _advance_noise(
         [first_position[b] for b in drawn],
         [p.seed for p in params],
         [p.choice for p in params],
+        count,
     )

@@ -73,18 +73,22 @@ def test_gumbel_law():
         assert abs(float(shifted.mean())) < 4 * float(noise.var()) / math.sqrt(shifted.numel())
 
 
-def test_noise_window_equals_gumbel():
+@pytest.mark.parametrize("counted", [False, True])
+def test_noise_window_equals_gumbel(counted):
     window = NoiseWindow(num_slots=4, width=5, vocab_size=17)
     assert window.width == 5
     generator = torch.Generator().manual_seed(0)
     first = {0: 10, 2: 3, 3: 1000}
     seeds = {0: 1, 2: -7, 3: 2**40}
-    for _ in range(12):
+    for _ in range(40):
         slots = [slot for slot in first if torch.rand(1, generator=generator) < 0.7]
-        window.advance(slots, [first[s] for s in slots], [seeds[s] for s in slots], list(slots))
+        count = int(torch.randint(1, 6, (1,), generator=generator)) if counted else 5
+        window.advance(
+            slots, [first[s] for s in slots], [seeds[s] for s in slots], list(slots), count if counted else None
+        )
         for slot in slots:
-            positions = torch.arange(first[slot], first[slot] + 5)
-            expected = gumbel(torch.full((5,), seeds[slot]), torch.full((5,), slot), positions, 17)
+            positions = torch.arange(first[slot], first[slot] + count)
+            expected = gumbel(torch.full((count,), seeds[slot]), torch.full((count,), slot), positions, 17)
             assert torch.equal(window.rows(torch.tensor(slot), positions).rows(), expected)
             first[slot] += int(torch.randint(1, 9, (1,), generator=generator))
 
