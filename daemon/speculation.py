@@ -16,6 +16,9 @@ from specblock.drafter.forgetting import ForgettingRatio
 # Of a Poisson count; about two of what drafts accepted one after the other vary by at three tokens a cycle. Being wrong
 # costs far more than waiting: coming back is paid from the probes' budget.
 _DOUBT_SD = 3.0
+# Of the same, for a domain that has been seen for a while: being off by bad luck costs as much as it would have won, and
+# lasts until a probe; being on without gain costs little.
+_SLOW_SD = 0.5
 _ABSORBED_HALF_LIFE_CYCLES = 500.0
 _OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
 
@@ -256,7 +259,7 @@ class SpeculationGate:
 
     def _maybe_off(self, state: _DomainState) -> None:
         rules = self.settings
-        slow = state.cycles_since_change >= rules.min_cycles and self._speed(state) < rules.off_below
+        slow = state.cycles_since_change >= rules.min_cycles and self._speed(state, _SLOW_SD) < rules.off_below
         # One stall holds up every request of a batch: what counts here is how often the engine was slow.
         hopeless = state.engine_cycles >= rules.hopeless_cycles and self._speed(state, _DOUBT_SD) < rules.off_below
         if slow or hopeless:

@@ -419,9 +419,9 @@ def test_a_domain_not_seen_for_long_gives_its_place_to_a_new_one() -> None:
 
 
 def test_a_domain_pays_for_the_prompts_its_drafter_absorbs() -> None:
-    """3 % faster cycles, but five plain cycles of absorbing for every 60 that are made."""
+    """3 % faster cycles, but ten plain cycles of absorbing for every 60 that are made."""
     request = [Participant("r", "x")]
-    for prompt_cycles, stays_on in ((0.0, True), (5.0, False)):
+    for prompt_cycles, stays_on in ((0.0, True), (10.0, False)):
         gate = SpeculationGate(GateSettings(min_cycles=24))
         for cycle in range(600):
             if cycle % 60 == 0:
