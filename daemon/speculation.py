@@ -16,8 +16,8 @@ from specblock.drafter.forgetting import ForgettingRatio
 # Of a Poisson count; about two of what drafts accepted one after the other vary by at three tokens a cycle. Being wrong
 # costs far more than waiting: coming back is paid from the probes' budget.
 _DOUBT_SD = 3.0
-# Of the same, for a domain that has been seen for a while: being off by bad luck costs as much as it would have won, and
-# lasts until a probe; being on without gain costs little.
+# Of the same, for a domain that has been seen for a while: being off by bad luck costs what it would have won, until a
+# probe; being on without gain costs little.
 _SLOW_SD = 0.5
 _ABSORBED_HALF_LIFE_CYCLES = 500.0
 _OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
