@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import Any
 import torch
 
 from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, WayName
-from specblock.daemon.bench_ways import Way, engine_way, transformers_way
+from specblock.daemon.bench_ways import Question, Way, engine_way, transformers_way
+from specblock.daemon.collect import Prompt
 from specblock.daemon.cost_profile import profiled_planner
 from specblock.daemon.models import load_network, load_target
 from specblock.drafter.config import DraftSettings, published_settings
@@ -32,7 +32,7 @@ LARGEST = {
 }
 """Ceilings between which sizes are chosen per cycle."""
 _LOOKUP = DraftSettings(blocks=1, node_budget=10)
-_TRIES = 5
+_TRIES, _TRIAL_TOKENS, _TRIAL_TEXT = 5, 24, "def mean(values):\n    total = 0.0\n    for value in values:\n"
 _LOOKUP_TOKENS = 10  # transformers' own usual setting
 
 
@@ -94,23 +94,12 @@ def untouched_target(target: TargetModel) -> TargetModel:
     """transformers' own layers, in the format in which they decode fastest here: its users would run it so."""
     formats = (torch.float32, torch.bfloat16)
     loaded = [load_target(target.model_name, dtype, str(target.device), native=False) for dtype in formats]
-    tried: list[list[float]] = [[] for _ in loaded]
-    for _ in range(_TRIES):  # in turns, so that a drift of the machine hits both
-        for seconds, one in zip(tried, loaded, strict=True):
-            seconds.append(_generate_s(one))
-    return min(zip(tried, loaded, strict=True), key=lambda pair: min(pair[0]))[1]
-
-
-def _generate_s(target: TargetModel) -> float:
-    """Seconds of some tokens behind a prompt, as ``generate`` makes them."""
-    prompt = torch.arange(32, device=target.device)[None]
-    begin_s = time.perf_counter()
-    with torch.inference_mode():
-        target.transformers_model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=24, min_new_tokens=24,
-            pad_token_id=1,
-        )  # fmt: skip
-    return time.perf_counter() - begin_s
+    ways = [transformers_way(one) for one in loaded]
+    prompt, how = Prompt("", _TRIAL_TEXT), Question(temperature=0.0, top_p=1.0, new_tokens=_TRIAL_TOKENS)
+    # In turns, so that a drift of the machine hits both.
+    tried = [[way(prompt, how, 0).seconds for way in ways] for _ in range(_TRIES)]
+    shortest = [min(seconds) for seconds in zip(*tried, strict=True)]
+    return loaded[shortest.index(min(shortest))]
 
 
 def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:

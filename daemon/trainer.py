@@ -61,7 +61,7 @@ class Trainer:
         self._embedding, self.registry, self._settings = embedding, registry, settings
         self._dtype, self._batch_windows = serving_dtype, batch_windows
         # Weights that are bfloat16 numbers are what native products read at half the bytes, in float32 too: a version
-        # stored in float32 would draft at half the speed of the one it replaces.
+        # stored in float32 would draft more slowly than the one it replaces.
         self._stored = torch.bfloat16 if serving_dtype == torch.float32 else serving_dtype
         self._candidates: dict[str, _Candidate] = {}
 

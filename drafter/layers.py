@@ -65,7 +65,7 @@ class Linear(nn.Linear):
         """From here on, outside of training, the native product serves where it can."""
         fits = can_pack(self.weight)
         self._packed = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1)) if fits else ()
-        self._packed_state = self._state()
+        self._packed_state = written(self.weight)
 
     @property
     def num_bytes(self) -> int:
@@ -81,12 +81,9 @@ class Linear(nn.Linear):
     def _current(self) -> tuple[PackedWeight, ...]:
         if not self._packed or torch.is_grad_enabled():
             return ()
-        if self._packed_state != self._state():  # new weights were loaded
+        if self._packed_state != written(self.weight):  # new weights were loaded
             self.pack()
         return self._packed
-
-    def _state(self) -> tuple[int, int]:
-        return written(self.weight)
 
 
 def written(weight: Tensor) -> tuple[int, int]:

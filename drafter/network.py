@@ -130,15 +130,17 @@ class DraftNetwork(nn.Module, ABC):
 
     def pack(self) -> DraftNetwork:
         """Prepares for drafting: see ``Linear.pack``."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                module.pack()
+        for linear in self._linears():
+            linear.pack()
         return self
+
+    def _linears(self) -> list[Linear]:
+        return [module for module in self.modules() if isinstance(module, Linear)]
 
     @contextmanager
     def coarsely(self) -> Iterator[None]:
         """Inside, native products may round what they multiply to bfloat16: for rows that are only context."""
-        linears = [module for module in self.modules() if isinstance(module, Linear)]
+        linears = self._linears()
         for linear in linears:
             linear.coarse = True
         try:
@@ -150,8 +152,7 @@ class DraftNetwork(nn.Module, ABC):
     @property
     def packs(self) -> bool:
         """Whether ``pack`` prepares every linear map and heads fit: outside of training, a layer is one native call."""
-        linears = [module for module in self.modules() if isinstance(module, Linear)]
-        return self.config.head_dim % 16 == 0 and all(can_pack(linear.weight) for linear in linears)
+        return self.config.head_dim % 16 == 0 and all(can_pack(linear.weight) for linear in self._linears())
 
     def embed(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
         """Target embeddings of int64 tokens, [..., H]."""

@@ -91,8 +91,7 @@ class SlotBlocks:
 
         def body(given: Tensors) -> Tensors:
             numbers, features, tokens, *rest = given
-            real, slot_B, base, rotary, newest = (column.contiguous() for column in numbers.unbind(1))
-            u = self._first_rows(cache, (features, tokens), (slot_B, base, rotary, newest), real)
+            u = self._first_rows(cache, numbers, features, tokens)
             return self._proposed(u, rest, ranking, first=True)
 
         return self._run(cache, ("first", most), body, inputs, ranking)
@@ -109,10 +108,9 @@ class SlotBlocks:
             # One by one: prompts differ in length, and padding would be computed.
             for row, (slot, count) in enumerate(zip(slots, new.counts, strict=True)):
                 if count:
-                    rows = cache.room(slot, count)
+                    own = (1, slot, cache.room(slot, count) * width, cache.rotary[slot], count - 1)
                     given = (new.features[row : row + 1, :count], new.tokens[row : row + 1, :count])
-                    numbers = on_device([[slot], [rows * width], [cache.rotary[slot]], [count - 1]], new.tokens.device)
-                    found[row] = self._first_rows(cache, given, tuple(numbers.unbind(0)))[0]
+                    found[row] = self._first_rows(cache, on_device([own], new.tokens.device), *given)[0]
         return found
 
     def later(
@@ -146,23 +144,21 @@ class SlotBlocks:
 
         return self._run(cache, ("later", first_row, num_leaves), body, inputs, ranking)
 
-    def _first_rows(
-        self, cache: DrafterCache, given: tuple[Tensor, Tensor], numbers: Tensors, real_B: Tensor | None = None
-    ) -> Tensor:
+    def _first_rows(self, cache: DrafterCache, numbers: Tensor, features: Tensor, tokens: Tensor) -> Tensor:
         """Block 1 of features [B, P, F] and tokens [B, P]: u [B, 1, K, H] of the newest positions.
 
         Args:
             cache: where the rows go.
-            given: features and tokens.
-            numbers: int64 [B] each: slot, first row, rotary index of the first position, number of the newest one.
-            real_B: 0 for requests that only fill up a batch; None: there are none.
+            numbers: int64 [B, 5]: 0 for requests that only fill up a batch, slot, first row, rotary index of the first
+                position, number of the newest one.
+            features: of the target.
+            tokens: that follow them.
         """
-        features, tokens = given
-        slot_B, base, rotary, newest = numbers
+        real, slot_B, base, rotary, newest = (column.contiguous() for column in numbers.unbind(1))
         (batch, count), device = tokens.shape, tokens.device
         order_T = torch.arange(count * self._network.config.num_slots, device=device)
         visible = (order_T <= order_T[:, None]).expand(batch, -1, -1).contiguous()
-        attend = self._attend(cache, slot_B, base, visible, real_B)
+        attend = self._attend(cache, slot_B, base, visible, real)
         index = self._network.rotary_index(rotary[:, None] + torch.arange(count, device=device))
         tables, inputs = self._network.rotary_tables(index), self._network.first_inputs(features, tokens)
         u = self._network.run_layers(inputs, tables, attend, newest if self.whole_layers else None)
@@ -177,10 +173,10 @@ class SlotBlocks:
         return (seen_BnW[:, :, None] | causal).flatten(1, 2)
 
     def _attend(
-        self, cache: DrafterCache, slot_B: Tensor, first_B: Tensor, visible_BTW: Tensor, real_B: Tensor | None
+        self, cache: DrafterCache, slot_B: Tensor, first_B: Tensor, visible_BTW: Tensor, real_B: Tensor
     ) -> SlotAttend:
-        if real_B is None or self.whole_layers:
-            return SlotAttend(cache, slot_B, first_B, visible_BTW, whole_layers=self.whole_layers)
+        if self.whole_layers:
+            return SlotAttend(cache, slot_B, first_B, visible_BTW, whole_layers=True)
         # Requests that only fill up a batch write behind everything, where nobody reads.
         write_B = torch.where(real_B > 0, first_B, cache.keys.shape[3] - cache.padding_rows)
         return SlotAttend(cache, slot_B, first_B, visible_BTW, write_B)
