@@ -129,6 +129,12 @@ class Actions(Protocol):
     def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
         """Replays both versions on held-out conversations that arrived after ``after_time_s`` (None: all)."""
 
+    def versions(self) -> tuple[str, ...]:
+        """Stored versions that could serve again, the base first, then the newest first."""
+
+    def restore(self, decision_id: str, version: str) -> SwapReport:
+        """Makes a stored version serve again because it is expected to be better; asking twice is harmless."""
+
     def promote(self, decision_id: str, candidate_version: str) -> SwapReport:
         """Makes the candidate serve."""
 

@@ -77,7 +77,7 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         names = [arm.name for arm in self.arms]
         require(len(set(names)) == len(names), "policy.arms", "named differently", names)
-        require(any(arm.steps == 0 for arm in self.arms), "policy.arms", "such that one does nothing (steps 0)", names)
+        require(not all(arm.acts for arm in self.arms), "policy.arms", "such that one does nothing (steps 0)", names)
         fraction("policy", probe_fraction=self.probe_fraction, min_drop=self.min_drop, waste_share=self.waste_share)
         require(0.5 <= self.confidence < 1, "policy.confidence", "in [0.5, 1)", self.confidence)
         not_negative("policy", drop_z=self.drop_z, budget_device_s_per_hour=self.budget_device_s_per_hour)

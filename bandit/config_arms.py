@@ -10,7 +10,7 @@ from specblock.bandit.config_checks import at_least, not_negative, positive, req
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """One way to update the drafter; ``steps == 0`` is the arm that does nothing.
+    """One way to update the drafter; one that neither trains nor restores is the arm that does nothing.
 
     Gains are relative savings of device-seconds per committed token: ``1 - s_new / s_old``.
     The expected gain of a domain whose acceptance fell by ``drop`` is ``prior_gain_mean + drop_recovery * drop``.
@@ -20,6 +20,8 @@ class Arm:
     patterns: tuple[str, ...] = ()
     """Parameter names to train, shell-style wildcards; ``token_bias.*``, alone, is counted instead."""
     steps: int = 0
+    restores: bool = False
+    """Nothing is trained: an earlier version serves again. Its trial shows all it gains, and its cost is comparing."""
     learning_rate: float = 0.0
     matrix_rate: float = 0.0
     """Rate of the hidden matrices under orthogonalised momentum (Muon); 0: they take ``learning_rate`` as the rest."""
@@ -47,25 +49,41 @@ class Arm:
             path, cooldown_s=self.cooldown_s, drop_recovery_sd=self.drop_recovery_sd, matrix_rate=self.matrix_rate
         )
         require(math.isfinite(self.prior_gain_mean), f"{path}.prior_gain_mean", "finite", self.prior_gain_mean)
-        if self.steps == 0:
+        if not self.acts:
             return
-        require(bool(self.patterns), f"{path}.patterns", "a list of at least one parameter pattern", self.patterns)
-        positive(
-            path,
-            learning_rate=self.learning_rate,
-            positions_per_step=self.positions_per_step,
-            prior_s_per_position=self.prior_s_per_position,
-            prior_gain_sd=self.prior_gain_sd,
-        )
+        if self.restores:
+            require(self.steps == 0, f"{path}.steps", "0, as nothing is trained", self.steps)
+            require(not self.patterns, f"{path}.patterns", "empty, as nothing is trained", self.patterns)
+        else:
+            require(bool(self.patterns), f"{path}.patterns", "a list of at least one parameter pattern", self.patterns)
+            positive(
+                path,
+                learning_rate=self.learning_rate,
+                positions_per_step=self.positions_per_step,
+                prior_s_per_position=self.prior_s_per_position,
+            )
+        positive(path, prior_gain_sd=self.prior_gain_sd)
         require(0 <= self.drop_recovery <= 1, f"{path}.drop_recovery", "between 0 and 1", self.drop_recovery)
         positive(path, probe_gain_share_sd=self.probe_gain_share_sd)
         require(0 < self.probe_gain_share <= 1, f"{path}.probe_gain_share", "in (0, 1]", self.probe_gain_share)
 
+    @property
+    def acts(self) -> bool:
+        """Whether it does anything."""
+        return self.steps > 0 or self.restores
+
 
 def default_arms() -> tuple[Arm, ...]:
-    """Skip, count tokens, retrain the draft head, retrain the whole drafter: the paper's arms and a cheaper one."""
+    """Skip, go back, count tokens, retrain the draft head, retrain the whole drafter: the paper's arms and two more."""
     return (
         Arm(name="skip"),
+        Arm(
+            name="restore",
+            restores=True,
+            prior_gain_sd=0.005,
+            probe_gain_share=1.0,
+            probe_gain_share_sd=0.01,
+        ),
         Arm(
             name="statistics",
             patterns=("token_bias.*",),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from specblock.bandit.acceptance import EXACT, DomainStatistics, Level, Segment, VersionStatistics
 from specblock.bandit.actions import DomainWindows, WindowSummary
 from specblock.bandit.config import PolicyConfig
-from specblock.bandit.decision import DecisionContext, DomainContext
-from specblock.bandit.intervals import ratio_of
+from specblock.bandit.decision import DecisionContext, DomainContext, PastLevel
+from specblock.bandit.intervals import UNKNOWN_SE, ratio_of
 from specblock.bandit.presence import Presence
 from specblock.bandit.state import BanditState, PendingUpdate
 
@@ -29,22 +30,28 @@ def build_context(
     now_s: float,
     config: PolicyConfig,
     since_s: float = 0.0,
+    stored: tuple[str, ...] = (),
 ) -> DecisionContext:
-    """What a decision at ``now_s``, ``since_s`` after the one before, reads."""
+    """What a decision at ``now_s``, ``since_s`` after the one before, reads; ``stored`` are all versions on disk."""
     flow = _flow(state, now_s, config)
     total = math.fsum(flow.values())
+    earlier = tuple(name for name in stored if name != serving_version and name not in state.policy.taken_back)
     available = {window.domain: window for window in windows.domains}
     return DecisionContext(
         now_s=now_s,
         serving_version=serving_version,
         domains=tuple(
-            domain_context(name, state, serving_version, flow[name] / total, available.get(name), now_s, config)
+            replace(
+                domain_context(name, state, serving_version, flow[name] / total, available.get(name), now_s, config),
+                past=past_levels(state.domains[name], serving_version, earlier, config),
+            )
             for name in sorted(state.domains)
         ),
         busy_devices=min(total, config.cost.serving_devices),
         num_changes=state.changes,
         observed_s=max(now_s - state.first_event_s, 0.0) if state.first_event_s else 0.0,
         since_s=since_s,
+        stored=earlier,
     )
 
 
@@ -122,6 +129,36 @@ def _drop(
     # The references were measured on a finite number of cycles with the same scatter per cycle.
     se = kept.se * math.sqrt(1 + cycles / sum(found[stratum].cycles for stratum in {s.stratum for s in known}))
     return 1 - kept.ratio, min(se, 1.0), kept.x / cycles
+
+
+def past_levels(
+    domain: DomainStatistics, serving: str, earlier: tuple[str, ...], config: PolicyConfig
+) -> tuple[PastLevel, ...]:
+    """How far the recent acceptance is below what every one of ``earlier`` last had in the same strata.
+
+    Versions without enough cycles there are left out: nothing is known of them.
+    """
+    recent = domain.versions.get(serving, VersionStatistics()).recent
+    found = (
+        (name, _below(recent, domain.versions[name].recent, config)) for name in earlier if name in domain.versions
+    )
+    return tuple(PastLevel(version=name, drop=below[0], drop_se=below[1]) for name, below in found if below is not None)
+
+
+def _below(recent: list[Segment], then: list[Segment], config: PolicyConfig) -> tuple[float, float] | None:
+    """Drop of ``recent`` below ``then``, and its standard error, over the strata of both; None: too few cycles."""
+    shared = {segment.stratum for segment in recent} & {segment.stratum for segment in then}
+    both = [[s for s in segments if s.stratum in shared and s.cycles > 0] for segments in (recent, then)]
+    if min(sum(s.cycles for s in segments) for segments in both) < config.statistics.min_window_cycles:
+        return None
+    levels = {
+        stratum: sum(s.tokens for s in both[1] if s.stratum == stratum)
+        / sum(s.cycles for s in both[1] if s.stratum == stratum)
+        for stratum in shared
+    }
+    # Tokens over what the earlier version promises for the same strata: 1 on its own segments, on average.
+    now, before = (ratio_of((s.cycles * levels[s.stratum], s.tokens) for s in segments) for segments in both)
+    return 1 - now.ratio, min(math.hypot(now.se, now.ratio * before.se), UNKNOWN_SE)
 
 
 def reference(name: str, stratum: str, state: BanditState, version: str, config: PolicyConfig) -> Level:

@@ -57,14 +57,14 @@ class Decider:
         """
         serving = attempt(self._actions.serving_version)
         close_accrual(self.state, self._ledger, serving, now_s)
-        windows = attempt(self._actions.windows)
+        windows, stored = attempt(self._actions.windows), attempt(self._actions.versions)
         since_s = max(now_s - self.state.last_decision_s, 0.0) if self.state.last_decision_s else 0.0
         self.state.last_decision_s = now_s
         self.state.learned_at_decision = self.state.learned
         error = ""
         # A parity check is a decision of its own; the second decision has its result to go by.
         for _ in range(2):
-            context = build_context(self.state, windows, serving, now_s, self._policy, since_s)
+            context = build_context(self.state, windows, serving, now_s, self._policy, since_s, stored)
             known = self.state.policy
             decision_id = f"d{known.decisions:06d}"
             decision, self.state.policy = decide(context, known, self._policy)
@@ -122,6 +122,7 @@ def _pending(decision_id: str, decision: Decision, context: DecisionContext) -> 
         ledger_stage=DECIDED,
         arm=decision.arm,
         base_version=context.serving_version,
+        candidate_version=option.version,
         started_s=context.now_s,
         targets=decision.targets,
         scale_s=base_s_per_token(context),

@@ -21,6 +21,21 @@ HOUR_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PastLevel:
+    """How far the recent acceptance of a domain is below what an earlier version last had in the same strata.
+
+    Attributes:
+        drop: ``1 - acceptance now / acceptance then``: what would be saved if it still had that; negative where it was
+            worse.
+        drop_se: its standard error.
+    """
+
+    version: str
+    drop: float
+    drop_se: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DomainContext:
     """One domain as the rule sees it.
 
@@ -38,6 +53,7 @@ class DomainContext:
         num_heldout: held-out conversations.
         presence: how it came and went; None: nothing is known of it, and its present share is taken to last as long as
             traffic as a whole.
+        past: earlier versions that could serve again and have served this domain.
     """
 
     domain: str
@@ -53,6 +69,7 @@ class DomainContext:
     num_train: int
     num_heldout: int
     presence: Presence | None = None
+    past: tuple[PastLevel, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +77,7 @@ class Target:
     """A domain that an update is expected to help, as it was when the update was decided.
 
     ``lasting_s``: expected seconds of its traffic within the horizon, in seconds of all traffic; None: not known.
+    ``past``: what earlier versions had there.
     """
 
     domain: str
@@ -67,13 +85,22 @@ class Target:
     drop: float
     drop_se: float
     lasting_s: float | None = None
+    past: tuple[PastLevel, ...] = ()
+
+    def level(self, version: str) -> PastLevel | None:
+        """What ``version`` had there; None: it has not served this domain, or too little."""
+        return next((level for level in self.past if level.version == version), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probed:
-    """The outcome of a micro-profile: what it saves on held-out conversations, against the base version."""
+    """The outcome of a micro-profile: what it saves on held-out conversations, against the base version.
+
+    ``version``: the earlier version that was compared instead, if the arm restores one.
+    """
 
     arm: str
+    version: str = ""
     targets: tuple[Target, ...]
     saving: Saving
 
@@ -89,6 +116,7 @@ class DecisionContext:
         observed_s: length of the observation.
         since_s: since the decision before; 0 if there was none.
         probed: None at rest.
+        stored: earlier versions that could serve again.
     """
 
     now_s: float
@@ -99,14 +127,24 @@ class DecisionContext:
     observed_s: float
     since_s: float = 0.0
     probed: Probed | None = None
+    stored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
-    """An arm's predicted net value, and why it may not be used now (empty if it may)."""
+    """An arm's predicted net value, and why it may not be used now (empty if it may).
+
+    ``version``: what it would restore, if the arm restores.
+    """
 
     value: NetValue
     blocked: str = ""
+    version: str = ""
+
+    @property
+    def named(self) -> str:
+        """The arm, and the version that it restores."""
+        return f"{self.value.arm} of {self.version}" if self.version else self.value.arm
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +223,7 @@ class PolicyState:
             that ended without a gain.
         abandoned_drop: share-weighted drop at the newest abandoned update.
         wasted_s: device-seconds that the newest update without a gain cost.
+        taken_back: versions that lost or proved broken while they served, the newest last; they are never restored.
         score: device-seconds of a parity check.
         pair: device-seconds of replaying one conversation with two versions.
     """
@@ -202,3 +241,4 @@ class PolicyState:
     abandoned_in_row: int = 0
     abandoned_drop: float = 0.0
     wasted_s: float = 0.0
+    taken_back: tuple[str, ...] = ()

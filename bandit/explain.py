@@ -18,7 +18,9 @@ def explain(record: LedgerRecord) -> str:
 def _decided(record: LedgerRecord) -> str:
     if record.action == PROBE:
         opening = "Trying" if record.probability == 1 else f"By chance ({record.probability:.1%}) trying"
-        return f"{opening} {record.arm} on {record.base_version}: {_sentence(record.reason)}{_terms(record.option())}"
+        option = record.option()
+        what = option.named if option else record.arm
+        return f"{opening} {what} on {record.base_version}: {_sentence(record.reason)}{_terms(option)}"
     if record.action == CHECK:
         return f"Checking live acceptance against exact replay: {_sentence(record.reason)}"
     if record.verdict == FAULT:
@@ -31,8 +33,8 @@ def _stage(record: LedgerRecord) -> str:
     name, candidate, base = record.stage.partition("-")[0], record.candidate_version, record.base_version
     openings = {
         "probing": f"Training a micro-profile of {record.arm}.",
-        "scoring": f"Comparing the micro-profile of {record.arm} with {base} on held-out conversations.",
-        "probed": "Micro-profile measured:",
+        "scoring": f"Comparing {candidate} with {base} on held-out conversations.",
+        "probed": "Trial measured:",
         "training": f"Training the rest of {record.arm}.",
         "trained": f"Trained {candidate}.",
         "gating": f"Comparing {candidate} with {base} on conversations newer than its training data.",
@@ -58,7 +60,7 @@ def _terms(option: Option | None) -> str:
         return ""
     value, blocked = option.value, f" It may not run now: {option.blocked}." if option.blocked else ""
     return (
-        f" Terms of {value.arm}: saving {value.gain:.1%} of {value.busy_devices:.2f} busy devices for "
+        f" Terms of {option.named}: saving {value.gain:.1%} of {value.busy_devices:.2f} busy devices for "
         f"{value.horizon_value_s:.0f} s is worth {value.benefit:.1f} device-seconds; training {value.train_s:.1f}, "
         f"trial {value.probe_s:.1f}, scoring {value.score_s:.1f}, in all {value.cost:.1f}.{blocked}"
     )

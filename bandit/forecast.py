@@ -18,7 +18,7 @@ from specblock.bandit.cost import (
     training_seconds,
     update_belief,
 )
-from specblock.bandit.decision import ArmEvidence, DecisionContext, PolicyState, Probed, Target
+from specblock.bandit.decision import ArmEvidence, DecisionContext, PastLevel, PolicyState, Probed, Target
 from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, LinearPrior
 from specblock.bandit.gate import Saving
 from specblock.bandit.intervals import one_sided_z
@@ -48,6 +48,7 @@ def targets(context: DecisionContext, config: PolicyConfig) -> tuple[Target, ...
             drop=d.drop,
             drop_se=d.drop_se,
             lasting_s=d.presence.lasting_s(d.share, config.horizon) if d.presence else None,
+            past=d.past,
         )
         for d in context.domains
         if d.measurable and d.num_train > 0
@@ -84,8 +85,24 @@ def told_drop(target: Target, config: PolicyConfig) -> float:
     return target.drop if target.drop > max(config.min_drop, config.drop_z * target.drop_se) else 0.0
 
 
-def domain_gain(arm: Arm, target: Target, state: PolicyState, config: PolicyConfig) -> DomainGain:
-    """Relative saving that a complete update by ``arm`` is expected to give in one domain."""
+def past_gain(level: PastLevel, target: Target, config: PolicyConfig) -> DomainGain:
+    """Relative saving expected of a version that has served the domain before: what it had then.
+
+    As with drops, the largest of many noisy differences looks like a gain; a loss counts as it is.
+    """
+    told = level.drop < 0 or level.drop > max(config.min_drop, config.drop_z * level.drop_se)
+    mean = level.drop if told else 0.0
+    sd = math.hypot(level.drop_se, GAIN_NOISE_SD, GAIN_LUCK * mean)
+    return DomainGain(domain=target.domain, share=target.share, mean=mean, sd=sd)
+
+
+def domain_gain(arm: Arm, target: Target, state: PolicyState, config: PolicyConfig, version: str = "") -> DomainGain:
+    """Relative saving that a complete update by ``arm`` is expected to give in one domain.
+
+    ``version``: what it would restore.
+    """
+    if version and (level := target.level(version)) is not None:
+        return past_gain(level, target, config)
     evidence = state.arms.get(arm.name, ArmEvidence())
     prior = LinearPrior(arm.prior_gain_mean, arm.prior_gain_sd, arm.drop_recovery, arm.drop_recovery_sd)
     gain = evidence.gain.predict(told_drop(target, config), prior)
@@ -97,7 +114,7 @@ def domain_gain(arm: Arm, target: Target, state: PolicyState, config: PolicyConf
 
 def probed_gain(arm: Arm, target: Target, state: PolicyState, probed: Probed, config: PolicyConfig) -> DomainGain:
     """The same, with what the micro-profile measured; a domain it could not measure keeps its prediction."""
-    before = domain_gain(arm, target, state, config)
+    before = domain_gain(arm, target, state, config, probed.version)
     measured = next((d for d in probed.saving.domains if d.domain == target.domain and d.conversations > 1), None)
     if measured is None:
         return before
@@ -116,10 +133,12 @@ def shown_share(arm: Arm, state: PolicyState) -> Belief:
     return evidence.shown.belief(Belief(mean=arm.probe_gain_share, sd=arm.probe_gain_share_sd))
 
 
-def complete_value(arm: Arm, context: DecisionContext, state: PolicyState, config: PolicyConfig) -> NetValue:
-    """Net value of a complete update, micro-profile and gate included."""
+def complete_value(
+    arm: Arm, context: DecisionContext, state: PolicyState, config: PolicyConfig, version: str = ""
+) -> NetValue:
+    """Net value of a complete update, micro-profile and gate included; ``version``: what it would restore."""
     reached = targets(context, config)
-    gains = tuple(domain_gain(arm, target, state, config) for target in reached)
+    gains = tuple(domain_gain(arm, target, state, config, version) for target in reached)
     return _value(arm, gains, reached, config.probe_fraction, context, state, config)
 
 
@@ -204,8 +223,12 @@ def _value(
     score, pair = score_s(state, config), pair_s(state, config)
     now = math.fsum(gain.share for gain in gains)
     pairs = gate_conversations(math.fsum(g.share * g.mean for g in gains) / now if now > 0 else 0.0, config)
+    if arm.restores:
+        # Its trial is the gate's first look already: what is compared there is what would serve.
+        pairs = max(pairs, config.probe_conversations) if probe_fraction else max(pairs - config.probe_conversations, 0)
+    elif probe_fraction:
+        pairs += config.probe_conversations
     pairs += SETTLED_SHARE * config.gate.settle_requests
-    pairs += config.probe_conversations if probe_fraction else 0
     lasting_s, gains = _lasting(gains, reached, config)
     terms = CostTerms(
         train=train_s(arm, 1 - config.probe_fraction, state, config),

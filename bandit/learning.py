@@ -14,6 +14,8 @@ from specblock.bandit.forecast import faded, told_drop
 from specblock.bandit.gate import Saving
 from specblock.bandit.parity import ParityEvidence
 
+MAX_TAKEN_BACK = 64
+
 WHOLE = Belief(mean=1.0, sd=0.0)
 """Share of its gain that a complete update shows."""
 
@@ -53,6 +55,7 @@ def learn_gain(
     config: PolicyConfig,
     now_s: float,
     seen: Belief = WHOLE,
+    version: str = "",
 ) -> PolicyState:
     """Learn, domain by domain, what an update by ``arm`` saved at the drop it was made for.
 
@@ -64,12 +67,15 @@ def learn_gain(
         config: what counts as a drop, and how fast evidence fades.
         now_s: time of the measurement.
         seen: share of a complete update's gain that the measurement is expected to show.
+        version: what was restored. Where it has served before, its gain was known, and says nothing about versions of
+            which nothing is.
     """
     evidence = faded(state, now_s, config).arms.get(arm.name, ArmEvidence())
     measured = {domain.domain: domain for domain in saving.domains if domain.conversations > 1}
     gain = evidence.gain
     for target in targets:
-        if found := measured.get(target.domain):
+        known = bool(version) and target.level(version) is not None
+        if (found := measured.get(target.domain)) and not known:
             drop = told_drop(target, config)
             # A share known only roughly blurs what a trial says about a gain as large as the arm may have.
             expected = max(arm.prior_gain_mean + arm.drop_recovery * drop, abs(found.saving) / seen.mean)
@@ -107,6 +113,12 @@ def learn_parity(
         parity=ParityRecord(version=version, time_s=now_s, evidence=evidence, broken_in_row=broken),
         changes_attributed=seen,
     )
+
+
+def learn_taken_back(state: PolicyState, version: str) -> PolicyState:
+    """Remember a version that had to go while it served."""
+    others = tuple(name for name in state.taken_back if name != version)
+    return replace(state, taken_back=(*others, version)[-MAX_TAKEN_BACK:])
 
 
 def end_update(

@@ -75,7 +75,11 @@ def _configuration(config: PolicyConfig) -> str:
 def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> Decision:
     verdict, evidence = attribute(context, state, config)
     reached = targets(context, config)
-    options = tuple(_option(arm, reached, context, state, config) for arm in config.arms if arm.steps > 0)
+    options = tuple(
+        option
+        for arm in config.arms
+        if arm.acts and (option := _option(arm, reached, context, state, config)) is not None
+    )
     free = [option for option in options if not option.blocked]
     best = max(free, key=lambda o: o.value.net_lower, default=None)
     chosen = best if best is not None and best.value.net_lower > 0 else None
@@ -144,14 +148,26 @@ def _check_wanted(context: DecisionContext, state: PolicyState, config: PolicyCo
 
 def _option(
     arm: Arm, reached: tuple[Target, ...], context: DecisionContext, state: PolicyState, config: PolicyConfig
-) -> Option:
-    value = complete_value(arm, context, state, config)
+) -> Option | None:
+    """The arm's option, for the best version if it restores one; None: there is none that it could restore."""
+    versions = context.stored if arm.restores else ("",)
+    values = ((complete_value(arm, context, state, config, version), version) for version in versions)
+    best = max(values, key=lambda found: found[0].net_lower, default=None)
+    if best is None:
+        return None
+    value, version = best
     # In the currency of the charges: interference and stall are booked against the budget, so they are needed too.
-    return Option(value=value, blocked=_blocked(value.cost, reached, context, state, config))
+    blocked = _blocked(arm, value.cost, reached, context, state, config)
+    return Option(value=value, blocked=blocked, version=version)
 
 
 def _blocked(
-    needed_s: float, reached: tuple[Target, ...], context: DecisionContext, state: PolicyState, config: PolicyConfig
+    arm: Arm,
+    needed_s: float,
+    reached: tuple[Target, ...],
+    context: DecisionContext,
+    state: PolicyState,
+    config: PolicyConfig,
 ) -> str:
     if not reached:
         return "no domain has both enough recent traffic and training conversations"
@@ -160,7 +176,7 @@ def _blocked(
     num_heldout = _effective(
         reached, {d.domain: d.num_heldout for d in context.domains}, config.min_heldout_windows, config
     )
-    if num_train < config.min_train_windows:
+    if num_train < config.min_train_windows and not arm.restores:
         return f"{num_train:.0f} of {config.min_train_windows} training conversations of what it would be made for"
     if num_heldout < config.min_heldout_windows:
         return f"{num_heldout:.0f} of {config.min_heldout_windows} held-out conversations of what it would be made for"
@@ -187,10 +203,12 @@ def _effective(reached: tuple[Target, ...], counts: dict[str, int], enough: int,
 
 def _after_probe(context: DecisionContext, probed: Probed, state: PolicyState, config: PolicyConfig) -> Decision:
     """Continue or abandon, from the gain measured after the micro-profile."""
-    option = Option(value=remaining_value(config.arm(probed.arm), probed, context, state, config))
+    value = remaining_value(config.arm(probed.arm), probed, context, state, config)
+    option = Option(value=value, version=probed.version)
     verdict, evidence = attribute(context, state, config)
     found = (
-        f"the micro-profile saves {probed.saving.relative:+.1%} on {probed.saving.conversations} held-out conversations"
+        f"{probed.version or 'the micro-profile'} saves {probed.saving.relative:+.1%} on "
+        f"{probed.saving.conversations} held-out conversations"
     )
     measured = probed.saving.conversations >= MIN_PROBED
     go = measured and option.value.net_lower > 0 and verdict != FAULT
@@ -224,7 +242,7 @@ def _why(best: Option) -> str:
     if near_margin(value):
         surely = f"net {value.net:.1f}, but perhaps as little as {value.net_lower:.1f}: a trial will tell"
     return (
-        f"{value.arm} is expected to save {value.gain:.1%} of serving time: {value.benefit:.1f} device-s over the "
+        f"{best.named} is expected to save {value.gain:.1%} of serving time: {value.benefit:.1f} device-s over the "
         f"horizon for {value.cost:.1f}, {surely}, paid back {pays}"
     )
 
@@ -234,6 +252,6 @@ def _why_not(options: tuple[Option, ...], best: Option | None) -> str:
         return "; ".join(f"{option.value.arm}: {option.blocked}" for option in options) or "no arm trains"
     value = best.value
     return (
-        f"the best arm, {value.arm}, is expected to save {value.benefit:.1f} device-s over the horizon and to cost "
+        f"the best arm, {best.named}, is expected to save {value.benefit:.1f} device-s over the horizon and to cost "
         f"{value.cost:.1f}; its net value may be as low as {value.net_lower:.1f}"
     )

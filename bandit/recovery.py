@@ -13,7 +13,7 @@ from specblock.bandit.config import Arm
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import PROBE
 from specblock.bandit.forecast import mean_drop
-from specblock.bandit.learning import end_update, learn_stall
+from specblock.bandit.learning import end_update, learn_stall, learn_taken_back
 from specblock.bandit.ledger import DECIDED, LedgerRecord
 from specblock.bandit.outside import ActionError, Journal, attempt
 
@@ -64,6 +64,9 @@ class Recovery:
             ActionError: the outside world raised; the update stays open, so the next step tries again.
         """
         journal = self._journal
+        pending = journal.state.pending
+        if pending is not None and pending.decision_id == record.decision_id and pending.new_version:
+            journal.state.policy = learn_taken_back(journal.state.policy, pending.new_version)
         if not journal.ledger.knows(record.decision_id, "rolling_back"):
             record = journal.write(
                 record.decision_id,

@@ -77,12 +77,16 @@ class StageTools:
         """Learn what a trial that nothing follows says about the gain of its arm."""
         arm = self.config.arm(pending.arm)
         seen = shown_share(arm, self.state.policy)
-        self.state.policy = learn_gain(self.state.policy, arm, pending.targets, saving, self.config, now_s, seen)
+        version = pending.option.version
+        self.state.policy = learn_gain(
+            self.state.policy, arm, pending.targets, saving, self.config, now_s, seen, version
+        )
 
     def learn(self, pending: PendingUpdate, saving: Saving, now_s: float) -> None:
         """Learn what the complete update saved, and what share of it its trial had shown."""
         arm, trial = self.config.arm(pending.arm), pending.trial
-        policy = learn_gain(self.state.policy, arm, pending.targets, saving, self.config, now_s)
+        version = pending.option.version
+        policy = learn_gain(self.state.policy, arm, pending.targets, saving, self.config, now_s, version=version)
         self.state.policy = learn_shown(policy, arm, pending.targets, trial, saving) if trial else policy
 
     def reject(self, pending: PendingUpdate, now_s: float, reason: str, *, decided: bool) -> None:

@@ -1,4 +1,4 @@
-"""Stages in which a candidate does not serve yet: micro-profile, training, gate. True: something was recorded."""
+"""Stages in which a candidate does not serve yet: trial, training, gate. True: something was recorded."""
 
 from __future__ import annotations
 
@@ -20,25 +20,17 @@ from specblock.bandit.state import PendingUpdate
 
 
 def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
-    """Run the micro-profile, measure it on held-out conversations, and decide again."""
+    """Run the micro-profile (or take the version to restore), measure it on held-out conversations, decide again."""
     config, key, arm = tools.config, pending.decision_id, tools.config.arm(pending.arm)
-    share = config.probe_fraction
-    tools.begin(pending, "probing", now_s, train=share)
-    focus = domain_weights(pending.targets, config.min_drop)
-    trained = attempt(lambda: tools.actions.train(key, arm, pending.base_version, share, False, focus))
-    tools.state.policy = learn_training(tools.state.policy, arm, share, trained)
-    candidate = trained.candidate_version
-    tools.begin(
-        pending,
-        "scoring",
-        now_s,
-        candidate_version=candidate,
-        charged_s=charge_s(config.cost, device_s=trained.device_s, train_s=trained.train_s),
-    )
+    candidate, trained_s = pending.candidate_version, 0.0
+    if not arm.restores:
+        candidate, trained_s = _micro_profile(tools, pending, now_s)
+    tools.begin(pending, "scoring", now_s, candidate_version=candidate, charged_s=trained_s)
     since_s = trial_since_s(tools.state, attempt(tools.actions.windows), pending, now_s, config)
     report, cost_s = tools.compare(pending.base_version, candidate, since_s)
-    saving = pooled_saving(gate_rows(report))
-    probed = Probed(arm=arm.name, targets=pending.targets, saving=saving)
+    rows = gate_rows(report)
+    saving = pooled_saving(rows)
+    probed = Probed(arm=arm.name, version=pending.option.version, targets=pending.targets, saving=saving)
     context = build_context(tools.state, WindowSummary(), pending.base_version, now_s, config)
     context, known = replace(context, probed=probed), tools.state.policy
     decision, tools.state.policy = decide(context, known, config)
@@ -59,8 +51,30 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         tools.drop(record, "abandoned", now_s, decision.reason, decided=not may_pay(decision))
         return True
     option = decision.option() or pending.option
-    tools.move(stage="training", candidate_version=candidate, option=option, trial=saving)
+    if not arm.restores:
+        tools.move(stage="training", candidate_version=candidate, option=option, trial=saving)
+        return True
+    # Chosen before these conversations were looked at, and trained on none of them: they are the gate's first ones.
+    tools.move(
+        stage="gating",
+        option=option,
+        rows=rows,
+        cutoff_s=since_s or 0.0,
+        deadline_s=now_s + config.gate.deadline_s,
+        requests_mark=tools.state.requests,
+    )
     return True
+
+
+def _micro_profile(tools: StageTools, pending: PendingUpdate, now_s: float) -> tuple[str, float]:
+    """Train the arm's first steps; the candidate, and what is charged for it."""
+    config, arm, share = tools.config, tools.config.arm(pending.arm), tools.config.probe_fraction
+    tools.begin(pending, "probing", now_s, train=share)
+    focus = domain_weights(pending.targets, config.min_drop)
+    key, base = pending.decision_id, pending.base_version
+    trained = attempt(lambda: tools.actions.train(key, arm, base, share, False, focus))
+    tools.state.policy = learn_training(tools.state.policy, arm, share, trained)
+    return trained.candidate_version, charge_s(config.cost, device_s=trained.device_s, train_s=trained.train_s)
 
 
 def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:

@@ -25,7 +25,8 @@ def promote(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     config, key = tools.config, pending.decision_id
     expected_s = charge_s(config.cost, stall_s=pending.option.value.stall_s)
     tools.journal.write(key, "promoting", now_s, expected_s=expected_s)
-    swap = attempt(lambda: tools.actions.promote(key, pending.candidate_version))
+    serve = tools.actions.restore if config.arm(pending.arm).restores else tools.actions.promote
+    swap = attempt(lambda: serve(key, pending.candidate_version))
     tools.state.policy = learn_stall(tools.state.policy, swap.stall_s)
     cost_s = charge_s(config.cost, stall_s=swap.stall_s)
     if not swap.ok:

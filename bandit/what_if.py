@@ -22,6 +22,9 @@ from specblock.bandit.replay import PROBED, decided_action, recorded_action, rec
 TRIAL_STAGES = frozenset({DECIDED, "probing", "scoring", PROBED})
 """Stages of an update up to its second decision."""
 
+CONTINUED_STAGES = frozenset({"training", "gating-1"})
+"""Stages that only an update reaches that went on after its trial; a restored version is not trained."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
@@ -239,5 +242,5 @@ def _recorded(records: Iterable[LedgerRecord]) -> tuple[dict[str, _Recorded], Ba
         else:
             mine.rest_s += record.charged_s
         mine.saved_s += record.numbers.get("realised_s", 0.0)
-        mine.continued = mine.continued or record.stage == "training"
+        mine.continued = mine.continued or record.stage in CONTINUED_STAGES
     return known, balance

@@ -225,6 +225,10 @@ class TrainerActor:
         """State of a version, for a swap."""
         return self._trainer.weights(version)
 
+    def versions(self) -> tuple[str, ...]:
+        """Stored versions; see Trainer.versions."""
+        return self._trainer.versions()
+
     def promote(self, version: str) -> None:
         """Makes ``version`` the one that a restart comes back with."""
         self._registry.promote(version)

@@ -24,7 +24,7 @@ from specblock.daemon.errors import ConfigError, DependencyError
 from specblock.daemon.messages import RequestStats
 from specblock.daemon.models import draft_settings, dtype_of, load_target, serving_drafter, settle_dtype
 from specblock.daemon.registry import DrafterRegistry
-from specblock.daemon.trainer import Trainer, usual_limits
+from specblock.daemon.trainer import Trainer, limits_of, usual_sizes
 from specblock.daemon.windows import WindowLimits, WindowStore
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.plan import DraftPlan
@@ -148,7 +148,7 @@ class Stage:
         stall_s = self.host.swap(version, weights).stall_s
         own = [w for w in judged if w.domain == domain]
         # What serves now, through the engine's own drafter: the same conversations must take the same cycles.
-        again = replay(self.drafter, [replace(w, plans=()) for w in own], limits=usual_limits(judged))
+        again = replay(self.drafter, [replace(w, plans=()) for w in own], limits=limits_of(usual_sizes(judged)))
         cycles = {row.conversation_id: row.cycles_new for row in final.rows}
         same = sum(r.cycles == cycles[r.conversation_id] for r in again)
         self.host.swap(base, trainer.weights(base))

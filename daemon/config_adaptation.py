@@ -27,15 +27,20 @@ _NAMED_ABOVE = {"arms": "adaptation.arms", "budget_device_s_per_hour": "adaptati
 
 
 class ArmConfig(Section):
-    """One way to update the drafter: which parameters train, for how long, how fast, and what to expect of it."""
+    """One way to update the drafter: which parameters train, for how long, how fast, and what to expect of it.
+
+    One with restores: true trains nothing; an earlier version serves again where that is expected to be better.
+    """
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")
     """Lower-case name, used in the ledger, in metrics and in version names."""
-    patterns: Strings = Field(min_length=1)
+    restores: bool = False
+    """true: an earlier version serves again; patterns, steps and learning_rate are left out."""
+    patterns: Strings = ()
     """Shell-style patterns of the drafter's parameter names; the rest stays frozen. token_bias.*, alone, is counted."""
-    steps: Count
+    steps: int = Field(default=0, ge=0)
     """Optimiser steps of one update; for token_bias batches that are counted."""
-    learning_rate: float = Field(gt=0, le=1)
+    learning_rate: float = Field(default=0.0, ge=0, le=1)
     """Step size of the optimiser at its peak; for token_bias the share of the counted difference that is taken over."""
     matrix_rate: float = Field(default=0.0, ge=0, le=1)
     """Peak step size of Muon, which then moves the hidden matrices; 0: AdamW moves them too."""
@@ -61,10 +66,21 @@ class ArmConfig(Section):
             raise ValueError("token_bias.* is counted, not trained, and whole: give it an arm of its own")
         return patterns
 
+    @model_validator(mode="after")
+    def _trains_or_restores(self) -> ArmConfig:
+        given = [name for name in ("patterns", "steps", "learning_rate") if getattr(self, name)]
+        if self.restores and given:
+            raise ValueError(f"restores an earlier version and trains nothing: leave out {', '.join(given)}")
+        missing = [name for name in ("patterns", "steps", "learning_rate") if name not in given]
+        if not self.restores and missing:
+            raise ValueError(f"trains, so it needs {', '.join(missing)} (or restores: true)")
+        return self
+
     def arm(self, cooldown_s: float, positions_per_step: int) -> Arm:
         """The bandit's view of this arm."""
         return Arm(
             name=self.name,
+            restores=self.restores,
             patterns=self.patterns,
             steps=self.steps,
             learning_rate=self.learning_rate,
@@ -90,7 +106,7 @@ def _default(arm: Arm) -> ArmConfig:
     return ArmConfig(**{name: getattr(arm, name) for name in written})
 
 
-DEFAULT_ARMS = tuple(_default(arm) for arm in default_arms() if arm.steps > 0)
+DEFAULT_ARMS = tuple(_default(arm) for arm in default_arms() if arm.acts)
 
 
 class AdaptationConfig(Section):

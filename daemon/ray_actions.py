@@ -68,6 +68,15 @@ class RayActions:
         self._get(self._trainer.discard.remote(candidate_version))
         return report
 
+    def versions(self) -> tuple[str, ...]:
+        """What the registry has stored."""
+        names: tuple[str, ...] = self._get(self._trainer.versions.remote())
+        return names
+
+    def restore(self, decision_id: str, version: str) -> SwapReport:
+        """Swaps a stored version in."""
+        return self._swap(version)
+
     def rollback(self, decision_id: str, to_version: str) -> SwapReport:
         """Swaps an earlier version back in."""
         return self._swap(to_version)

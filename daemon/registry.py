@@ -102,7 +102,7 @@ class DrafterRegistry:
             OSError: for example a full disk; nothing is left behind.
             ValueError: ``write`` left no file, or the arm's name cannot be part of a directory name.
         """
-        number = 1 + max((parse_name(name) for name in self._names()), default=0)
+        number = 1 + max((parse_name(name) for name in self.names()), default=0)
         if target_fingerprint is None:
             target_fingerprint = self.show(parent).target_fingerprint
         return self._store(write, number, arm, parent, target_fingerprint, dict(metadata or {})).version
@@ -125,7 +125,7 @@ class DrafterRegistry:
     def list(self) -> tuple[Manifest, ...]:
         """Manifests of all versions, oldest first; unreadable ones are logged and left out."""
         found = []
-        for name in self._names():
+        for name in self.names():
             try:
                 found.append(read_manifest(self._root / name))
             except CorruptVersionError as error:
@@ -134,7 +134,7 @@ class DrafterRegistry:
 
     def latest(self) -> str | None:
         """The newest version, None in an empty registry."""
-        names = self._names()
+        names = self.names()
         return names[-1] if names else None
 
     def serving(self) -> str | None:
@@ -177,7 +177,7 @@ class DrafterRegistry:
         """
         if keep < 1:
             raise ValueError("keep: must be at least 1")
-        names = self._names()
+        names = self.names()
         kept = {BASE_VERSION, self.serving(), self.previous(), *names[-keep:]}
         deleted = tuple(name for name in names if name not in kept)
         for name in deleted:
@@ -187,7 +187,8 @@ class DrafterRegistry:
             shutil.rmtree(doomed)
         return deleted
 
-    def _names(self) -> tuple[str, ...]:
+    def names(self) -> tuple[str, ...]:
+        """Names of all versions, oldest first; nothing is read but the directory."""
         if not self._root.is_dir():
             return ()
         found = [path.name for path in self._root.iterdir() if path.is_dir() and is_version_name(path.name)]
@@ -195,7 +196,7 @@ class DrafterRegistry:
 
     def _folder(self, version: str) -> Path:
         if not is_version_name(version) or not (self._root / version).is_dir():
-            known = ", ".join(self._names()) or "none"
+            known = ", ".join(self.names()) or "none"
             raise IncompatibleError(f"no drafter version {version!r}; there are: {known}")
         return self._root / version
 
@@ -251,7 +252,7 @@ class DrafterRegistry:
     def _first_intact(self) -> str:
         """The serving version if it is intact, else the previous, else the newest intact one, else the base."""
         serving = self.serving()
-        order = [serving, self.previous(), *reversed(self._names())] if serving else [BASE_VERSION]
+        order = [serving, self.previous(), *reversed(self.names())] if serving else [BASE_VERSION]
         failures = []
         for version in dict.fromkeys(name for name in order if name):
             try:

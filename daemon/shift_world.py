@@ -150,6 +150,16 @@ class RecordedWorld:
         self._bench.trainer.discard(candidate_version)
         return report
 
+    def versions(self) -> tuple[str, ...]:
+        """What is stored."""
+        return self._bench.trainer.versions()
+
+    def restore(self, decision_id: str, version: str) -> SwapReport:
+        """Swaps a stored version in."""
+        self.updates += 1
+        self.promoted_s.append(self.now_s)
+        return self._swap(version)
+
     def rollback(self, decision_id: str, to_version: str) -> SwapReport:
         """Swaps an earlier version back in."""
         self.rollbacks += 1

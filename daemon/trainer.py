@@ -130,28 +130,31 @@ class Trainer:
         """Replays both versions on the same windows, with the tree sizes that live cycles used most.
 
         Windows that ``new`` served repeat their own sizes, since its cycles are then compared with the live ones.
-        Cycle time is the same: neither the architecture nor the sizes change.
+        What ``old`` served with those sizes all along needs no replay: its live cycles are what a replay would give, as
+        every parity check makes sure. Cycle time is the same: neither the architecture nor the sizes change.
         """
         begin = time.perf_counter()
-        limits = usual_limits(windows)
+        sizes = usual_sizes(windows)
+        limits = limits_of(sizes)
         sized = [w if w.drafter_version == new else replace(w, plans=()) for w in windows]
+        known = {
+            i: len(w.accepted) for i, w in enumerate(windows) if w.drafter_version == old and _served_with(w, sizes)
+        }
+        unknown = [i for i in range(len(windows)) if i not in known]
+        replayed = self._replay(old, [sized[i] for i in unknown], limits, recorded=True)
+        cycles_old = known | {i: one.cycles for i, one in zip(unknown, replayed, strict=True)}
         rows = tuple(
             PairedReplay(
                 conversation_id=w.conversation_id,
                 domain=w.domain,
                 time_s=w.time_s,
                 tokens=w.num_generated,
-                cycles_old=a.cycles,
-                cycles_new=b.cycles,
+                cycles_old=cycles_old[i],
+                cycles_new=one.cycles,
                 live_version=w.drafter_version,
                 live_cycles=len(w.accepted),
             )
-            for w, a, b in zip(
-                windows,
-                self._replay(old, sized, limits, recorded=True),
-                self._replay(new, sized, limits, recorded=True),
-                strict=True,
-            )
+            for i, (w, one) in enumerate(zip(windows, self._replay(new, sized, limits, recorded=True), strict=True))
         )
         return CompareReport(rows=rows, cycle_s_old=cycle_s, cycle_s_new=cycle_s, device_s=time.perf_counter() - begin)
 
@@ -176,6 +179,11 @@ class Trainer:
     def weights(self, version: str) -> Weights:
         """State of a version in the serving type, ready to travel."""
         return {name: value.cpu().contiguous() for name, value in self._serving(version).state_dict().items()}
+
+    def versions(self) -> tuple[str, ...]:
+        """Stored versions that could serve: the base, then the newest first."""
+        base, *others = self.registry.names()
+        return (base, *reversed(others))
 
     def discard(self, name: str) -> None:
         """Forgets a candidate; unknown names are fine."""
@@ -219,9 +227,17 @@ class Trainer:
         return model.to(self._embedding.device, self._dtype)
 
 
-def usual_limits(windows: Sequence[Window]) -> Limits | None:
-    """The tree sizes that most live cycles with drafts used; None if sizes were fixed or nothing was drafted."""
+def _served_with(window: Window, sizes: tuple[int, ...]) -> bool:
+    """Whether every cycle was live, with these tree sizes (empty: the configured ones, which are not recorded)."""
+    return bool(window.accepted) and set(window.plans) == ({sizes} if sizes else set())
+
+
+def usual_sizes(windows: Sequence[Window]) -> tuple[int, ...]:
+    """The tree sizes that most live cycles with drafts used; empty if none is recorded or nothing was drafted."""
     counts: Counter[tuple[int, ...]] = Counter(plan for w in windows for plan in w.plans if plan[0])
-    if not counts:
-        return None
-    return PlannedLimits(DraftPlan.from_list(max(counts.items(), key=lambda item: (item[1], item[0]))[0]))
+    return max(counts.items(), key=lambda item: (item[1], item[0]))[0] if counts else ()
+
+
+def limits_of(sizes: tuple[int, ...]) -> Limits | None:
+    """Trees of these sizes; None: of the configured ones."""
+    return PlannedLimits(DraftPlan.from_list(sizes)) if sizes else None

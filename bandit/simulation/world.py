@@ -26,7 +26,7 @@ from specblock.bandit.simulation.drafters import Floats, Levels, after_update, d
 from specblock.bandit.simulation.scenario import START_S, Traffic
 from specblock.bandit.simulation.versions import Version, base_version, child_version, histogram, whole_cycles
 
-BASE = "v0"
+BASE, CANDIDATE = "v0", "candidate-"
 DRAFT_SHARE = 0.25
 """Share of a cycle that drafting takes (README.md: 7.5 of 28.7 ms); nothing in the rule depends on it."""
 NOTHING: Mapping[str, float] = MappingProxyType({})
@@ -48,11 +48,11 @@ class World:
         self._tokens = curves.request_tokens
         self.known = Levels.of(curves, traffic.kinds)
         self.serving = base_version(BASE, self.known.base, traffic, curves)
-        self.versions: dict[str, Version] = {BASE: self.serving}
+        self.drafters: dict[str, Version] = {BASE: self.serving}
         self.now_s = self.free_s = START_S
         self.served = 0
         self.serving_s = self.charged_s = 0.0
-        self.trainings = self.updates = self.rollbacks = 0
+        self.trainings = self.updates = self.stored = self.rollbacks = 0
         self._done = 0.0
         self.live_cycles: NDArray[np.int64] = np.zeros(len(traffic.time_s), dtype=np.int64)
         self.live_version: list[str] = []
@@ -135,7 +135,7 @@ class World:
     def parity(self, version: str) -> ParityReport:
         """Live cycles beside replayed ones, on the newest conversations that ``version`` served."""
         kept = [n for n in self._kept() if self.live_version[n] == version][-self.curves.parity_windows :]
-        replayed_N = self.versions[version].cycles
+        replayed_N = self.drafters[version].cycles
         rows = tuple(
             ParityRow(
                 conversation_id=f"c{n}",
@@ -162,19 +162,19 @@ class World:
             ValueError: the curves say nothing of such an arm.
         """
         described = described_steps(arm, self.curves)
-        name = f"candidate-{decision_id}"
+        name = f"{CANDIDATE}{decision_id}"
         if not resume:
             self.trainings += 1
         seed = [self.seed, 1, self.trainings]
         luck = max(0.0, 1 + self.curves.luck_sd * float(np.random.default_rng(seed).standard_normal()))
-        base = self.versions[base_version]
+        base = self.drafters[base_version]
         done, mix_K = fraction * described, self.mix(weights)
         levels_K = after_update(base.levels, arm.name, done, mix_K, luck, self.curves, self.known)
         progress = min(1.0, self.curves.progress(done))
         seed, first = [self.seed, 2, self.trainings], max(0, self.served - self.curves.kept_windows)
         child = child_version(name, base, levels_K, progress, seed, self.traffic, self.curves, first)
         share = fraction - (self._done if resume else 0.0)
-        self._done, self.versions[name] = fraction, child
+        self._done, self.drafters[name] = fraction, child
         device_s = share * described * self.curves.arms[arm.name].train_s
         self._spend(device_s, train_s=device_s)
         return TrainReport(
@@ -191,7 +191,7 @@ class World:
         if after_time_s is not None:
             kept = kept[self.traffic.time_s[kept] > after_time_s]
         kept = kept[-self.curves.heldout_windows :]
-        old_N, new_N = self.versions[old_version].cycles, self.versions[new_version].cycles
+        old_N, new_N = self.drafters[old_version].cycles, self.drafters[new_version].cycles
         rows = tuple(
             PairedReplay(
                 conversation_id=f"c{n}",
@@ -208,12 +208,23 @@ class World:
         device_s, cycle_s = self._replayed(2 * len(rows)), self.curves.cycle_s
         return CompareReport(rows=rows, cycle_s_old=cycle_s, cycle_s_new=cycle_s, device_s=device_s)
 
+    def versions(self) -> tuple[str, ...]:
+        """What has served so far: the base, then the newest first."""
+        base, *others = (name for name in self.drafters if not name.startswith(CANDIDATE))
+        return (base, *reversed(others))
+
+    def restore(self, decision_id: str, version: str) -> SwapReport:
+        """An earlier version serves again, because it is better."""
+        self.updates += 1
+        return self._swap(version)
+
     def promote(self, decision_id: str, candidate_version: str) -> SwapReport:
         """The candidate serves from now on, under a name of its own."""
         self.updates += 1
-        name = f"v{self.updates}"
-        found = self.versions.pop(candidate_version)
-        self.versions[name] = Version(name, found.levels, found.scatter, found.cycles)
+        self.stored += 1
+        name = f"v{self.stored}"
+        found = self.drafters.pop(candidate_version)
+        self.drafters[name] = Version(name, found.levels, found.scatter, found.cycles)
         return self._swap(name)
 
     def rollback(self, decision_id: str, to_version: str) -> SwapReport:
@@ -223,8 +234,8 @@ class World:
 
     def discard(self, candidate_version: str) -> None:
         """Forget a candidate."""
-        if candidate_version.startswith("candidate-"):
-            self.versions.pop(candidate_version, None)
+        if candidate_version.startswith(CANDIDATE):
+            self.drafters.pop(candidate_version, None)
 
     def serving_version(self) -> str:
         """Name of what serves."""
@@ -245,6 +256,6 @@ class World:
         self.free_s = max(self.free_s, self.now_s) + device_s
 
     def _swap(self, version: str) -> SwapReport:
-        self.serving = self.versions[version]
+        self.serving = self.drafters[version]
         self.charged_s += charge_s(self.cost, stall_s=self.curves.stall_s)
         return SwapReport(ok=True, stall_s=self.curves.stall_s, detail="", version=version)

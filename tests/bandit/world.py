@@ -205,6 +205,16 @@ class World:
         self.serving = to_version
         return SwapReport(ok=True, stall_s=0.01, detail="", version=to_version)
 
+    def versions(self) -> tuple[str, ...]:
+        served = [name for name in self.rates if name == "v1" or name.endswith("-live")]
+        return (*served[:1], *reversed(served[1:]))
+
+    def restore(self, decision_id: str, version: str) -> SwapReport:
+        self.calls.append("restore")
+        self.outside.append((decision_id, "restore"))
+        self.serving = version
+        return SwapReport(ok=True, stall_s=0.01, detail="", version=version)
+
     def discard(self, candidate_version: str) -> None:
         self.calls.append("discard")
         self.discarded.append(candidate_version)

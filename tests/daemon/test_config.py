@@ -109,7 +109,7 @@ def test_every_field_is_described() -> None:
         ),
         (
             "adaptation:\n  arms:\n    - {name: a, patterns: [x], steps: 1, learning_rat: 1}",
-            "f.yaml:5:7: adaptation.arms.0.learning_rate: required, but not given",
+            "f.yaml:5:42: adaptation.arms.0.learning_rat: unknown key; did you mean learning_rate?",
         ),
         (
             "adaptation:\n  arms:\n    - {name: a, patterns: ['token_bias.*', x], steps: 1, learning_rate: 1}",

@@ -81,7 +81,7 @@ def test_an_arm_of_fewer_steps_costs_and_gives_less() -> None:
     half = served.train("d000000", replace(FULL, steps=12), BASE, 1.0, resume=False)
     whole = served.train("d000001", FULL, BASE, 1.0, resume=False)
     assert half.device_s == whole.device_s / 2 == 40.0
-    levels = [served.versions[report.candidate_version].levels[1] for report in (half, whole)]
+    levels = [served.drafters[report.candidate_version].levels[1] for report in (half, whole)]
     assert CURVES.kinds["cpp"].base < levels[0] < levels[1]
 
 
