@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from specblock.bandit.config import Arm
 from specblock.bandit.cost import MeanSums, NetValue, TrainingSums
 from specblock.bandit.estimate import LinearEvidence, ShareEvidence
 from specblock.bandit.gate import Saving
@@ -77,7 +78,7 @@ class Target:
     """A domain that an update is expected to help, as it was when the update was decided.
 
     ``lasting_s``: expected seconds of its traffic within the horizon, in seconds of all traffic; None: not known.
-    ``past``: what earlier versions had there.
+    ``past``: what earlier versions had there. ``there``: it is part of the traffic of now.
     """
 
     domain: str
@@ -86,6 +87,7 @@ class Target:
     drop_se: float
     lasting_s: float | None = None
     past: tuple[PastLevel, ...] = ()
+    there: bool = True
 
     def level(self, version: str) -> PastLevel | None:
         """What ``version`` had there; None: it has not served this domain, or too little."""
@@ -210,6 +212,23 @@ class ParityRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BackOff:
+    """Updates of one sort that ended without a gain.
+
+    Attributes:
+        ended_s: end of the newest.
+        in_row: how many were shown not to pay since the last that gained; at least 1 after any other without a gain.
+        drop: share-weighted drop at the newest.
+        wasted_s: device-seconds that it cost.
+    """
+
+    ended_s: float = 0.0
+    in_row: int = 0
+    drop: float = 0.0
+    wasted_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyState:
     """What the rule has learned and remembers.
 
@@ -219,10 +238,8 @@ class PolicyState:
         changes_attributed: detector reports that a parity check has looked into.
         ended_s: end of the newest update; 0 before any.
         cooldown_s: plain cool-down of its arm.
-        abandoned_in_row: updates that were shown not to pay since the last that gained; at least 1 after any other
-            that ended without a gain.
-        abandoned_drop: share-weighted drop at the newest abandoned update.
-        wasted_s: device-seconds that the newest update without a gain cost.
+        training, restoring: back-off of arms that train, and of those that restore an earlier version: how often one
+            of them failed says nothing about the other.
         taken_back: versions that lost or proved broken while they served, the newest last; they are never restored.
         score: device-seconds of a parity check.
         pair: device-seconds of replaying one conversation with two versions.
@@ -238,7 +255,10 @@ class PolicyState:
     changes_attributed: int = 0
     ended_s: float = 0.0
     cooldown_s: float = 0.0
-    abandoned_in_row: int = 0
-    abandoned_drop: float = 0.0
-    wasted_s: float = 0.0
+    training: BackOff = field(default_factory=BackOff)
+    restoring: BackOff = field(default_factory=BackOff)
     taken_back: tuple[str, ...] = ()
+
+    def back_off(self, arm: Arm) -> BackOff:
+        """That of the sort that ``arm`` is of."""
+        return self.restoring if arm.restores else self.training

@@ -49,6 +49,7 @@ def targets(context: DecisionContext, config: PolicyConfig) -> tuple[Target, ...
             drop_se=d.drop_se,
             lasting_s=d.presence.lasting_s(d.share, config.horizon) if d.presence else None,
             past=d.past,
+            there=d.presence is None or d.presence.there,
         )
         for d in context.domains
         if d.measurable and d.num_train > 0
@@ -96,11 +97,19 @@ def past_gain(level: PastLevel, target: Target, config: PolicyConfig) -> DomainG
     return DomainGain(domain=target.domain, share=target.share, mean=mean, sd=sd)
 
 
+def best_past(target: Target, config: PolicyConfig) -> float:
+    """The most that an earlier version is known to save in a domain; 0 if none is known to save anything."""
+    return max([0.0, *(past_gain(level, target, config).mean for level in target.past)])
+
+
 def domain_gain(arm: Arm, target: Target, state: PolicyState, config: PolicyConfig, version: str = "") -> DomainGain:
     """Relative saving that a complete update by ``arm`` is expected to give in one domain.
 
-    ``version``: what it would restore.
+    ``version``: what it would restore. It is judged by the text of now alone: when other text comes back, so can the
+    version that serves now.
     """
+    if version and not target.there:
+        return DomainGain(domain=target.domain, share=target.share, mean=0.0, sd=0.0)
     if version and (level := target.level(version)) is not None:
         return past_gain(level, target, config)
     evidence = state.arms.get(arm.name, ArmEvidence())
@@ -136,9 +145,18 @@ def shown_share(arm: Arm, state: PolicyState) -> Belief:
 def complete_value(
     arm: Arm, context: DecisionContext, state: PolicyState, config: PolicyConfig, version: str = ""
 ) -> NetValue:
-    """Net value of a complete update, micro-profile and gate included; ``version``: what it would restore."""
+    """Net value of a complete update, micro-profile and gate included; ``version``: what it would restore.
+
+    Training is credited with what it adds to what an earlier version would give back for the price of comparing.
+    """
     reached = targets(context, config)
     gains = tuple(domain_gain(arm, target, state, config, version) for target in reached)
+    # Where a restored version did not keep its promise, training is all there is.
+    if not arm.restores and any(one.restores for one in config.arms) and not state.restoring.in_row:
+        gains = tuple(
+            replace(gain, mean=gain.mean - best_past(target, config))
+            for gain, target in zip(gains, reached, strict=True)
+        )
     return _value(arm, gains, reached, config.probe_fraction, context, state, config)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from specblock.bandit.actions import TrainReport
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.cost import Belief
-from specblock.bandit.decision import ArmEvidence, Charge, ParityRecord, PolicyState, Target
+from specblock.bandit.decision import ArmEvidence, BackOff, Charge, ParityRecord, PolicyState, Target
 from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD
 from specblock.bandit.forecast import faded, told_drop
 from specblock.bandit.gate import Saving
@@ -143,15 +143,11 @@ def end_update(
             paid says little about the next one: what it has cost is waited off, but the back-off does not double.
         spent_s: device-seconds that it has cost.
     """
-    in_row = state.abandoned_in_row + 1 if decided else max(state.abandoned_in_row, 1)
-    return replace(
-        state,
-        ended_s=now_s,
-        cooldown_s=arm.cooldown_s,
-        abandoned_in_row=0 if gained else in_row,
-        abandoned_drop=0.0 if gained else drop,
-        wasted_s=0.0 if gained else spent_s,
-    )
+    before = state.back_off(arm).in_row
+    in_row = before + 1 if decided else max(before, 1)
+    after = BackOff() if gained else BackOff(ended_s=now_s, in_row=in_row, drop=drop, wasted_s=spent_s)
+    state = replace(state, restoring=after) if arm.restores else replace(state, training=after)
+    return replace(state, ended_s=now_s, cooldown_s=arm.cooldown_s)
 
 
 def _with_arm(state: PolicyState, arm: Arm, evidence: ArmEvidence) -> PolicyState:

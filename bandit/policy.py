@@ -180,7 +180,7 @@ def _blocked(
         return f"{num_train:.0f} of {config.min_train_windows} training conversations of what it would be made for"
     if num_heldout < config.min_heldout_windows:
         return f"{num_heldout:.0f} of {config.min_heldout_windows} held-out conversations of what it would be made for"
-    wait_s = cooldown_left_s(context.now_s, state, config, reached, context.busy_devices)
+    wait_s = cooldown_left_s(arm, context.now_s, state, config, reached, context.busy_devices)
     if wait_s > 0:
         return f"cooling down for another {wait_s:.0f} s"
     spent_s, budget_s = math.fsum(c.device_s for c in state.charges), config.budget_device_s_per_hour
@@ -249,7 +249,10 @@ def _why(best: Option) -> str:
 
 def _why_not(options: tuple[Option, ...], best: Option | None) -> str:
     if best is None:
-        return "; ".join(f"{option.value.arm}: {option.blocked}" for option in options) or "no arm trains"
+        return (
+            "; ".join(f"{option.value.arm}: {option.blocked}" for option in options)
+            or "no arm can do anything: none trains, or there is no earlier version to restore"
+        )
     value = best.value
     return (
         f"the best arm, {best.named}, is expected to save {value.benefit:.1f} device-s over the horizon and to cost "

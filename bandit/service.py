@@ -160,7 +160,8 @@ class BanditService:
             for reason in loaded.refused:
                 logger.warning("bandit: snapshot refused: %s", reason)
             try:
-                state = loads(BanditState, loaded.text)
+                # What another version of the daemon knew in a shape of its own is forgotten; the rest is kept.
+                state = loads(BanditState, loaded.text, ignore_unknown=True)
             except (ValueError, TypeError) as error:
                 raise SnapshotError(f"{loaded.path.name} does not fit this version: {error}") from error
         # The ledger may be ahead of the snapshot: a number is never used twice, and what was spent stays spent.

@@ -29,6 +29,9 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     since_s = trial_since_s(tools.state, attempt(tools.actions.windows), pending, now_s, config)
     report, cost_s = tools.compare(pending.base_version, candidate, since_s)
     rows = gate_rows(report)
+    if arm.restores:
+        away = {target.domain for target in pending.targets if not target.there}
+        rows = [row for row in rows if row.domain not in away]
     saving = pooled_saving(rows)
     probed = Probed(arm=arm.name, version=pending.option.version, targets=pending.targets, saving=saving)
     context = build_context(tools.state, WindowSummary(), pending.base_version, now_s, config)
@@ -58,7 +61,7 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     tools.move(
         stage="gating",
         option=option,
-        rows=rows,
+        rows=tuple(rows),
         cutoff_s=since_s or 0.0,
         deadline_s=now_s + config.gate.deadline_s,
         requests_mark=tools.state.requests,

@@ -31,7 +31,9 @@ def ended(*decided: bool) -> PolicyState:
 
 
 def waiting_s(state: PolicyState) -> float:
-    return cooldown_left_s(10_000.0, state, CONFIG, (Target(domain="python", share=1.0, drop=0.2, drop_se=0.0),), BUSY)
+    return cooldown_left_s(
+        HEAD, 10_000.0, state, CONFIG, (Target(domain="python", share=1.0, drop=0.2, drop_se=0.0),), BUSY
+    )
 
 
 def test_undecided_updates_wait_off_what_they_cost_and_no_more() -> None:
@@ -64,7 +66,7 @@ def test_abandoned_trials_double_the_wait_only_if_they_decided(
     monkeypatch.setattr(stages_candidate, "may_pay", lambda decision: pays)
     state, stages = after_failures(tmp_path, nothing_to_win())
     assert stages.count("abandoned") >= 2
-    assert state.abandoned_in_row == (1 if pays else stages.count("abandoned"))
+    assert state.training.in_row == (1 if pays else stages.count("abandoned"))
 
 
 def test_candidates_that_the_gate_gives_up_do_not_double_the_wait(
@@ -75,7 +77,7 @@ def test_candidates_that_the_gate_gives_up_do_not_double_the_wait(
     # So strict that the first look cannot pass anything.
     strict = replace(plain, gate=replace(plain.gate, alpha=1e-9))
     state, stages = after_failures(tmp_path, strict)
-    assert stages.count("rejected") >= 2 and state.abandoned_in_row == 1
+    assert stages.count("rejected") >= 2 and state.training.in_row == 1
 
 
 def impatient_policy() -> PolicyConfig:

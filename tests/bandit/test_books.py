@@ -96,8 +96,8 @@ def test_interrupted_updates_back_off_too(tmp_path: Path) -> None:
         record = LedgerRecord(decision_id=f"d{number:06d}", stage="probing", time_s=1.0, action="probe", arm="head")
         ledger.append(record)
         recovery.end(record, 10_000.0, "interrupted")
-    assert state.policy.abandoned_in_row == 2
-    assert cooldown_left_s(10_000.0, state.policy, CONFIG, (), 0.8) == 240.0
+    assert state.policy.training.in_row == 2
+    assert cooldown_left_s(HEAD, 10_000.0, state.policy, CONFIG, (), 0.8) == 240.0
 
 
 def test_the_hourly_budget_survives_a_lost_snapshot(tmp_path: Path) -> None:

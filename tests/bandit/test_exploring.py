@@ -139,6 +139,6 @@ def test_a_trial_by_chance_is_on_record_replays_and_puts_nothing_off(tmp_path: P
     tried = [r for r in records(tmp_path) if r.stage == "decided" and r.action == PROBE]
     assert tried and all(0 < r.probability < 1 for r in tried) and all(r.options[0].value.net_lower <= 0 for r in tried)
     assert any(r.stage == "abandoned" for r in records(tmp_path))
-    assert service.state.policy.abandoned_in_row == 0 and service.state.policy.wasted_s == 0
+    assert service.state.policy.training.in_row == 0 and service.state.policy.training.wasted_s == 0
     assert [r for r in reproductions(records(tmp_path), policy) if not r.reproduced] == []
     assert functools.reduce(Balance.add, records(tmp_path), Balance()).explored == len(tried)

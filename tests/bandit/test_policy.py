@@ -182,7 +182,7 @@ def test_the_hourly_budget_counts_only_the_last_hour() -> None:
 
 def waiting_s(now_s: float, state: PolicyState, drop: float, drop_se: float = 0.0) -> float:
     reached = (Target(domain="python", share=1.0, drop=drop, drop_se=drop_se),)
-    return cooldown_left_s(now_s, state, CONFIG, reached, 0.8)
+    return cooldown_left_s(HEAD, now_s, state, CONFIG, reached, 0.8)
 
 
 def test_what_an_update_without_a_gain_cost_is_waited_off() -> None:
@@ -203,7 +203,7 @@ def test_abandoned_updates_lengthen_the_cooldown_and_a_grown_drop_ends_the_backo
     assert waits == [120.0, 240.0, 480.0, 960.0]
     assert waiting_s(10_000.0, state, 0.31) == 60.0
     assert waiting_s(10_000.0, end_update(state, HEAD, 10_000.0, 0.2, gained=True), 0.2) == 60.0
-    forever = replace(state, abandoned_in_row=10_000)
+    forever = replace(state, training=replace(state.training, in_row=10_000))
     assert waiting_s(10_000.0, forever, 0.2) == CONFIG.backoff_max_s
 
 

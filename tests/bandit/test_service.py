@@ -131,7 +131,7 @@ def test_a_useless_update_is_abandoned_after_its_trial(tmp_path: Path) -> None:
     ended = [r for r in records(tmp_path) if r.stage == "abandoned"]
     assert ended and world.discarded[0] == ended[0].candidate_version
     assert "train head 1" not in world.calls, "the rest was never paid"
-    assert world.serving == "v1" and service.state.policy.abandoned_in_row >= 1
+    assert world.serving == "v1" and service.state.policy.training.in_row >= 1
 
 
 def test_a_candidate_that_does_not_hold_up_is_gated_out(tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""The arm that brings an earlier version back: what it expects, what it does, and what it never does again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from specblock.bandit.actions import SwapReport, TrainReport
+from specblock.bandit.config import Arm, PolicyConfig
+from specblock.bandit.context import build_context
+from specblock.bandit.decision import PROBE, SKIP, PastLevel
+from specblock.bandit.explain import explain
+from specblock.bandit.forecast import complete_value, domain_gain, targets
+from specblock.bandit.learning import learn_gain
+from specblock.bandit.ledger import LedgerRecord
+from specblock.bandit.memory_stream import MemoryLog, MemoryStream
+from specblock.bandit.policy import decide
+from specblock.bandit.service import BanditService
+from specblock.bandit.what_if import what_if
+from tests.bandit.test_policy import CONTEXT, DOMAIN, HEAD, at, checked, saving
+from tests.bandit.test_service import drive, records
+from tests.bandit.world import World, service_config, small_policy
+
+RESTORE = Arm(name="restore", restores=True, prior_gain_sd=0.005, probe_gain_share=1.0, probe_gain_share_sd=0.01)
+CONFIG = PolicyConfig(arms=(Arm(name="skip"), RESTORE, HEAD))
+
+
+def past(version: str, drop: float, drop_se: float = 0.01) -> PastLevel:
+    return PastLevel(version=version, drop=drop, drop_se=drop_se)
+
+
+def test_the_version_that_was_best_here_is_tried_and_costs_no_training() -> None:
+    levels = (past("v0", 0.1), past("v3", 0.28), past("v2", -0.1))
+    context = replace(at(past=levels), stored=("v0", "v3", "v2"))
+    decision, _ = decide(context, checked(), CONFIG)
+    option = decision.option()
+    assert decision.action == PROBE and decision.arm == "restore" and option is not None
+    assert option.version == "v3" and option.value.gain == pytest.approx(0.28)
+    assert option.value.train_s == option.value.probe_s == 0.0 < option.value.score_s
+    assert "restore of v3" in decision.reason
+
+
+def test_what_is_not_told_from_noise_is_no_gain_and_a_loss_is_a_loss() -> None:
+    context = replace(at(past=(past("v0", 0.08, 0.05), past("v2", -0.02, 0.05))), stored=("v0", "v2"))
+    (target,) = targets(context, CONFIG)
+    assert domain_gain(RESTORE, target, checked(), CONFIG, "v0").mean == 0.0
+    assert domain_gain(RESTORE, target, checked(), CONFIG, "v2").mean == -0.02
+
+
+def test_of_a_version_that_never_served_here_what_the_drop_promises_is_expected() -> None:
+    context = replace(at(past=()), stored=("v0",))
+    value = complete_value(RESTORE, context, checked(), CONFIG, "v0")
+    assert value.gain == pytest.approx(RESTORE.drop_recovery * DOMAIN.drop)
+    # That it gained nothing there is learned, for the next one of which nothing is known; not where a level was known.
+    (target,) = targets(context, CONFIG)
+    learned = learn_gain(checked(), RESTORE, (target,), saving(0.0), CONFIG, 0.0, version="v0")
+    assert complete_value(RESTORE, context, learned, CONFIG, "v0").gain < 0.5 * value.gain
+    known = replace(target, past=(past("v0", 0.2),))
+    assert (
+        learn_gain(checked(), RESTORE, (known,), saving(0.0), CONFIG, 0.0, version="v0").arms["restore"].gain.count == 0
+    )
+
+
+def test_without_an_earlier_version_there_is_nothing_to_choose() -> None:
+    decision, _ = decide(CONTEXT, checked(), CONFIG)
+    assert [option.value.arm for option in decision.options] == ["head"]
+    alone, _ = decide(CONTEXT, checked(), replace(CONFIG, arms=(Arm(name="skip"), RESTORE)))
+    assert alone.action == SKIP and "no earlier version to restore" in alone.reason
+
+
+def test_training_conversations_are_not_needed_held_out_ones_are() -> None:
+    levels = (past("v0", 0.28),)
+    decision, _ = decide(replace(at(past=levels, num_train=1), stored=("v0",)), checked(), CONFIG)
+    assert decision.arm == "restore"
+    decision, _ = decide(replace(at(past=levels, num_heldout=1), stored=("v0",)), checked(), CONFIG)
+    assert decision.action == SKIP and "held-out" in decision.options[0].blocked
+
+
+def test_an_arm_restores_or_trains() -> None:
+    with pytest.raises(ValueError, match="steps must be 0"):
+        Arm(name="restore", restores=True, steps=3)
+    with pytest.raises(ValueError, match="patterns must be empty"):
+        Arm(name="restore", restores=True, patterns=("*",))
+
+
+class Forgetful(World):
+    """Training for a kind of text costs what the drafter knew of the other."""
+
+    def train(
+        self,
+        decision_id: str,
+        arm: Arm,
+        base_version: str,
+        fraction: float,
+        resume: bool,
+        weights: Mapping[str, float],
+    ) -> TrainReport:
+        report = super().train(decision_id, arm, base_version, fraction, resume, weights)
+        meant = max(weights, key=lambda name: weights[name])
+        base = self.rates[base_version]
+        part = 1.0 if resume else 0.5
+        self.rates[report.candidate_version] = {
+            name: rate + part * ((0.8 - rate) if name == meant else min(0.0, 0.45 - rate))
+            for name, rate in base.items()
+        }
+        return report
+
+
+def served(tmp_path: Path) -> tuple[Forgetful, BanditService, int]:
+    """Python, then manual, for which the drafter is trained."""
+    stream = MemoryStream(MemoryLog(clock=lambda: 0.0))
+    world = Forgetful(stream, rates={"v1": {"python": 0.85, "manual": 0.4}})
+    policy = small_policy(arms=(Arm(name="skip"), replace(RESTORE, cooldown_s=5.0), replace(HEAD, cooldown_s=5.0)))
+    service = BanditService(stream, world, policy, service_config(tmp_path))
+    now_s = drive(world, service, 1000, 60)
+    now_s = drive(world, service, now_s, 150, "manual")
+    assert world.serving.endswith("-live")
+    return world, service, now_s
+
+
+def taken(tmp_path: Path) -> list[LedgerRecord]:
+    return [r for r in records(tmp_path) if r.stage == "decided" and r.arm == "restore"]
+
+
+def test_traffic_that_comes_back_is_served_by_the_version_that_was_best_for_it(tmp_path: Path) -> None:
+    world, service, now_s = served(tmp_path)
+    learned_manual, trainings = world.serving, sum(call.startswith("train") for call in world.calls)
+    now_s = drive(world, service, now_s, 150)
+    assert world.serving == "v1"
+    now_s = drive(world, service, now_s, 150, "manual")
+    assert world.serving == learned_manual
+    assert sum(call.startswith("train") for call in world.calls) == trainings, "nothing was trained for it"
+    back, again = taken(tmp_path)
+    assert back.options[0].version == "v1" and again.options[0].version == learned_manual
+    stages = [r.stage for r in records(tmp_path) if r.decision_id == back.decision_id]
+    assert stages == [
+        *("decided", "scoring", "probed", "gating-1", "gated-1", "promoting", "promoted"),
+        *("verifying", "verified", "settling", "settled", "closed"),
+    ]
+    settled = next(r for r in records(tmp_path) if (r.decision_id, r.stage) == (back.decision_id, "settled"))
+    assert settled.numbers["saving"] > 0.2 and settled.candidate_version == "v1"
+    assert "restore of v1" in explain(back)
+    assert "v1" not in service.state.policy.taken_back
+    model = what_if(lambda: iter(records(tmp_path)), service._policy).modelled
+    assert model.dropped == 0
+
+
+def test_a_restored_version_that_loses_is_taken_back_and_never_restored_again(tmp_path: Path) -> None:
+    world, service, now_s = served(tmp_path)
+    restore = world.restore
+
+    def spoiled(decision_id: str, version: str) -> SwapReport:
+        world.rates[version] = dict.fromkeys(world.rates[version], 0.2)
+        return restore(decision_id, version)
+
+    world.restore = spoiled  # type: ignore[method-assign]
+    drive(world, service, now_s, 300)
+    assert world.outside.count((taken(tmp_path)[0].decision_id, "restore")) == 1
+    assert "rollback" in world.calls and service.state.policy.taken_back == ("v1",)
+    tried = [record.options[0].version for record in taken(tmp_path)]
+    assert tried.count("v1") == 1, "never again"
+    assert world.serving != "v1" and records(tmp_path)[-1].base_version != "v1"
+
+
+def test_versions_that_serve_or_were_taken_back_are_not_offered(tmp_path: Path) -> None:
+    world, service, now_s = served(tmp_path)
+    state, serving = service.state, world.serving
+    context = build_context(state, world.windows(), serving, float(now_s), CONFIG, stored=("v1", "v9", serving))
+    assert context.stored == ("v1", "v9")
+    (manual,) = [d for d in context.domains if d.domain == "manual"]
+    assert [level.version for level in manual.past] == ["v1"], "of v9 nothing is known"
+    assert manual.past[0].drop < -0.2, "it was worse there"
+    state.policy = replace(state.policy, taken_back=("v1",))
+    context = build_context(state, world.windows(), serving, float(now_s), CONFIG, stored=("v1", serving))
+    assert context.stored == () and all(d.past == () for d in context.domains)
