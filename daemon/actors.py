@@ -189,7 +189,7 @@ class TrainerActor:
             self._registry,
             draft_settings(config),
             dtype_of(config),
-            config.trainer.batch_windows,
+            config.trainer,
         )
 
     def __repr__(self) -> str:

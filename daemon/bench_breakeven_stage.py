@@ -101,7 +101,7 @@ class Stage:
         self.drafter = drafter
         self.settings = draft_settings(config)
         embedding = self.target.embedding.to(config.trainer.device, copy=True)
-        self.trainer = Trainer(embedding, registry, self.settings, dtype_of(config), config.trainer.batch_windows)
+        self.trainer = Trainer(embedding, registry, self.settings, dtype_of(config), config.trainer)
         slots = EngineSettings(slots=config.engine.slots, capacity_tokens=config.target.max_context_tokens)
         engine = Engine(self.target, drafter, slots, time.perf_counter, drafter_version=self.base)
         store = WindowStore(WindowLimits(budget_bytes=config.windows.budget_bytes), time.time)

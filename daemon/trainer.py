@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from specblock.bandit.actions import CompareReport, PairedReplay, ParityReport, ParityRow, TrainReport
 from specblock.bandit.config import Arm
+from specblock.daemon.config import TrainerConfig
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.training_mix import meant, mixed
 from specblock.drafter.checkpoint import load_drafter, load_weights, save_drafter, stored
@@ -26,6 +28,7 @@ from specblock.drafter.train import TrainSettings
 from specblock.drafter.update import UpdateRun, update_run
 from specblock.drafter.window import Window
 
+log = logging.getLogger(__name__)
 Weights = dict[str, Tensor]
 
 
@@ -47,7 +50,7 @@ class Trainer:
         registry: versions on disk; this process is its only writer.
         settings: tree settings of the serving engines, so that replay proposes the same trees.
         serving_dtype: type the engines run drafters in.
-        batch_windows: conversations per optimiser step.
+        config: conversations per optimiser step, versions kept.
     """
 
     def __init__(
@@ -56,10 +59,10 @@ class Trainer:
         registry: DrafterRegistry,
         settings: DraftSettings,
         serving_dtype: torch.dtype,
-        batch_windows: int,
+        config: TrainerConfig,
     ) -> None:
         self._embedding, self.registry, self._settings = embedding, registry, settings
-        self._dtype, self._batch_windows = serving_dtype, batch_windows
+        self._dtype, self._config = serving_dtype, config
         # Weights that are bfloat16 numbers are what native products read at half the bytes, in float32 too: a version
         # stored in float32 would draft more slowly than the one it replaces.
         self._stored = torch.bfloat16 if serving_dtype == torch.float32 else serving_dtype
@@ -159,7 +162,7 @@ class Trainer:
         return CompareReport(rows=rows, cycle_s_old=cycle_s, cycle_s_new=cycle_s, device_s=time.perf_counter() - begin)
 
     def store(self, name: str, decision_id: str) -> str:
-        """Writes a candidate to the registry; returns its version name."""
+        """Writes a candidate to the registry, where the oldest versions make room; returns its version name."""
         candidate = self._candidates[name]
 
         def write(directory: Path) -> None:
@@ -172,9 +175,12 @@ class Trainer:
             "positions": candidate.run.positions,
         }
         fingerprint = candidate.run.model.config.target_fingerprint
-        return self.registry.save(
+        version = self.registry.save(
             candidate.arm.name, candidate.base_version, write, metadata, target_fingerprint=fingerprint
         )
+        if deleted := self.registry.prune(self._config.keep_versions):
+            log.info("the oldest drafter versions were deleted: %s", ", ".join(deleted))
+        return version
 
     def weights(self, version: str) -> Weights:
         """State of a version in the serving type, ready to travel."""
@@ -198,7 +204,7 @@ class Trainer:
         )
         settings = TrainSettings(
             steps=arm.steps,
-            batch_windows=self._batch_windows,
+            batch_windows=self._config.batch_windows,
             learning_rate=arm.learning_rate,
             matrix_rate=arm.matrix_rate,
             warmup_steps=max(1, arm.steps // 20),

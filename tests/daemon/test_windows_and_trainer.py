@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from specblock.bandit.config import Arm
 from specblock.cuda_ext.sampling import SamplingParams
+from specblock.daemon.config import TrainerConfig
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.engine_host import EngineHost
 from specblock.daemon.feedback import band, sampling_class
@@ -130,7 +131,8 @@ def trainer(tmp_path: Path) -> Trainer:
     save_drafter(model, tmp_path / "base")
     registry = DrafterRegistry(tmp_path / "state", lambda: 1.0)
     registry.import_base(tmp_path / "base")
-    return Trainer(model.embedding.clone(), registry, DraftSettings(), torch.float32, batch_windows=2)
+    config = TrainerConfig(batch_windows=2, keep_versions=2)
+    return Trainer(model.embedding.clone(), registry, DraftSettings(), torch.float32, config)
 
 
 FULL = Arm(name="full", patterns=("*",), steps=10, learning_rate=1e-3)
@@ -206,6 +208,46 @@ def test_windows_that_the_new_version_served_are_compared_at_their_live_sizes(tr
     assert all(r.cycles_new == r.live_cycles for r in rows)
     other = trainer.compare(base, base, [replace(w, drafter_version="older") for w in live], 0.01).rows
     assert [r.cycles_new for r in other] != [r.cycles_new for r in rows], "elsewhere the usual sizes count"
+
+
+def test_what_the_old_version_served_live_is_not_replayed_again(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from specblock.daemon import trainer as module
+    from specblock.drafter.replay import replay
+
+    base = trainer.registry.serving()
+    assert base is not None
+    drawn = [random_window(i, generated=40) for i in range(4)]
+    cycles = replay(trainer_drafter(trainer, base), drawn)
+    live = [replace(w, drafter_version=base, accepted=r.accepted) for w, r in zip(drawn, cycles, strict=True)]
+    sized = [replace(w, plans=((24, 8),) * len(w.accepted)) for w in live]
+    name = trainer.train("d000001", FULL, base, 1.0, False, drawn, {}).candidate_version
+    expected = trainer.compare(base, name, drawn, 0.01).rows
+    replayed: list[int] = []
+
+    def counting(drafter, windows, **options):  # type: ignore[no-untyped-def]
+        replayed.append(len(windows))
+        return replay(drafter, windows, **options)
+
+    monkeypatch.setattr(module, "replay", counting)
+    rows = trainer.compare(base, name, live, 0.01).rows
+    assert replayed == [4], "by the candidate alone"
+    assert [(r.cycles_old, r.cycles_new) for r in rows] == [(r.cycles_old, r.cycles_new) for r in expected]
+    trainer.compare(base, name, [*live[:2], *drawn[2:]], 0.01)
+    trainer.compare(base, name, [*sized[:3], live[3]], 0.01)
+    assert replayed == [4, 2, 4, 1, 4], "others were not served by it, or with trees of other sizes"
+
+
+def test_the_oldest_versions_make_room_and_what_is_left_can_be_restored(trainer: Trainer) -> None:
+    windows, base = [random_window(i) for i in range(2)], trainer.registry.serving()
+    assert base is not None and trainer.versions() == (base,)
+    stored = []
+    for number in range(4):
+        name = trainer.train(f"d{number:06d}", FULL, base, 0.1, False, windows, {}).candidate_version
+        stored.append(trainer.store(name, f"d{number:06d}"))
+        trainer.registry.promote(stored[-1])
+    assert trainer.versions() == (base, stored[3], stored[2], stored[1]), "it served before the newest was stored"
 
 
 def trainer_drafter(trainer: Trainer, version: str):  # type: ignore[no-untyped-def]
