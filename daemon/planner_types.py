@@ -10,7 +10,6 @@ from torch import Tensor
 from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.plain_price import Look
 from specblock.daemon.speculation import GateSettings, Participant
-from specblock.daemon.tree_habit import Habit
 from specblock.daemon.tree_outlook import Growth
 from specblock.drafter.plan import NO_SPECULATION, DraftPlan
 
@@ -23,22 +22,22 @@ class PlannerSettings:
         explore_share: cycles that make another choice of leaves than the best one.
         plain_share: cycles without speculation while it is on, to keep the price of plain decoding known; more of them
             while little of it is known, none at all if 0.
-        settle_cycles: cycles with drafts of a new drafter, or of another number of requests, that are all weighed.
-        weigh_every: of later ones every so many is weighed and learned from; those between follow the choice before.
+        settle_cycles: cycles with drafts of a new drafter, or of another number of requests, that are all learned from.
+        learn_every: of later ones every so many is; learning takes as long as choosing, and little of it is news.
         gate: when speculation goes off and on.
     """
 
     explore_share: float = 0.02
     plain_share: float = 0.005
     settle_cycles: int = 96
-    weigh_every: int = 4
+    learn_every: int = 4
     gate: GateSettings = field(default_factory=GateSettings)
 
     def __post_init__(self) -> None:
         if not (0 <= self.explore_share <= 1 and 0 <= self.plain_share <= 1):
             raise ValueError("planner: explore_share and plain_share must be in [0, 1]")
-        if self.settle_cycles < 0 or self.weigh_every < 1:
-            raise ValueError("planner: settle_cycles must be at least 0, weigh_every at least 1")
+        if self.settle_cycles < 0 or self.learn_every < 1:
+            raise ValueError("planner: settle_cycles must be at least 0, learn_every at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +98,7 @@ class Cycle:
     probing: bool
     look: Look | None
     explore_block: int
-    habit: Habit
-    weighed: bool
+    learns: bool
     begin_s: float
     growth: Growth = field(default_factory=Growth)
     block_s: list[float] = field(default_factory=list)

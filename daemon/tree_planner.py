@@ -18,10 +18,10 @@ from torch import Tensor
 
 from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
+from specblock.daemon.learning_pace import LearningPace
 from specblock.daemon.plain_price import PlainLooks
 from specblock.daemon.planner_types import Cycle, CycleResult, PlannerSettings, PlannerStatus
 from specblock.daemon.speculation import Participant, SpeculationGate
-from specblock.daemon.tree_habit import Habits
 from specblock.daemon.tree_outlook import Stop, TreeOutlook, best_budget
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
@@ -64,9 +64,9 @@ class TreePlanner:
         self._typical = DraftPlan((), min(8, settings.node_budget))
         self._cycle: Cycle | None = None
         self._looks = PlainLooks(self._planner.plain_share)
-        self._habits = Habits()
+        self._pace = LearningPace(self._planner.settle_cycles, self._planner.learn_every)
         self._explored = 0
-        # Real over modelled seconds: what the curves do not know, the weighing itself among it.
+        # Real over modelled seconds: what the curves do not know, the learning itself among it.
         self._surplus, self._plain_surplus = ForgettingRatio(_SURPLUS_HALF_LIFE), ForgettingRatio(_SURPLUS_HALF_LIFE)
         self._nodes, self._leaves, self._blocks, self._plain = (
             ForgettingRatio(_STATUS_HALF_LIFE_CYCLES) for _ in range(4)
@@ -89,8 +89,7 @@ class TreePlanner:
             look = self._looks.next(check, self.cost.plain.seen(batch))
         if look is not None:
             speculate = (False,) * batch
-        habit = self._habits.of(batch, sum(speculate))
-        due = any(speculate) and habit.due(self._planner.settle_cycles, self._planner.weigh_every)
+        due = any(speculate) and self._pace.due((batch, sum(speculate)))
         explores = due and self._settings.blocks > 1 and explore < self._planner.explore_share
         behind = [count for count, yes in zip(new_positions, speculate, strict=False) if yes]
         self._cycle = Cycle(
@@ -100,8 +99,7 @@ class TreePlanner:
             probing=probing,
             look=look,
             explore_block=self._generator.randrange(self._settings.blocks - 1) if explores else -1,
-            habit=habit,
-            weighed=due or probing,
+            learns=due or probing,
             begin_s=self.clock(),
         )
         self._cycle.last_s = self._cycle.begin_s
@@ -112,17 +110,7 @@ class TreePlanner:
         cycle = self._under_way()
         if block + 1 >= self._settings.blocks or score_Bm.shape[1] == 0:
             return 0
-        if not cycle.weighed and not cycle.habit.leaves(block):
-            return 0
         scores = _on_host(score_Bm)
-        if not cycle.weighed:
-            self._tick(cycle)
-            cycle.growth.extendable.append(scores)
-            choice = min(cycle.habit.leaves(block), int(np.isfinite(scores).sum(axis=1).max()))
-            if choice:
-                cycle.growth.leaf_caps.append(choice)
-            cycle.last_s = self.clock()
-            return choice
         self._tick(cycle)
         stop = self.outlook.stop(cycle.growth, block, scores)
         values, predicted = self._outcomes(cycle, block, stop)
@@ -143,22 +131,14 @@ class TreePlanner:
         scores = _on_host(score_BM)
         self._tick(cycle)
         gain_N = self.outlook.kept(cycle.growth, scores)
-        if not cycle.weighed:
-            cycle.nodes = cycle.habit.nodes(gain_N)
-            cycle.spent_s = self.clock() - cycle.begin_s
-            return cycle.nodes
         scale, spent_s = self._scaled(cycle)
         bias = self.outlook.budget_bias(1 + len(cycle.growth.leaf_caps))
         fixed_s = spent_s + self.cost.overhead_s
         verify_s_N = self.cost.verify_s(np.arange(2, len(gain_N) + 2, dtype=np.float64), cycle.batch)
         cycle.nodes = best_budget(scale * bias * gain_N, cycle.batch, fixed_s, verify_s_N)
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
-        self.outlook.chosen(cycle.growth, scores, cycle.nodes)
-        if not cycle.probing and cycle.explore_block < 0:
-            caps = cycle.growth.leaf_caps
-            usual_s = self.cost.draft_s(caps, cycle.drafting) + self.cost.overhead_s  # without what is paid only now
-            every_N = np.arange(2, self._settings.node_budget + 2, dtype=np.float64)
-            cycle.habit.chose(caps, scale * bias, usual_s, self.cost.verify_s(every_N, cycle.batch))
+        if cycle.learns:
+            self.outlook.chosen(cycle.growth, scores, cycle.nodes)
         cycle.spent_s = self.clock() - cycle.begin_s
         return cycle.nodes
 
@@ -177,7 +157,7 @@ class TreePlanner:
             building_s = result.draft_s - cycle.spent_s
             cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
             cost.observe_verify(result.verify_s, result.tree.num_rows, batch, result.other_s + max(0.0, building_s))
-            if cycle.weighed:
+            if cycle.learns:
                 observed = (result.tree, result.accepted_rows, result.num_accepted)
                 self.survival.observe(*observed)
                 self.gain.observe(*observed, growth.leaf_caps, growth.leaf_mass)
@@ -210,7 +190,7 @@ class TreePlanner:
         self.survival.fade(_KEEP_ON_CHANGE)
         self.gain.fade(_KEEP_ON_CHANGE)
         self.gate.drafter_changed()
-        self._habits = Habits()
+        self._pace.begin_anew()
         self._surplus = ForgettingRatio(_SURPLUS_HALF_LIFE)
 
     def speculates(self, domain: str) -> bool:
