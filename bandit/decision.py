@@ -78,7 +78,8 @@ class Target:
     """A domain that an update is expected to help, as it was when the update was decided.
 
     ``lasting_s``: expected seconds of its traffic within the horizon, in seconds of all traffic; None: not known.
-    ``past``: what earlier versions had there. ``there``: it is part of the traffic of now.
+    ``staying_s``: the same until it goes away for the first time. ``past``: what earlier versions had there. ``there``: it
+    is part of the traffic of now.
     """
 
     domain: str
@@ -86,6 +87,7 @@ class Target:
     drop: float
     drop_se: float
     lasting_s: float | None = None
+    staying_s: float | None = None
     past: tuple[PastLevel, ...] = ()
     there: bool = True
 

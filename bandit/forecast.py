@@ -48,6 +48,7 @@ def targets(context: DecisionContext, config: PolicyConfig) -> tuple[Target, ...
             drop=d.drop,
             drop_se=d.drop_se,
             lasting_s=d.presence.lasting_s(d.share, config.horizon) if d.presence else None,
+            staying_s=d.presence.staying_s(d.share, config.horizon) if d.presence else None,
             past=d.past,
             there=d.presence is None or d.presence.there,
         )
@@ -247,7 +248,9 @@ def _value(
     elif probe_fraction:
         pairs += config.probe_conversations
     pairs += SETTLED_SHARE * config.gate.settle_requests
-    lasting_s, gains = _lasting(gains, reached, config)
+    # What is restored for the text of now serves until other text comes: then something else may be restored.
+    lasting = tuple(target.staying_s if arm.restores else target.lasting_s for target in reached)
+    lasting_s, gains = _lasting(gains, lasting, config)
     terms = CostTerms(
         train=train_s(arm, 1 - config.probe_fraction, state, config),
         probe=train_s(arm, probe_fraction, state, config) if probe_fraction else Belief(mean=0.0, sd=0.0),
@@ -268,12 +271,12 @@ def _value(
 
 
 def _lasting(
-    gains: tuple[DomainGain, ...], reached: tuple[Target, ...], config: PolicyConfig
+    gains: tuple[DomainGain, ...], lasting: tuple[float | None, ...], config: PolicyConfig
 ) -> tuple[float | None, tuple[DomainGain, ...]]:
     """Expected seconds of the targets' traffic, and the gains with their shares of it; None: nothing is known."""
-    lasting = [target.lasting_s for target in reached if target.lasting_s is not None]
-    total_s = math.fsum(lasting)
-    if len(lasting) < len(reached) or total_s <= 0:
+    known = [one_s for one_s in lasting if one_s is not None]
+    total_s = math.fsum(known)
+    if len(known) < len(lasting) or total_s <= 0:
         return None, gains
-    shared = tuple(replace(gain, share=one_s / total_s) for gain, one_s in zip(gains, lasting, strict=True))
+    shared = tuple(replace(gain, share=one_s / total_s) for gain, one_s in zip(gains, known, strict=True))
     return min(total_s, horizon_value_s(0.0, config.horizon)), shared

@@ -69,14 +69,20 @@ class Presence:
             share: its share now.
             config: prior of both rates, discount and horizon.
         """
-        prior, prior_s = config.hazard_prior_changes, config.hazard_prior_s
-        going = (prior + self.ends) / (prior_s + self.there_s)
+        prior, prior_s, going = config.hazard_prior_changes, config.hazard_prior_s, self._going_per_s(config)
         coming = (prior + self.returns) / (prior_s + self.away_s)
         stays = coming / (going + coming)
         always_s, fading_s = (_integral_s(rate, config) for rate in (0.0, going + coming))
         if self.there or self.level == 0.0:
             return share * (stays * always_s + (1 - stays) * fading_s)
         return self.level * stays * (always_s - fading_s)
+
+    def staying_s(self, share: float, config: HorizonConfig) -> float:
+        """The same until it goes away for the first time; 0 while it is away."""
+        return share * _integral_s(self._going_per_s(config), config) if self.there or self.level == 0.0 else 0.0
+
+    def _going_per_s(self, config: HorizonConfig) -> float:
+        return (config.hazard_prior_changes + self.ends) / (config.hazard_prior_s + self.there_s)
 
 
 def _integral_s(rate_per_s: float, config: HorizonConfig) -> float:

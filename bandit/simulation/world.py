@@ -186,26 +186,28 @@ class World:
         )
 
     def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
-        """Cycles of both versions on the newest held-out conversations."""
+        """Cycles of both versions on the newest held-out conversations; what the old one served need not be replayed."""
         kept = self._kept(heldout=True)
         if after_time_s is not None:
             kept = kept[self.traffic.time_s[kept] > after_time_s]
         kept = kept[-self.curves.heldout_windows :]
-        old_N, new_N = self.drafters[old_version].cycles, self.drafters[new_version].cycles
+        known_N = np.array([self.live_version[n] == old_version for n in kept], dtype=bool)
+        old_N, new_N = self.drafters[old_version].cycles[kept], self.drafters[new_version].cycles[kept]
+        old_N = np.where(known_N, self.live_cycles[kept], old_N)
         rows = tuple(
             PairedReplay(
                 conversation_id=f"c{n}",
                 domain=self.traffic.domains[self.traffic.domain[n]],
                 time_s=float(self.traffic.time_s[n]),
                 tokens=self._tokens,
-                cycles_old=int(old_N[n]),
-                cycles_new=int(new_N[n]),
+                cycles_old=int(old),
+                cycles_new=int(new),
                 live_version=self.live_version[n],
                 live_cycles=int(self.live_cycles[n]),
             )
-            for n in kept
+            for n, old, new in zip(kept, old_N, new_N, strict=True)
         )
-        device_s, cycle_s = self._replayed(2 * len(rows)), self.curves.cycle_s
+        device_s, cycle_s = self._replayed(2 * len(rows) - int(known_N.sum())), self.curves.cycle_s
         return CompareReport(rows=rows, cycle_s_old=cycle_s, cycle_s_new=cycle_s, device_s=device_s)
 
     def versions(self) -> tuple[str, ...]:
