@@ -80,7 +80,7 @@ def default_arms() -> tuple[Arm, ...]:
         Arm(
             name="restore",
             restores=True,
-            prior_gain_sd=0.005,
+            prior_gain_sd=0.05,
             probe_gain_share=1.0,
             probe_gain_share_sd=0.01,
         ),

@@ -43,7 +43,7 @@ def build_context(
         domains=tuple(
             replace(
                 domain_context(name, state, serving_version, flow[name] / total, available.get(name), now_s, config),
-                past=past_levels(state.domains[name], serving_version, earlier, config),
+                past=past_levels(name, state, serving_version, earlier, now_s, config),
             )
             for name in sorted(state.domains)
         ),
@@ -52,6 +52,7 @@ def build_context(
         observed_s=max(now_s - state.first_event_s, 0.0) if state.first_event_s else 0.0,
         since_s=since_s,
         stored=earlier,
+        base=stored[0] if stored and stored[0] in earlier else "",
     )
 
 
@@ -132,17 +133,23 @@ def _drop(
 
 
 def past_levels(
-    domain: DomainStatistics, serving: str, earlier: tuple[str, ...], config: PolicyConfig
+    name: str, state: BanditState, serving: str, earlier: tuple[str, ...], now_s: float, config: PolicyConfig
 ) -> tuple[PastLevel, ...]:
-    """How far the recent acceptance is below what every one of ``earlier`` last had in the same strata.
+    """What every one of ``earlier`` is known to save in a domain; versions of which nothing is known are left out.
 
-    Versions without enough cycles there are left out: nothing is known of them.
+    Replayed side by side with the serving version not long ago, or else what it last accepted there, in as many cycles
+    as a window needs.
     """
-    recent = domain.versions.get(serving, VersionStatistics()).recent
-    found = (
-        (name, _below(recent, domain.versions[name].recent, config)) for name in earlier if name in domain.versions
-    )
-    return tuple(PastLevel(version=name, drop=below[0], drop_se=below[1]) for name, below in found if below is not None)
+    oldest_s, served = now_s - config.evidence_half_life_s, state.domains[name].versions
+    compared = {
+        one.version: (one.saving, one.se)
+        for one in state.policy.comparisons
+        if one.domain == name and one.against == serving and one.time_s >= oldest_s
+    }
+    recent = served.get(serving, VersionStatistics()).recent
+    below = {v: _below(recent, served[v].recent, config) for v in earlier if v in served and v not in compared}
+    known = {v: found for v, found in (below | compared).items() if found is not None}
+    return tuple(PastLevel(version=v, drop=known[v][0], drop_se=known[v][1]) for v in earlier if v in known)
 
 
 def _below(recent: list[Segment], then: list[Segment], config: PolicyConfig) -> tuple[float, float] | None:

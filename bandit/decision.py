@@ -23,17 +23,29 @@ HOUR_S = 3600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PastLevel:
-    """How far the recent acceptance of a domain is below what an earlier version last had in the same strata.
+    """What an earlier version is known to save in a domain, against the one that serves.
 
     Attributes:
-        drop: ``1 - acceptance now / acceptance then``: what would be saved if it still had that; negative where it was
-            worse.
+        drop: as replayed side by side, or else ``1 - acceptance now / acceptance then`` from what it last accepted in
+            the same strata; negative where it is worse.
         drop_se: its standard error.
     """
 
     version: str
     drop: float
     drop_se: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What ``version`` saved against ``against`` when both were replayed on conversations of a domain."""
+
+    version: str
+    against: str
+    domain: str
+    saving: float
+    se: float
+    time_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +66,7 @@ class DomainContext:
         num_heldout: held-out conversations.
         presence: how it came and went; None: nothing is known of it, and its present share is taken to last as long as
             traffic as a whole.
-        past: earlier versions that could serve again and have served this domain.
+        past: earlier versions that could serve again and of which something is known here.
     """
 
     domain: str
@@ -77,9 +89,11 @@ class DomainContext:
 class Target:
     """A domain that an update is expected to help, as it was when the update was decided.
 
-    ``lasting_s``: expected seconds of its traffic within the horizon, in seconds of all traffic; None: not known.
-    ``staying_s``: the same until it goes away for the first time. ``past``: what earlier versions had there. ``there``: it
-    is part of the traffic of now.
+    Attributes:
+        lasting_s: expected seconds of its traffic within the horizon, in seconds of all traffic; None: not known.
+        staying_s: the same until it goes away for the first time.
+        past: what is known of earlier versions there.
+        there: it is part of the traffic of now.
     """
 
     domain: str
@@ -121,6 +135,7 @@ class DecisionContext:
         since_s: since the decision before; 0 if there was none.
         probed: None at rest.
         stored: earlier versions that could serve again.
+        base: the one of them that the operator configured; "" if it serves or may not serve again.
     """
 
     now_s: float
@@ -132,18 +147,23 @@ class DecisionContext:
     since_s: float = 0.0
     probed: Probed | None = None
     stored: tuple[str, ...] = ()
+    base: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """An arm's predicted net value, and why it may not be used now (empty if it may).
 
-    ``version``: what it would restore, if the arm restores.
+    Attributes:
+        version: what it would restore, if the arm restores.
+        curiosity: expected device-seconds that come of comparing that version where nothing is known of it, the
+            comparison paid; 0 where something is.
     """
 
     value: NetValue
     blocked: str = ""
     version: str = ""
+    curiosity: float = 0.0
 
     @property
     def named(self) -> str:
@@ -243,6 +263,7 @@ class PolicyState:
         training, restoring: back-off of arms that train, and of those that restore an earlier version: how often one
             of them failed says nothing about the other.
         taken_back: versions that lost or proved broken while they served, the newest last; they are never restored.
+        comparisons: of stored versions with the one that served, the newest last.
         score: device-seconds of a parity check.
         pair: device-seconds of replaying one conversation with two versions.
     """
@@ -260,6 +281,7 @@ class PolicyState:
     training: BackOff = field(default_factory=BackOff)
     restoring: BackOff = field(default_factory=BackOff)
     taken_back: tuple[str, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
 
     def back_off(self, arm: Arm) -> BackOff:
         """That of the sort that ``arm`` is of."""

@@ -32,6 +32,9 @@ PAIRED_SD = 0.09
 LOOK_WIDTH = 3.0
 """Half-width of the gate's confidence sequence, in standard errors of the mean saving, at the sizes that decide."""
 
+CURIOUS_SHARE = 0.5
+"""Share of traffic of which nothing must be known under the base before it is compared to find out."""
+
 SETTLED_SHARE = 0.3
 """Share of the requests after a promotion, about, that are held out and thus replayed to measure its realised gain."""
 
@@ -103,16 +106,21 @@ def best_past(target: Target, config: PolicyConfig) -> float:
     return max([0.0, *(past_gain(level, target, config).mean for level in target.past)])
 
 
-def domain_gain(arm: Arm, target: Target, state: PolicyState, config: PolicyConfig, version: str = "") -> DomainGain:
+def domain_gain(
+    arm: Arm, target: Target, state: PolicyState, config: PolicyConfig, version: str = "", base: str = ""
+) -> DomainGain:
     """Relative saving that a complete update by ``arm`` is expected to give in one domain.
 
     ``version``: what it would restore. It is judged by the text of now alone: when other text comes back, so can the
-    version that serves now.
+    version that serves now. Where nothing is known of it, something is expected of the ``base`` only, which was trained
+    for text in general.
     """
     if version and not target.there:
         return DomainGain(domain=target.domain, share=target.share, mean=0.0, sd=0.0)
     if version and (level := target.level(version)) is not None:
         return past_gain(level, target, config)
+    if version and version != base:
+        return DomainGain(domain=target.domain, share=target.share, mean=0.0, sd=arm.prior_gain_sd)
     evidence = state.arms.get(arm.name, ArmEvidence())
     prior = LinearPrior(arm.prior_gain_mean, arm.prior_gain_sd, arm.drop_recovery, arm.drop_recovery_sd)
     gain = evidence.gain.predict(told_drop(target, config), prior)
@@ -151,7 +159,7 @@ def complete_value(
     Training is credited with what it adds to what an earlier version would give back for the price of comparing.
     """
     reached = targets(context, config)
-    gains = tuple(domain_gain(arm, target, state, config, version) for target in reached)
+    gains = tuple(domain_gain(arm, target, state, config, version, context.base) for target in reached)
     # Where a restored version did not keep its promise, training is all there is.
     if not arm.restores and any(one.restores for one in config.arms) and not state.restoring.in_row:
         gains = tuple(
@@ -167,6 +175,27 @@ def remaining_value(
     """Net value of what is left after a micro-profile; what it cost is sunk."""
     gains = tuple(probed_gain(arm, target, state, probed, config) for target in probed.targets)
     return _value(arm, gains, probed.targets, 0.0, context, state, config)
+
+
+def trial_s(state: PolicyState, config: PolicyConfig) -> float:
+    """What comparing two stored versions on as many conversations as a trial takes is charged with."""
+    return config.cost.price * config.probe_conversations * pair_s(state, config).mean
+
+
+def curiosity_s(value: NetValue, context: DecisionContext, state: PolicyState, config: PolicyConfig) -> float:
+    """Expected device-seconds that come of comparing the base, of which nothing is known here, the comparison paid.
+
+    What turns out to lose is not done: the expected improvement of Bayesian optimisation. 0 where something is known of
+    it, or where there is too little text to tell.
+    """
+    here = [t for t in targets(context, config) if t.there and t.level(context.base) is None]
+    heldout = {d.domain: d.num_heldout for d in context.domains}
+    share = math.fsum(t.share for t in here if heldout[t.domain] >= config.probe_conversations / 2)
+    if share < CURIOUS_SHARE:
+        return 0.0
+    paid_s = trial_s(state, config)
+    mean, sd, normal = value.net + paid_s, max(value.net_sd, 1e-9), NormalDist()
+    return max(0.0, mean * normal.cdf(mean / sd) + sd * normal.pdf(mean / sd) - paid_s)
 
 
 def gate_outlook(value: NetValue, saving: Saving, state: PolicyState, config: PolicyConfig) -> tuple[float, float]:

@@ -8,13 +8,13 @@ from dataclasses import replace
 from specblock.bandit.actions import TrainReport
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.cost import Belief
-from specblock.bandit.decision import ArmEvidence, BackOff, Charge, ParityRecord, PolicyState, Target
+from specblock.bandit.decision import ArmEvidence, BackOff, Charge, Comparison, ParityRecord, PolicyState, Target
 from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD
 from specblock.bandit.forecast import faded, told_drop
 from specblock.bandit.gate import Saving
 from specblock.bandit.parity import ParityEvidence
 
-MAX_TAKEN_BACK = 64
+MAX_TAKEN_BACK = MAX_COMPARISONS = 64
 
 WHOLE = Belief(mean=1.0, sd=0.0)
 """Share of its gain that a complete update shows."""
@@ -83,6 +83,18 @@ def learn_gain(
             noise_sd = math.hypot(found.se / seen.mean, varies, GAIN_NOISE_SD)
             gain = gain.observe(drop, found.saving / seen.mean, noise_sd)
     return _with_arm(state, arm, replace(evidence, gain=gain, time_s=now_s))
+
+
+def learn_comparison(state: PolicyState, version: str, against: str, saving: Saving, now_s: float) -> PolicyState:
+    """Remember what a stored version saved against the serving one, domain by domain; the newest of each pair stays."""
+    new = tuple(
+        Comparison(version=version, against=against, domain=d.domain, saving=d.saving, se=d.se, time_s=now_s)
+        for d in saving.domains
+        if d.conversations > 1
+    )
+    again = {one.domain for one in new}
+    others = (c for c in state.comparisons if (c.version, c.against) != (version, against) or c.domain not in again)
+    return replace(state, comparisons=(*others, *new)[-MAX_COMPARISONS:])
 
 
 def learn_shown(

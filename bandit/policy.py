@@ -32,6 +32,7 @@ from specblock.bandit.decision import (
 from specblock.bandit.exploring import draw, explore_probability, near_margin
 from specblock.bandit.forecast import (
     complete_value,
+    curiosity_s,
     domain_weights,
     faded,
     remaining_value,
@@ -83,6 +84,7 @@ def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig)
     free = [option for option in options if not option.blocked]
     best = max(free, key=lambda o: o.value.net_lower, default=None)
     chosen = best if best is not None and best.value.net_lower > 0 else None
+    chosen = chosen or max((o for o in free if o.curiosity > 0), key=lambda o: o.curiosity, default=None)
     plain = Decision(action=SKIP, verdict=verdict, reason=evidence, options=options, targets=reached)
     usual = _act(chosen, best, plain, context, state, config)
     narrow = max((o for o in free if near_margin(o.value)), key=lambda o: o.value.net, default=None)
@@ -156,9 +158,14 @@ def _option(
     if best is None:
         return None
     value, version = best
+    curiosity = 0.0
+    if arm.restores and context.base and value.net_lower <= 0:
+        unknown = complete_value(arm, context, state, config, context.base)
+        curiosity = curiosity_s(unknown, context, state, config)
+        value, version = (unknown, context.base) if curiosity > 0 else best
     # In the currency of the charges: interference and stall are booked against the budget, so they are needed too.
     blocked = _blocked(arm, value.cost, reached, context, state, config)
-    return Option(value=value, blocked=blocked, version=version)
+    return Option(value=value, blocked=blocked, version=version, curiosity=curiosity)
 
 
 def _blocked(
@@ -237,6 +244,11 @@ def may_pay(decision: Decision) -> bool:
 
 def _why(best: Option) -> str:
     value = best.value
+    if best.curiosity > 0:
+        return (
+            f"nothing is known of {best.version} on most of the text of now: comparing it is expected to be worth "
+            f"{best.curiosity:.1f} device-s more than it costs"
+        )
     pays = "never" if value.break_even_s is None else f"after {value.break_even_s:.0f} s"
     surely = f"net at least {value.net_lower:.1f}"
     if near_margin(value):

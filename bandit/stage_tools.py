@@ -6,10 +6,18 @@ from dataclasses import replace
 
 from specblock.bandit.actions import Actions, CompareReport
 from specblock.bandit.config import PolicyConfig
-from specblock.bandit.cost import charge_s
+from specblock.bandit.cost import Belief, charge_s
 from specblock.bandit.forecast import score_s, shown_share, train_s
 from specblock.bandit.gate import Saving, pooled_saving
-from specblock.bandit.learning import learn_gain, learn_pairs, learn_parity, learn_score, learn_shown
+from specblock.bandit.learning import (
+    WHOLE,
+    learn_comparison,
+    learn_gain,
+    learn_pairs,
+    learn_parity,
+    learn_score,
+    learn_shown,
+)
 from specblock.bandit.ledger import Ledger, LedgerRecord
 from specblock.bandit.outside import Journal, attempt
 from specblock.bandit.parity import ParityEvidence
@@ -76,18 +84,21 @@ class StageTools:
     def learn_trial(self, pending: PendingUpdate, saving: Saving, now_s: float) -> None:
         """Learn what a trial that nothing follows says about the gain of its arm."""
         arm = self.config.arm(pending.arm)
-        seen = shown_share(arm, self.state.policy)
-        version = pending.option.version
-        self.state.policy = learn_gain(
-            self.state.policy, arm, pending.targets, saving, self.config, now_s, seen, version
-        )
+        self._learn_gain(pending, saving, now_s, shown_share(arm, self.state.policy))
 
     def learn(self, pending: PendingUpdate, saving: Saving, now_s: float) -> None:
         """Learn what the complete update saved, and what share of it its trial had shown."""
         arm, trial = self.config.arm(pending.arm), pending.trial
-        version = pending.option.version
-        policy = learn_gain(self.state.policy, arm, pending.targets, saving, self.config, now_s, version=version)
-        self.state.policy = learn_shown(policy, arm, pending.targets, trial, saving) if trial else policy
+        self._learn_gain(pending, saving, now_s, WHOLE)
+        if trial:
+            self.state.policy = learn_shown(self.state.policy, arm, pending.targets, trial, saving)
+
+    def _learn_gain(self, pending: PendingUpdate, saving: Saving, now_s: float, seen: Belief) -> None:
+        arm, version, policy = self.config.arm(pending.arm), pending.option.version, self.state.policy
+        policy = learn_gain(policy, arm, pending.targets, saving, self.config, now_s, seen, version)
+        if version:
+            policy = learn_comparison(policy, version, pending.base_version, saving, now_s)
+        self.state.policy = policy
 
     def reject(self, pending: PendingUpdate, now_s: float, reason: str, *, decided: bool) -> None:
         """End an update at the gate, which failed it (``decided``) or left it open; what it would save is learned."""

@@ -85,6 +85,13 @@ def _texts(bench: Stage, domain: str, side: str, count: int) -> list[Window]:
     sizes, heldout = bench.sizes, side == "heldout"
     prompts = read_prompts(sizes.prompts / f"{domain}.{side}.jsonl")
     Random(sizes.seed).shuffle(prompts)
+    if heldout:
+        # What is served and what is judged by (the two halves) share no prompt.
+        half, first = len(prompts) // 2, count // 2
+        sides = ((prompts[:half] or prompts, first), (prompts[half:], count - first))
+    else:
+        sides = ((prompts, count),)
+    asked = [prompt for own, number in sides for prompt in islice(cycle(own), number)]
     settings = CollectSettings(
         max_tokens=sizes.tokens,
         temperatures=(sizes.temperature,),
@@ -93,7 +100,7 @@ def _texts(bench: Stage, domain: str, side: str, count: int) -> list[Window]:
         top_k=bench.config.windows.top_k,
         heldout=heldout,
     )
-    made = collect(bench.target, list(islice(cycle(prompts), count)), settings, time.time)
+    made = collect(bench.target, asked, settings, time.time)
     kept = [window for window, _ in made if window.num_generated >= _FEWEST_TOKENS]
     if len(kept) < 2:
         raise DependencyError(

@@ -135,10 +135,6 @@ def demo_curves() -> Curves:
                 "404 device-seconds were charged in all, of which about 250 are training without interference; times "
                 "0.32, the ratio of the machines' 44.8 and 139.7 static tokens per device-second"
             ),
-            "arms.long": (
-                "an experiment on cpp that no command repeats: from 1.80, 24 steps of `full` reach 2.16 and 80 steps 2.30, "
-                "1.4 times the gain; price and forgetting in proportion to the steps"
-            ),
             "arms.statistics": (
                 "an experiment on the demo drafter of then, no command repeats it: +3.5 % on cpp from 48 conversations "
                 "(0.062 of 0.071 within reach); its second use adds next to nothing. A position costs a fifth of what "
@@ -172,7 +168,6 @@ def demo_curves() -> Curves:
         arms={
             "head": ArmCurve(steps=20, train_s=15.0, gap_closed=0.44, reach=0.25, forgetting=0.006),
             "full": ArmCurve(steps=24, train_s=80.0, gap_closed=0.48, reach=1.0, forgetting=0.014),
-            "long": ArmCurve(steps=80, train_s=267.0, gap_closed=0.67, reach=1.0, forgetting=0.047),
             "statistics": ArmCurve(steps=10, train_s=7.0, gap_closed=0.85, reach=0.17, forgetting=0.0),
         },
         usual="python",

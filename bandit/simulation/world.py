@@ -186,7 +186,7 @@ class World:
         )
 
     def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
-        """Cycles of both versions on the newest held-out conversations; what the old one served need not be replayed."""
+        """Cycles of both versions on the newest held-out conversations; what the old one served is known."""
         kept = self._kept(heldout=True)
         if after_time_s is not None:
             kept = kept[self.traffic.time_s[kept] > after_time_s]

@@ -51,7 +51,7 @@ def test_what_is_not_told_from_noise_is_no_gain_and_a_loss_is_a_loss() -> None:
 
 
 def test_of_a_version_that_never_served_here_what_the_drop_promises_is_expected() -> None:
-    context = replace(at(past=()), stored=("v0",))
+    context = replace(at(past=()), stored=("v0",), base="v0")
     value = complete_value(RESTORE, context, checked(), CONFIG, "v0")
     assert value.gain == pytest.approx(RESTORE.drop_recovery * DOMAIN.drop)
     # That it gained nothing there is learned, for the next one of which nothing is known; not where a level was known.
@@ -163,6 +163,35 @@ def test_a_restored_version_that_loses_is_taken_back_and_never_restored_again(tm
     tried = [record.options[0].version for record in taken(tmp_path)]
     assert tried.count("v1") == 1, "never again"
     assert world.serving != "v1" and records(tmp_path)[-1].base_version != "v1"
+
+
+def test_the_base_is_compared_once_on_text_that_it_has_not_served(tmp_path: Path) -> None:
+    world, service, now_s = served(tmp_path)
+    trained = world.serving
+    world.rates["v1"]["prose"], world.rates[trained]["prose"] = 0.93, 0.84
+    now_s = drive(world, service, now_s, 120, "prose")
+    assert world.serving == "v1"
+    (found,) = taken(tmp_path)
+    assert found.options[0].version == "v1" and found.options[0].curiosity > 0 and found.options[0].value.net_lower <= 0
+    assert "nothing is known of v1" in found.reason
+
+
+def test_what_a_comparison_found_is_remembered_until_it_is_old(tmp_path: Path) -> None:
+    world, service, now_s = served(tmp_path)
+    trained = world.serving
+    world.rates["v1"]["prose"], world.rates[trained]["prose"] = 0.5, 0.84
+    now_s = drive(world, service, now_s, 200, "prose")
+    assert world.serving == trained
+    (found,) = taken(tmp_path)
+    assert [r.stage for r in records(tmp_path) if r.decision_id == found.decision_id][-1] == "abandoned"
+    (known,) = [c for c in service.state.policy.comparisons if c.domain == "prose"]
+    assert (known.version, known.against) == ("v1", trained) and known.saving < -0.1
+    contexts = [
+        build_context(service.state, world.windows(), trained, known.time_s + passed_s, CONFIG, stored=("v1", trained))
+        for passed_s in (10.0, CONFIG.evidence_half_life_s + 10.0)
+    ]
+    levels = [next(d for d in context.domains if d.domain == "prose").past for context in contexts]
+    assert [level.drop for level in levels[0]] == [known.saving] and levels[1] == ()
 
 
 def test_versions_that_serve_or_were_taken_back_are_not_offered(tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ def test_the_table_is_labelled_modelled(policy: str) -> None:
     assert rows[0][4] == "0.0" and rows[-1][7] == "0.0%"
 
 
+def test_the_usual_policy_has_a_curve_for_every_arm() -> None:
+    code, out, _ = run("--scenario", "stationary", "--hours", "0.1")
+    assert code == ExitCode.OK and "rule of configs/demo.yaml" in out
+
+
 def test_json_holds_every_run_and_where_the_numbers_come_from(policy: str) -> None:
     code, out, err = run("-c", policy, "--scenario", "fault", "--seeds", "2", "--hours", "0.2", "--json")
     found = json.loads(out)
