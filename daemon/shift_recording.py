@@ -85,12 +85,11 @@ def _texts(bench: Stage, domain: str, side: str, count: int) -> list[Window]:
     sizes, heldout = bench.sizes, side == "heldout"
     prompts = read_prompts(sizes.prompts / f"{domain}.{side}.jsonl")
     Random(sizes.seed).shuffle(prompts)
+    sides = [(prompts, count)]
     if heldout:
         # What is served and what is judged by (the two halves) share no prompt.
         half, first = len(prompts) // 2, count // 2
-        sides = ((prompts[:half] or prompts, first), (prompts[half:], count - first))
-    else:
-        sides = ((prompts, count),)
+        sides = [(prompts[:half] or prompts, first), (prompts[half:], count - first)]
     asked = [prompt for own, number in sides for prompt in islice(cycle(own), number)]
     settings = CollectSettings(
         max_tokens=sizes.tokens,
