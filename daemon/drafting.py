@@ -180,6 +180,7 @@ class Drafting:
                 tree=drafted.tree if any_drafted else None,
                 accepted_rows=result.rows if any_drafted else None,
                 num_accepted=result.num_accepted if any_drafted else (),
+                offers=drafted.offers if any_drafted else None,
             )
         )
 

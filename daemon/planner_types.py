@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from specblock.cuda_ext.tree import DraftTree
+from specblock.cuda_ext.tree import DraftTree, Offers
 from specblock.daemon.plain_price import Look
 from specblock.daemon.speculation import GateSettings, Participant
 from specblock.daemon.tree_outlook import Growth
@@ -52,6 +52,7 @@ class CycleResult:
         tree: the verified trees, of all B requests or of the D that drafted; None without speculation.
         accepted_rows: int64, rows of their accepted paths as in Acceptance.
         num_accepted: accepted drafts of the same requests.
+        offers: everything that was proposed for the trees.
     """
 
     draft_s: float
@@ -61,6 +62,7 @@ class CycleResult:
     tree: DraftTree | None = None
     accepted_rows: Tensor | None = None
     num_accepted: Sequence[int] = ()
+    offers: Offers | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ Legend: B requests that draft, m nodes of the last block, M raw candidates, N no
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +45,7 @@ class Growth:
         leaf_caps: leaves extended by each later block.
         leaf_mass: expected accepted leaves among them, summed over requests.
         stop_nodes: node budget that would have been best had the trees stopped growing at each decision.
+        stop_tokens: accepted drafts expected at each decision had the trees stopped growing there, before correction.
         predicted_tokens: accepted drafts expected at the last decision, before correction; None without a decision.
         kept_tokens: accepted drafts expected of the chosen budget, before correction.
     """
@@ -52,6 +54,7 @@ class Growth:
     leaf_caps: list[int] = field(default_factory=list)
     leaf_mass: list[float] = field(default_factory=list)
     stop_nodes: list[float] = field(default_factory=list)
+    stop_tokens: list[float] = field(default_factory=list)
     predicted_tokens: float | None = None
     kept_tokens: float = 0.0
 
@@ -134,9 +137,18 @@ class TreeOutlook:
             after = growth.stop_nodes[index + 1] if index + 1 < len(growth.stop_nodes) else float(nodes)
             self._extra_nodes[index + 1].add(after - growth.stop_nodes[index], 1.0)
 
-    def accepted(self, growth: Growth, tokens: int) -> None:
-        """Learns how far off the cycle's predictions were from the drafts the batch accepted."""
+    def accepted(self, growth: Growth, tokens: int, extra: Sequence[float]) -> None:
+        """Learns how far off the cycle's predictions were.
+
+        Args:
+            growth: the cycle's trees.
+            tokens: drafts that the batch accepted.
+            extra: of these, what each later block has brought. The rest would have been accepted without it, so what
+                was expected of stopping is judged where trees went on, too: those are the promising ones.
+        """
         blocks = 1 + len(growth.leaf_caps)
+        for index, expected in enumerate(growth.stop_tokens[: len(extra)]):
+            self._decision_bias[index + 1].add(tokens - sum(extra[index:]), expected)
         if growth.predicted_tokens is not None:
             self._decision_bias[blocks].add(tokens, growth.predicted_tokens)
         self._budget_bias[blocks].add(tokens, growth.kept_tokens)

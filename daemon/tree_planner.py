@@ -22,11 +22,11 @@ from specblock.daemon.learning_pace import LearningPace
 from specblock.daemon.plain_price import PlainLooks
 from specblock.daemon.planner_types import Cycle, CycleResult, PlannerSettings, PlannerStatus
 from specblock.daemon.speculation import Participant, SpeculationGate
-from specblock.daemon.tree_outlook import Stop, TreeOutlook, best_budget
+from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook, best_budget
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
 from specblock.drafter.plan import DraftPlan
-from specblock.drafter.survival import Floats, LeafGain, SurvivalTable
+from specblock.drafter.survival import Floats, LeafGain, SurvivalTable, extra_tokens, first_blocks
 
 Clock = Callable[[], float]
 
@@ -158,10 +158,10 @@ class TreePlanner:
             cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
             cost.observe_verify(result.verify_s, result.tree.num_rows, batch, result.other_s + max(0.0, building_s))
             if cycle.learns:
-                observed = (result.tree, result.accepted_rows, result.num_accepted)
-                self.survival.observe(*observed)
-                self.gain.observe(*observed, growth.leaf_caps, growth.leaf_mass)
-                self.outlook.accepted(growth, sum(result.num_accepted))
+                self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)
+                extra = self._extra(growth, result)
+                self.gain.observe(extra, cycle.drafting, growth.leaf_caps, growth.leaf_mass)
+                self.outlook.accepted(growth, sum(result.num_accepted), extra)
             self._typical = cycle.plan
             self._nodes.add(cycle.nodes)
             self._leaves.add(sum(growth.leaf_caps))
@@ -215,6 +215,17 @@ class TreePlanner:
             speed_by_domain=self.gate.speeds(),
         )
 
+    def _extra(self, growth: Growth, result: CycleResult) -> list[float]:
+        """Accepted drafts that each later block has brought."""
+        if not growth.leaf_caps:
+            return []
+        assert result.tree is not None and result.offers is not None and result.accepted_rows is not None
+        widths = [scores.shape[1] for scores in growth.extendable][: 1 + len(growth.leaf_caps)]
+        if len(widths) == len(growth.leaf_caps):  # nobody asked about the last block that there can be
+            widths.append(result.offers.token.shape[1] - sum(widths))
+        first = first_blocks(result.tree, result.offers, widths, result.accepted_rows)
+        return extra_tokens(first, result.num_accepted, len(growth.leaf_caps))
+
     def _outcomes(self, cycle: Cycle, block: int, stop: Stop) -> tuple[dict[int, float], dict[int, float]]:
         """Tokens per second and uncorrected accepted drafts by number of leaves that the next block extends."""
         growth, outlook = cycle.growth, self.outlook
@@ -228,6 +239,7 @@ class TreePlanner:
         best = best_budget(scale * bias * known_N, cycle.batch, fixed_s, verify_s_N) - 1
         growth.stop_nodes.append(float(nodes_N[best]))
         predicted = {0: float(known_N[best])}
+        growth.stop_tokens.append(predicted[0])
         values = {0: (cycle.batch + scale * bias * predicted[0]) / (fixed_s + float(verify_s_N[best]))}
         bias = outlook.decision_bias(block + 2)
         nodes = min(nodes_N[best] + outlook.extra_nodes(block + 1), self._settings.node_budget)

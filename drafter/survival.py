@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from specblock.cuda_ext.tree import DraftTree
+from specblock.cuda_ext.tree import DraftTree, Offers
 from specblock.drafter.forgetting import ForgettingRatio, non_decreasing
 
 # Lower edges of the bins of -score in nats; finer near 0, where nearly all accepted nodes are; the last bin is open.
@@ -150,26 +150,19 @@ class LeafGain:
         self._single: dict[tuple[int, int], ForgettingRatio] = {}
 
     def observe(
-        self,
-        tree: DraftTree,
-        accepted_rows: Tensor,
-        num_accepted: Sequence[int],
-        leaf_caps: Sequence[int],
-        leaf_mass: Sequence[float],
+        self, extra: Sequence[float], requests: int, leaf_caps: Sequence[int], leaf_mass: Sequence[float]
     ) -> None:
         """Learns from one verification.
 
         Args:
-            tree: the verified trees.
-            accepted_rows: int64 [B, A + 1], tree rows of each path, root first.
-            num_accepted: accepted drafts per request.
+            extra: ``extra_tokens`` of it.
+            requests: that drafted.
             leaf_caps: leaves extended by the second, third, ... block.
             leaf_mass: expected number of accepted leaves among them, summed over requests.
         """
-        extra = extra_tokens(tree, accepted_rows, num_accepted, len(leaf_caps))
         for index, (cap, mass) in enumerate(zip(leaf_caps, leaf_mass, strict=True)):
             for ratio in self._ratios(index + 1, cap):
-                ratio.add(extra[index], mass, len(num_accepted))
+                ratio.add(extra[index], mass, requests)
 
     def tokens(self, block: int, leaves: int) -> float:
         """Extra tokens per accepted leaf when ``block`` (0-based, at least 1) extends ``leaves``."""
@@ -201,18 +194,40 @@ class LeafGain:
         return pooled, self._single.setdefault((block, leaves), ForgettingRatio(self._half_life))
 
 
-def extra_tokens(tree: DraftTree, accepted_rows: Tensor, num_accepted: Sequence[int], later_blocks: int) -> list[float]:
+def first_blocks(tree: DraftTree, offers: Offers, widths: Sequence[int], accepted_rows: Tensor) -> NDArray[np.int64]:
+    """The first block that proposed each node of the accepted paths, int64 [B, A + 1].
+
+    ``tree.block`` says whose score a node has, and a later block often scores better what an earlier one proposed too.
+
+    Args:
+        tree: the verified trees.
+        offers: everything proposed for them, block by block.
+        widths: candidates of each block.
+        accepted_rows: int64 [B, A + 1], tree rows of each path, root first. What padding and the root give is no block.
+    """
+    parent_BM, token_BM = offers.parent_row.cpu().numpy(), offers.token.cpu().numpy()
+    rows = accepted_rows.cpu().numpy()
+    parent_BA, token_BA = (np.take_along_axis(t.cpu().numpy(), rows, axis=1) for t in (tree.parent, tree.token))
+    same = (parent_BM[:, None] == parent_BA[:, :, None]) & (token_BM[:, None] == token_BA[:, :, None])
+    first: NDArray[np.int64] = np.where(same, np.repeat(np.arange(len(widths)), widths), len(widths)).min(axis=2)
+    return first
+
+
+def extra_tokens(first_BA: NDArray[np.int64], num_accepted: Sequence[int], later_blocks: int) -> list[float]:
     """Accepted drafts that only a later block can have brought, per later block, summed over requests.
 
-    A node above an accepted node of an earlier block was proposed by that block too (merging kept the better score), so
-    only nodes below the last accepted node of earlier blocks count.
+    Whatever lies above a node of an earlier block was proposed by that block too: only what is below the last such node
+    counts.
+
+    Args:
+        first_BA: ``first_blocks`` of the paths.
+        num_accepted: accepted drafts per request.
+        later_blocks: how many there are.
     """
     beyond = later_blocks + 1
-    real = _on_path(accepted_rows, num_accepted)
+    real = np.arange(first_BA.shape[1]) <= np.array(num_accepted)[:, None]
     real[:, 0] = False  # the root is no draft
-    block = tree.block.cpu().numpy()
-    along = np.take_along_axis(block, np.where(real, accepted_rows.cpu().numpy(), 0), axis=1)
-    along = np.where(real, along, beyond).clip(max=beyond)
+    along = np.where(real, first_BA, beyond).clip(max=beyond)
     earliest_below = np.minimum.accumulate(along[:, ::-1], axis=1)[:, ::-1]
     counts: list[float] = np.bincount(along[along == earliest_below], minlength=beyond + 1)[1:beyond].tolist()
     return counts

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.ops import build_tree, find_child
-from specblock.cuda_ext.tree import Candidates, DraftTree
+from specblock.cuda_ext.ops import find_child, grow_tree
+from specblock.cuda_ext.tree import Candidates, DraftTree, Offers
 from specblock.daemon.cost_curve import CostCurve, RowCurve
 from specblock.daemon.planner_types import CycleResult
 from specblock.daemon.speculation import Participant
@@ -76,8 +76,8 @@ class World:
         chance = self.quality ** torch.arange(1, SLOTS + 1)
         self.knows = torch.rand(BLOCKS, self.cycles, LEAF_CAP, SLOTS, generator=generator) < chance
 
-    def draft(self, rows: Tensor, limits: Limits) -> DraftTree:
-        """Trees of cycles ``rows`` [B]."""
+    def draft(self, rows: Tensor, limits: Limits) -> tuple[DraftTree, Offers]:
+        """Trees of cycles ``rows`` [B], and what was proposed for them."""
         batch = rows.shape[0]
         hidden = torch.zeros(batch, 1, SLOTS, 1)
         leaves = root_leaf(hidden, torch.ones(batch, dtype=torch.bool), 1)
@@ -93,7 +93,7 @@ class World:
             parts.append(expand_chain(self._propose(rows, leaves.depth, block), leaves, block * SLOTS * WIDTH, block))
         candidates = concatenate(parts)
         budget = limits.nodes(candidates.score.masked_fill(~candidates.valid, -torch.inf))
-        return build_tree(torch.zeros(batch, dtype=torch.int64), candidates, budget, DEPTH)
+        return grow_tree(torch.zeros(batch, dtype=torch.int64), candidates, budget, DEPTH)
 
     def _propose(self, rows: Tensor, depth_Bn: Tensor, block: int) -> Proposals:
         depth_BnK = (depth_Bn[:, :, None] + torch.arange(SLOTS)).clamp(max=DEPTH - 1)
@@ -130,7 +130,7 @@ class World:
         every = torch.arange(self.cycles)
         rates: dict[DraftPlan, float] = {}
         for leaf_caps in ((), (4,), (8,), (12,), (LEAF_CAP,)):
-            tree = self.draft(every, PlannedLimits(DraftPlan(leaf_caps, BUDGET)))
+            tree, _ = self.draft(every, PlannedLimits(DraftPlan(leaf_caps, BUDGET)))
             path, num_accepted = self.accept(tree, every)
             key = tree.score - 1e-6 * tree.depth - 1e-9 * torch.arange(tree.num_rows)
             place = torch.argsort(torch.argsort(key, dim=1, descending=True), dim=1).gather(1, path)
@@ -193,11 +193,11 @@ def run(
         speculate = planner.begin(participants)
         members = [b for b in range(batch) if speculate[b]]
         committed = [1] * batch
-        tree = path = None
+        tree = offers = path = None
         num_accepted: list[int] = []
         if members:
             these = torch.tensor([rows[start + b] for b in members])
-            tree = world.draft(these, _TimedLimits(planner, clock, costs, len(members)))
+            tree, offers = world.draft(these, _TimedLimits(planner, clock, costs, len(members)))
             path, num_accepted = world.accept(tree, these)
             for member, count in zip(members, num_accepted, strict=True):
                 committed[member] += count
@@ -205,7 +205,7 @@ def run(
         verify_s = costs.verify_s(tree.num_rows if tree is not None else 1, batch)
         clock.now_s += verify_s + costs.overhead_s
         planner.record(
-            CycleResult(drafted_s - begin_s, verify_s, costs.overhead_s, committed, tree, path, num_accepted)
+            CycleResult(drafted_s - begin_s, verify_s, costs.overhead_s, committed, tree, path, num_accepted, offers)
         )
         ledger.tokens += sum(committed)
         ledger.seconds += clock.now_s - begin_s

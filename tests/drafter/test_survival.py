@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from specblock.cuda_ext.ops import build_tree, find_child
-from specblock.cuda_ext.tree import DraftTree
+from specblock.cuda_ext.ops import build_tree, find_child, grow_tree
+from specblock.cuda_ext.tree import Candidates, DraftTree
 from specblock.drafter.forgetting import ForgettingRatio, non_decreasing
-from specblock.drafter.survival import LeafGain, SurvivalTable, extra_tokens
+from specblock.drafter.survival import LeafGain, SurvivalTable, extra_tokens, first_blocks
 from tests.random_trees import random_candidates
 
 GRID = torch.linspace(-14, 0, 200)
@@ -29,14 +30,6 @@ def star(score_BN: Tensor, block_BN: Tensor) -> DraftTree:
     token = torch.arange(nodes + 1).expand(batch, -1)
     score = torch.cat([torch.zeros(batch, 1), score_BN], dim=1)
     return DraftTree(token, zeros, depth, score, torch.cat([root - 1, block_BN], dim=1), zeros, zeros[:, 0] + nodes + 1)
-
-
-def chain(blocks: list[int]) -> DraftTree:
-    size = len(blocks) + 1
-    row = torch.arange(size)[None]
-    return DraftTree(
-        row, (row - 1).clamp(min=0), row, -row.float(), torch.tensor([[-1, *blocks]]), row, torch.tensor([size])
-    )
 
 
 def random_tree(seed: int, batch: int = 3) -> tuple[DraftTree, Tensor, list[int]]:
@@ -124,7 +117,7 @@ def test_snapshots_come_back() -> None:
     table, gain = SurvivalTable(), LeafGain()
     for seed in range(5):
         table.observe(*random_tree(seed))
-        gain.observe(*random_tree(seed), [4], [0.7])
+        gain.observe([float(seed % 3)], 3, [4], [0.7])
     other, other_gain = SurvivalTable(), LeafGain()
     other.restore(json.loads(json.dumps(table.snapshot())))
     other_gain.restore(json.loads(json.dumps(gain.snapshot())))
@@ -146,15 +139,63 @@ def test_snapshots_come_back() -> None:
     ],
 )
 def test_extra_tokens_are_those_no_earlier_block_had(blocks: list[int], accepted: int, extra: list[float]) -> None:
-    assert extra_tokens(chain(blocks), torch.arange(5)[None], [accepted], 2) == extra
+    assert extra_tokens(np.array([[3, *blocks]]), [accepted], 2) == extra
+
+
+def test_what_an_earlier_block_proposed_too_is_its_own_however_it_was_scored() -> None:
+    # Tokens 5, 6, 7 below each other; block 2 scores 6 better than block 1 did, and adds 7.
+    tokens, parents = [[5, 6, 6, 7]], [[-1, 0, 0, 2]]
+    scores, depths = [[-0.5, -2.0, -0.7, -0.9]], [[1, 2, 2, 3]]
+    token, depth = torch.tensor(tokens), torch.tensor(depths)
+    candidates = Candidates(
+        token=token,
+        parent=torch.tensor(parents),
+        score=torch.tensor(scores),
+        depth=depth,
+        block=torch.tensor([[0, 0, 1, 1]]),
+        slot=0 * token,
+        rank=0 * token,
+        valid=token > 0,
+    )
+    tree, offers = grow_tree(torch.tensor([0]), candidates, 4, 3)
+    path = torch.tensor([[0, 1, 2, 3]])
+    assert tree.block.tolist() == [[-1, 0, 1, 1, -1]]
+    first = first_blocks(tree, offers, [2, 2], path)
+    assert first[0, 1:].tolist() == [0, 0, 1] and extra_tokens(first, [3], 1) == [1.0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000))
+def test_first_blocks_are_the_first_among_equal_paths(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    truth = torch.randint(0, 4, (3, 5), generator=generator)
+    candidates = random_candidates(generator, 3, 20, 4, 5, truth)
+    tree, offers = grow_tree(torch.zeros(3, dtype=torch.int64), candidates, 12, 5)
+    rows = torch.arange(tree.num_rows).expand(3, -1)
+    first = first_blocks(tree, offers, [12, 8], rows)
+    path_of = [
+        [paths(c_token, c_parent, i) for i in range(20)]
+        for c_token, c_parent in zip(candidates.token.tolist(), candidates.parent.tolist(), strict=True)
+    ]
+    for b in range(3):
+        for row in range(1, int(tree.size[b])):
+            own = paths(tree.token[b].tolist(), tree.parent[b].tolist(), row, root=0)
+            found = [i for i in range(20) if candidates.valid[b, i] and path_of[b][i] == own]
+            assert first[b, row] == (0 if min(found) < 12 else 1)
+
+
+def paths(token: list[int], parent: list[int], node: int, root: int = -1) -> tuple[int, ...]:
+    """Tokens from the root to ``node``."""
+    above = () if parent[node] == root else paths(token, parent, parent[node], root)
+    return (*above, token[node])
 
 
 def test_leaf_gain_is_a_ratio_of_sums_by_block_and_count() -> None:
     gain = LeafGain(prior_tokens=0.5)
     assert gain.tokens(1, 8) == 0.5
     for _ in range(400):
-        gain.observe(chain([0, 0, 1, 1]), torch.arange(5)[None], [4], [8], [1.0])
-        gain.observe(chain([0, 0, 1, 1]), torch.arange(5)[None], [3], [4], [1.0])
+        gain.observe([2.0], 1, [8], [1.0])
+        gain.observe([1.0], 1, [4], [1.0])
     assert gain.tokens(1, 8) == pytest.approx(2.0, rel=0.05)
     assert gain.tokens(1, 4) == pytest.approx(1.0, rel=0.05)
     assert gain.tokens(1, 16) == pytest.approx(1.5, rel=0.05)
