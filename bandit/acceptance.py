@@ -93,6 +93,7 @@ class VersionStatistics:
         block_cycles: the detector's unfinished block.
         total_cycles: all cycles; never forgotten, like tokens and requests.
         last_time_s: newest event time.
+        resumed: it has begun to serve again; what it accepted before is kept until something newer is known.
     """
 
     cycles: float = 0.0
@@ -114,9 +115,14 @@ class VersionStatistics:
     total_tokens: int = 0
     requests: int = 0
     last_time_s: float = 0.0
+    resumed: bool = False
 
     def learn(self, event: AcceptanceEvent, config: StatisticsConfig, detector: DetectorConfig) -> bool:
         """Take one event; True when the detector reports a change of acceptance."""
+        if self.resumed:
+            self.resumed = False
+            self.recent.clear()
+            self.block_cycles, self.block_tokens, self.block_expected = 0, 0, 0.0
         self._forget_and_add(event, config)
         stratum = self._stratum(event, config)
         level = self.strata.setdefault(stratum, Level())

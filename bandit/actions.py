@@ -108,8 +108,8 @@ class Actions(Protocol):
     def windows(self) -> WindowSummary:
         """What could be trained on right now."""
 
-    def parity(self, version: str) -> ParityReport:
-        """Replays ``version`` on conversations that it served live."""
+    def parity(self, version: str, after_time_s: float | None = None) -> ParityReport:
+        """Replays ``version`` on conversations that it served live, after that time if one is given."""
 
     def train(
         self,

@@ -81,8 +81,6 @@ def default_arms() -> tuple[Arm, ...]:
             name="restore",
             restores=True,
             prior_gain_sd=0.05,
-            probe_gain_share=1.0,
-            probe_gain_share_sd=0.01,
         ),
         Arm(
             name="statistics",

@@ -35,7 +35,9 @@ def build_context(
     """What a decision at ``now_s``, ``since_s`` after the one before, reads; ``stored`` are all versions on disk."""
     flow = _flow(state, now_s, config)
     total = math.fsum(flow.values())
-    earlier = tuple(name for name in stored if name != serving_version and name not in state.policy.taken_back)
+    earlier = tuple(
+        name for name in stored if name != serving_version and state.policy.taken_back.get(name, 0.0) <= now_s
+    )
     available = {window.domain: window for window in windows.domains}
     return DecisionContext(
         now_s=now_s,
@@ -137,8 +139,8 @@ def past_levels(
 ) -> tuple[PastLevel, ...]:
     """What every one of ``earlier`` is known to save in a domain; versions of which nothing is known are left out.
 
-    Replayed side by side with the serving version not long ago, or else what it last accepted there, in as many cycles
-    as a window needs.
+    Replayed side by side with the serving version not long ago, or what it last accepted there in as many cycles as a
+    window needs: whichever is more exact.
     """
     oldest_s, served = now_s - config.evidence_half_life_s, state.domains[name].versions
     compared = {
@@ -147,9 +149,10 @@ def past_levels(
         if one.domain == name and one.against == serving and one.time_s >= oldest_s
     }
     recent = served.get(serving, VersionStatistics()).recent
-    below = {v: _below(recent, served[v].recent, config) for v in earlier if v in served and v not in compared}
-    known = {v: found for v, found in (below | compared).items() if found is not None}
-    return tuple(PastLevel(version=v, drop=known[v][0], drop_se=known[v][1]) for v in earlier if v in known)
+    below = {v: _below(recent, served[v].recent, config) for v in earlier if v in served}
+    found = ((v, [one for one in (compared.get(v), below.get(v)) if one is not None]) for v in earlier)
+    best = ((v, min(known, key=lambda one: one[1])) for v, known in found if known)
+    return tuple(PastLevel(version=v, drop=drop, drop_se=se) for v, (drop, se) in best)
 
 
 def _below(recent: list[Segment], then: list[Segment], config: PolicyConfig) -> tuple[float, float] | None:

@@ -18,10 +18,19 @@ from specblock.bandit.cost import (
     training_seconds,
     update_belief,
 )
-from specblock.bandit.decision import ArmEvidence, DecisionContext, PastLevel, PolicyState, Probed, Target
-from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, LinearPrior
+from specblock.bandit.decision import (
+    ArmEvidence,
+    DecisionContext,
+    DomainContext,
+    PastLevel,
+    PolicyState,
+    Probed,
+    Target,
+)
+from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, WHOLE, LinearPrior
 from specblock.bandit.gate import Saving
 from specblock.bandit.intervals import one_sided_z
+from specblock.bandit.presence import FIRST_SHARE, Presence
 
 COMPARISONS = 4
 """Paired replays that a clear gain is charged with: micro-profile, two looks at the gate, realised gain."""
@@ -31,6 +40,12 @@ PAIRED_SD = 0.09
 
 LOOK_WIDTH = 3.0
 """Half-width of the gate's confidence sequence, in standard errors of the mean saving, at the sizes that decide."""
+
+PAST_Z = 3.0
+"""Standard errors by which what an earlier version had must exceed what is now, to be told from noise."""
+
+SETTLING_HALF_LIVES = 3.0
+"""Half-lives of the flow after which shares show what came or went."""
 
 CURIOUS_SHARE = 0.5
 """Share of traffic of which nothing must be known under the base before it is compared to find out."""
@@ -44,19 +59,24 @@ TYPICAL_PAIRS = 16
 
 def targets(context: DecisionContext, config: PolicyConfig) -> tuple[Target, ...]:
     """Domains that training can reach: recent traffic, and conversations to train on."""
-    return tuple(
-        Target(
-            domain=d.domain,
-            share=d.share,
-            drop=d.drop,
-            drop_se=d.drop_se,
-            lasting_s=d.presence.lasting_s(d.share, config.horizon) if d.presence else None,
-            staying_s=d.presence.staying_s(d.share, config.horizon) if d.presence else None,
-            past=d.past,
-            there=d.presence is None or d.presence.there,
-        )
-        for d in context.domains
-        if d.measurable and d.num_train > 0
+    return tuple(_target(d, config) for d in context.domains if d.measurable and d.num_train > 0)
+
+
+def _target(domain: DomainContext, config: PolicyConfig) -> Target:
+    known = domain.presence
+    presence = known or Presence(there=True, turned_s=math.inf)
+    turned = presence.turned_s > SETTLING_HALF_LIVES * config.statistics.rate_half_life_s
+    return Target(
+        domain=domain.domain,
+        share=domain.share,
+        drop=domain.drop,
+        drop_se=domain.drop_se,
+        lasting_s=known.lasting_s(domain.share, config.horizon) if known else None,
+        staying_s=known.staying_s(domain.share, config.horizon) if known else None,
+        past=domain.past,
+        # What has become a small part of traffic and stays one is a part of it.
+        there=presence.there or (turned and domain.share > FIRST_SHARE),
+        settled=presence.there and turned,
     )
 
 
@@ -93,9 +113,10 @@ def told_drop(target: Target, config: PolicyConfig) -> float:
 def past_gain(level: PastLevel, target: Target, config: PolicyConfig) -> DomainGain:
     """Relative saving expected of a version that has served the domain before: what it had then.
 
-    As with drops, the largest of many noisy differences looks like a gain; a loss counts as it is.
+    As with drops, the largest of many noisy differences looks like a gain, and there are as many as versions and
+    decisions; a loss counts as it is.
     """
-    told = level.drop < 0 or level.drop > max(config.min_drop, config.drop_z * level.drop_se)
+    told = level.drop < 0 or level.drop > max(config.min_drop, PAST_Z * level.drop_se)
     mean = level.drop if told else 0.0
     sd = math.hypot(level.drop_se, GAIN_NOISE_SD, GAIN_LUCK * mean)
     return DomainGain(domain=target.domain, share=target.share, mean=mean, sd=sd)
@@ -130,9 +151,11 @@ def domain_gain(
     return DomainGain(domain=target.domain, share=target.share, mean=gain.mean, sd=sd)
 
 
-def probed_gain(arm: Arm, target: Target, state: PolicyState, probed: Probed, config: PolicyConfig) -> DomainGain:
+def probed_gain(
+    arm: Arm, target: Target, state: PolicyState, probed: Probed, config: PolicyConfig, base: str = ""
+) -> DomainGain:
     """The same, with what the micro-profile measured; a domain it could not measure keeps its prediction."""
-    before = domain_gain(arm, target, state, config, probed.version)
+    before = domain_gain(arm, target, state, config, probed.version, base)
     measured = next((d for d in probed.saving.domains if d.domain == target.domain and d.conversations > 1), None)
     if measured is None:
         return before
@@ -146,34 +169,51 @@ def probed_gain(arm: Arm, target: Target, state: PolicyState, probed: Probed, co
 
 
 def shown_share(arm: Arm, state: PolicyState) -> Belief:
-    """Share of its complete gain that a trial of ``arm`` shows: the first guess, and the pairs measured since."""
+    """Share of its complete gain that a trial of ``arm`` shows: the first guess, and the pairs measured since.
+
+    All of it, if what is compared is what would serve.
+    """
+    if arm.restores:
+        return WHOLE
     evidence = state.arms.get(arm.name, ArmEvidence())
     return evidence.shown.belief(Belief(mean=arm.probe_gain_share, sd=arm.probe_gain_share_sd))
 
 
 def complete_value(
-    arm: Arm, context: DecisionContext, state: PolicyState, config: PolicyConfig, version: str = ""
+    arm: Arm, context: DecisionContext, state: PolicyState, config: PolicyConfig, version: str = "", instead: str = ""
 ) -> NetValue:
-    """Net value of a complete update, micro-profile and gate included; ``version``: what it would restore.
+    """Net value of a complete update, micro-profile and gate included.
 
-    Training is credited with what it adds to what an earlier version would give back for the price of comparing.
+    Args:
+        arm: trains or restores.
+        context, state, config: of the decision.
+        version: what it would restore.
+        instead: what is about to be restored: training is credited with what it adds to that. Where text has just come
+            for which an earlier version is known to be better, that one is as good as restored: shares show it soon.
     """
     reached = targets(context, config)
     gains = tuple(domain_gain(arm, target, state, config, version, context.base) for target in reached)
-    # Where a restored version did not keep its promise, training is all there is.
-    if not arm.restores and any(one.restores for one in config.arms) and not state.restoring.in_row:
+    if not arm.restores and any(one.restores for one in config.arms):
         gains = tuple(
-            replace(gain, mean=gain.mean - best_past(target, config))
+            replace(gain, mean=gain.mean - _without_training(target, state, config, instead, context.base))
             for gain, target in zip(gains, reached, strict=True)
         )
     return _value(arm, gains, reached, config.probe_fraction, context, state, config)
+
+
+def _without_training(target: Target, state: PolicyState, config: PolicyConfig, instead: str, base: str) -> float:
+    """What restoring is going to save in a domain."""
+    if not target.settled:
+        return best_past(target, config)
+    restores = next(arm for arm in config.arms if arm.restores)
+    return domain_gain(restores, target, state, config, instead, base).mean if instead else 0.0
 
 
 def remaining_value(
     arm: Arm, probed: Probed, context: DecisionContext, state: PolicyState, config: PolicyConfig
 ) -> NetValue:
     """Net value of what is left after a micro-profile; what it cost is sunk."""
-    gains = tuple(probed_gain(arm, target, state, probed, config) for target in probed.targets)
+    gains = tuple(probed_gain(arm, target, state, probed, config, context.base) for target in probed.targets)
     return _value(arm, gains, probed.targets, 0.0, context, state, config)
 
 
@@ -271,11 +311,7 @@ def _value(
     score, pair = score_s(state, config), pair_s(state, config)
     now = math.fsum(gain.share for gain in gains)
     pairs = gate_conversations(math.fsum(g.share * g.mean for g in gains) / now if now > 0 else 0.0, config)
-    if arm.restores:
-        # Its trial is the gate's first look already: what is compared there is what would serve.
-        pairs = max(pairs, config.probe_conversations) if probe_fraction else max(pairs - config.probe_conversations, 0)
-    elif probe_fraction:
-        pairs += config.probe_conversations
+    pairs += config.probe_conversations if probe_fraction else 0
     pairs += SETTLED_SHARE * config.gate.settle_requests
     # What is restored for the text of now serves until other text comes: then something else may be restored.
     lasting = tuple(target.staying_s if arm.restores else target.lasting_s for target in reached)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -115,6 +115,17 @@ def pooled_saving(rows: Sequence[GateRow]) -> Saving:
         se=costs.se,
         s_per_token=(costs.x - costs.y) / tokens if tokens else 0.0,
         domains=tuple(_domain_saving(domain, group) for domain, group in by_domain.items()),
+    )
+
+
+def reversed_saving(saving: Saving) -> Saving:
+    """What the old version saves against the new one, to first order in the errors."""
+    domains = tuple(
+        replace(d, saving=1 - 1 / (1 - d.saving), se=d.se / (1 - d.saving) ** 2) for d in saving.domains if d.saving < 1
+    )
+    kept = 1 - saving.relative
+    return replace(
+        saving, relative=1 - 1 / kept, se=saving.se / kept**2, s_per_token=-saving.s_per_token, domains=domains
     )
 
 

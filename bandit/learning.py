@@ -9,15 +9,15 @@ from specblock.bandit.actions import TrainReport
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.cost import Belief
 from specblock.bandit.decision import ArmEvidence, BackOff, Charge, Comparison, ParityRecord, PolicyState, Target
-from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD
+from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, WHOLE
 from specblock.bandit.forecast import faded, told_drop
 from specblock.bandit.gate import Saving
 from specblock.bandit.parity import ParityEvidence
 
 MAX_TAKEN_BACK = MAX_COMPARISONS = 64
 
-WHOLE = Belief(mean=1.0, sd=0.0)
-"""Share of its gain that a complete update shows."""
+FEWEST_COMPARED = 8
+"""Conversations without which a comparison is not worth remembering: a few agree by chance."""
 
 
 def charge(state: PolicyState, now_s: float, device_s: float) -> PolicyState:
@@ -90,7 +90,7 @@ def learn_comparison(state: PolicyState, version: str, against: str, saving: Sav
     new = tuple(
         Comparison(version=version, against=against, domain=d.domain, saving=d.saving, se=d.se, time_s=now_s)
         for d in saving.domains
-        if d.conversations > 1
+        if d.conversations >= FEWEST_COMPARED
     )
     again = {one.domain for one in new}
     others = (c for c in state.comparisons if (c.version, c.against) != (version, against) or c.domain not in again)
@@ -127,10 +127,11 @@ def learn_parity(
     )
 
 
-def learn_taken_back(state: PolicyState, version: str) -> PolicyState:
-    """Remember a version that had to go while it served."""
-    others = tuple(name for name in state.taken_back if name != version)
-    return replace(state, taken_back=(*others, version)[-MAX_TAKEN_BACK:])
+def learn_taken_back(state: PolicyState, version: str, now_s: float, for_s: float) -> PolicyState:
+    """Keep a version from being restored for a while."""
+    kept = {name: until_s for name, until_s in state.taken_back.items() if until_s > now_s and name != version}
+    newest = dict(list(kept.items())[-MAX_TAKEN_BACK + 1 :])
+    return replace(state, taken_back={**newest, version: now_s + for_s})
 
 
 def end_update(

@@ -76,11 +76,15 @@ def _configuration(config: PolicyConfig) -> str:
 def _at_rest(context: DecisionContext, state: PolicyState, config: PolicyConfig) -> Decision:
     verdict, evidence = attribute(context, state, config)
     reached = targets(context, config)
-    options = tuple(
-        option
-        for arm in config.arms
-        if arm.acts and (option := _option(arm, reached, context, state, config)) is not None
-    )
+    # What an earlier version would give back is known before what training is worth beside it.
+    instead, found = "", {}
+    for arm in sorted((arm for arm in config.arms if arm.acts), key=lambda arm: not arm.restores):
+        option = _option(arm, reached, context, state, config, instead)
+        if option is not None:
+            found[arm.name] = option
+            surely = arm.restores and not option.blocked and option.value.net_lower > 0
+            instead = option.version if surely else instead
+    options = tuple(found[arm.name] for arm in config.arms if arm.name in found)
     free = [option for option in options if not option.blocked]
     best = max(free, key=lambda o: o.value.net_lower, default=None)
     chosen = best if best is not None and best.value.net_lower > 0 else None
@@ -149,11 +153,16 @@ def _check_wanted(context: DecisionContext, state: PolicyState, config: PolicyCo
 
 
 def _option(
-    arm: Arm, reached: tuple[Target, ...], context: DecisionContext, state: PolicyState, config: PolicyConfig
+    arm: Arm,
+    reached: tuple[Target, ...],
+    context: DecisionContext,
+    state: PolicyState,
+    config: PolicyConfig,
+    instead: str,
 ) -> Option | None:
     """The arm's option, for the best version if it restores one; None: there is none that it could restore."""
     versions = context.stored if arm.restores else ("",)
-    values = ((complete_value(arm, context, state, config, version), version) for version in versions)
+    values = ((complete_value(arm, context, state, config, version, instead), version) for version in versions)
     best = max(values, key=lambda found: found[0].net_lower, default=None)
     if best is None:
         return None

@@ -37,6 +37,7 @@ class Presence:
         away_s: seconds it was away, since it was first seen.
         ends: how often it went away.
         returns: how often it came back.
+        turned_s: seconds since it came or went.
     """
 
     there: bool = False
@@ -45,6 +46,7 @@ class Presence:
     away_s: float = 0.0
     ends: int = 0
     returns: int = 0
+    turned_s: float = 0.0
 
     def watched(self, share: float, passed_s: float) -> Presence:
         """With the domain's present share, which held for ``passed_s``."""
@@ -53,11 +55,14 @@ class Presence:
             return replace(self, there=first, level=share if first else 0.0)
         if not self.there:
             back = share > BACK * self.level
-            return replace(self, there=back, returns=self.returns + back, away_s=self.away_s + passed_s)
+            turned_s = 0.0 if back else self.turned_s + passed_s
+            away_s, returns = self.away_s + passed_s, self.returns + back
+            return replace(self, there=back, returns=returns, away_s=away_s, turned_s=turned_s)
         there_s = self.there_s + passed_s
         level = self.level + (share - self.level) * min(1.0, passed_s / min(max(there_s, passed_s), MEMORY_S))
         gone = share < AWAY * level
-        return replace(self, there=not gone, level=level, there_s=there_s, ends=self.ends + gone)
+        turned_s = 0.0 if gone else self.turned_s + passed_s
+        return replace(self, there=not gone, level=level, there_s=there_s, ends=self.ends + gone, turned_s=turned_s)
 
     def lasting_s(self, share: float, config: HorizonConfig) -> float:
         """Expected seconds of this domain's traffic within the horizon, in seconds of all traffic.
@@ -78,8 +83,8 @@ class Presence:
         return self.level * stays * (always_s - fading_s)
 
     def staying_s(self, share: float, config: HorizonConfig) -> float:
-        """The same until it goes away for the first time; 0 while it is away."""
-        return share * _integral_s(self._going_per_s(config), config) if self.there or self.level == 0.0 else 0.0
+        """The same until it goes away for the first time."""
+        return share * _integral_s(self._going_per_s(config), config)
 
     def _going_per_s(self, config: HorizonConfig) -> float:
         return (config.hazard_prior_changes + self.ends) / (config.hazard_prior_s + self.there_s)

@@ -26,6 +26,9 @@ BEGUN = frozenset({"probing", "scoring", "training", "gating", "promoting", "ver
 UNDOING = frozenset({"promoting", "rolling_back"})
 """Ledger stages at which nobody knows what serves."""
 
+BROKEN, BROKEN_S = "broken", 24 * 3600.0
+"""Number in the ledger of a roll-back because live acceptance was not what replay gives, and how long the version is
+not restored after it: it may have been the engine."""
 
 UNKNOWN_DROP = 1.0
 """Drop assumed of an update whose targets died with the process: none is larger, so none ends its back-off early."""
@@ -53,6 +56,11 @@ class Recovery:
             # A roll-back that was begun and after which the base serves has happened, whatever it answered.
             stage = "rolled_back" if record.stage == "rolling_back" else "abandoned"
             problem = self._journal.discard(record.candidate_version)
+            if stage == "abandoned" and record.action == PROBE and self._arm(record).restores:
+                # An earlier version that cannot be used would be chosen again and again.
+                state, half_life_s = self._journal.state, self._journal.config.evidence_half_life_s
+                version = record.candidate_version
+                state.policy = learn_taken_back(state.policy, version, now_s, half_life_s) if version else state.policy
             self.finish(record, stage, now_s, why + problem)
 
     def roll_back(
@@ -64,9 +72,6 @@ class Recovery:
             ActionError: the outside world raised; the update stays open, so the next step tries again.
         """
         journal = self._journal
-        pending = journal.state.pending
-        if pending is not None and pending.decision_id == record.decision_id and pending.new_version:
-            journal.state.policy = learn_taken_back(journal.state.policy, pending.new_version)
         if not journal.ledger.knows(record.decision_id, "rolling_back"):
             record = journal.write(
                 record.decision_id,
@@ -99,7 +104,9 @@ class Recovery:
         An update that settles passed the gate, and nothing live spoke against it: it gained. No other did; whether
         it was shown that it would not have paid (``decided``) says how long the next one waits.
         """
-        state, config = self._journal.state, self._journal.config
+        state = self._journal.state
+        if stage == "rolled_back" and record.numbers.get(BROKEN):
+            state.policy = learn_taken_back(state.policy, record.candidate_version, now_s, BROKEN_S)
         cost_s = record.expected_s if charged_s is None else charged_s
         self._journal.write(record.decision_id, stage, now_s, reason, charged_s=cost_s, numbers=numbers or {})
         pending = state.pending
@@ -112,13 +119,19 @@ class Recovery:
         )
         if record.action == PROBE and not by_chance:
             drop = mean_drop(pending.targets) if mine and pending is not None else UNKNOWN_DROP
-            arm = next((arm for arm in config.arms if arm.name == record.arm), Arm(name=record.arm))
+            arm = self._arm(record)
             since_s = pending.started_s if mine and pending is not None else now_s
             spent_s = math.fsum(c.device_s for c in state.policy.charges if c.time_s >= since_s)
             gained = stage == "settled"
             state.policy = end_update(state.policy, arm, now_s, drop, gained=gained, decided=decided, spent_s=spent_s)
         if mine:
             state.pending = None
+
+    def _arm(self, record: LedgerRecord) -> Arm:
+        """The arm of a record; one that is no longer configured is of the same sort."""
+        option = record.option()
+        gone = Arm(name=record.arm, restores=option is not None and bool(option.version))
+        return next((arm for arm in self._journal.config.arms if arm.name == record.arm), gone)
 
 
 def retry_or_end(recovery: Recovery, record: LedgerRecord, now_s: float, why: str) -> str:

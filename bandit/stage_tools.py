@@ -7,10 +7,10 @@ from dataclasses import replace
 from specblock.bandit.actions import Actions, CompareReport
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.cost import Belief, charge_s
+from specblock.bandit.estimate import WHOLE
 from specblock.bandit.forecast import score_s, shown_share, train_s
-from specblock.bandit.gate import Saving, pooled_saving
+from specblock.bandit.gate import Saving, pooled_saving, reversed_saving
 from specblock.bandit.learning import (
-    WHOLE,
     learn_comparison,
     learn_gain,
     learn_pairs,
@@ -73,9 +73,9 @@ class StageTools:
         self.state.policy = learn_pairs(self.state.policy, len(report.rows), report.device_s)
         return report, charge_s(self.config.cost, device_s=report.device_s)
 
-    def parity(self, version: str, now_s: float) -> tuple[ParityEvidence, float]:
+    def parity(self, version: str, now_s: float, after_s: float | None = None) -> tuple[ParityEvidence, float]:
         """The parity of a version, and what the check is charged with; cost and outcome are learned."""
-        report = attempt(lambda: self.actions.parity(version))
+        report = attempt(lambda: self.actions.parity(version, after_s))
         evidence = judge_parity(report.rows, self.config.parity)
         policy = learn_score(self.state.policy, report.device_s)
         self.state.policy = learn_parity(policy, version, now_s, evidence, self.state.changes)
@@ -93,12 +93,17 @@ class StageTools:
         if trial:
             self.state.policy = learn_shown(self.state.policy, arm, pending.targets, trial, saving)
 
+    def remember(self, version: str, against: str, saving: Saving, now_s: float) -> None:
+        """How a stored version compares with the one that serves, for restoring."""
+        self.state.policy = learn_comparison(self.state.policy, version, against, saving, now_s)
+
     def _learn_gain(self, pending: PendingUpdate, saving: Saving, now_s: float, seen: Belief) -> None:
         arm, version, policy = self.config.arm(pending.arm), pending.option.version, self.state.policy
-        policy = learn_gain(policy, arm, pending.targets, saving, self.config, now_s, seen, version)
+        self.state.policy = learn_gain(policy, arm, pending.targets, saving, self.config, now_s, seen, version)
         if version:
-            policy = learn_comparison(policy, version, pending.base_version, saving, now_s)
-        self.state.policy = policy
+            self.remember(version, pending.base_version, saving, now_s)
+        elif pending.new_version:  # what served before could be restored
+            self.remember(pending.base_version, pending.new_version, reversed_saving(saving), now_s)
 
     def reject(self, pending: PendingUpdate, now_s: float, reason: str, *, decided: bool) -> None:
         """End an update at the gate, which failed it (``decided``) or left it open; what it would save is learned."""

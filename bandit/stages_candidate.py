@@ -28,13 +28,11 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     tools.begin(pending, "scoring", now_s, candidate_version=candidate, charged_s=trained_s)
     since_s = trial_since_s(tools.state, attempt(tools.actions.windows), pending, now_s, config)
     report, cost_s = tools.compare(pending.base_version, candidate, since_s)
-    rows = gate_rows(report)
-    if arm.restores:
-        away = {target.domain for target in pending.targets if not target.there}
-        rows = [row for row in rows if row.domain not in away]
-    saving = pooled_saving(rows)
+    away = {target.domain for target in pending.targets if not target.there} if arm.restores else set()
+    saving = pooled_saving([row for row in gate_rows(report) if row.domain not in away])
     probed = Probed(arm=arm.name, version=pending.option.version, targets=pending.targets, saving=saving)
-    context = build_context(tools.state, WindowSummary(), pending.base_version, now_s, config)
+    stored = attempt(tools.actions.versions) if arm.restores else ()
+    context = build_context(tools.state, WindowSummary(), pending.base_version, now_s, config, stored=stored)
     context, known = replace(context, probed=probed), tools.state.policy
     decision, tools.state.policy = decide(context, known, config)
     record = tools.journal.write(
@@ -57,14 +55,14 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     if not arm.restores:
         tools.move(stage="training", candidate_version=candidate, option=option, trial=saving)
         return True
-    # Chosen before these conversations were looked at, and trained on none of them: they are the gate's first ones.
+    # Nothing was trained, but it was chosen for what the serving version accepts lately: the gate sees what comes now.
     tools.move(
         stage="gating",
         option=option,
-        rows=tuple(rows),
-        cutoff_s=since_s or 0.0,
+        cutoff_s=now_s,
         deadline_s=now_s + config.gate.deadline_s,
         requests_mark=tools.state.requests,
+        next_look=config.gate.first_look_requests,
     )
     return True
 
@@ -126,7 +124,7 @@ def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     evidence = judge(rows, pending.scale_s, rules)
     numbers = gate_numbers(evidence)
     tools.journal.write(pending.decision_id, f"gated-{look}", now_s, evidence.reason, charged_s=cost_s, numbers=numbers)
-    next_look = math.ceil(requests * rules.look_growth)
+    next_look = max(math.ceil(requests * rules.look_growth), requests + 1)
     tools.move(stage="gating", looks=look, rows=rows, next_look=next_look)
     if evidence.verdict == "pass":
         tools.move(stage="promoting")

@@ -8,11 +8,12 @@ from specblock.bandit.accrual import close_accrual
 from specblock.bandit.actions import PairedReplay, ParityRow
 from specblock.bandit.cost import charge_s
 from specblock.bandit.evidence import parity_numbers, parity_words, saving_numbers
-from specblock.bandit.gate import Saving, gate_rows, pooled_saving
+from specblock.bandit.gate import gate_rows, pooled_saving
 from specblock.bandit.intervals import one_sided_z
 from specblock.bandit.learning import learn_stall
 from specblock.bandit.outside import attempt
 from specblock.bandit.parity import judge as judge_parity
+from specblock.bandit.recovery import BROKEN
 from specblock.bandit.stage_tools import StageTools
 from specblock.bandit.state import Accrual, PendingUpdate
 
@@ -44,6 +45,7 @@ def promote(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         options=(pending.option,),
     )
     close_accrual(tools.state, tools.ledger, swap.version, now_s)
+    tools.state.serves_again(swap.version)
     served = tools.state.totals(swap.version)
     tools.move(
         stage="verifying",
@@ -61,12 +63,12 @@ def verify(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     if not tools.served(pending, tools.config.gate.verify_requests, now_s):
         return False
     tools.begin(pending, "verifying", now_s)
-    evidence, cost_s = tools.parity(pending.new_version, now_s)
+    evidence, cost_s = tools.parity(pending.new_version, now_s, pending.promoted_s)
     words, numbers = parity_words(evidence), parity_numbers(evidence)
     record = tools.journal.write(pending.decision_id, "verified", now_s, words, charged_s=cost_s, numbers=numbers)
     tools.move(stage="settling")
     if evidence.verdict == "broken":
-        tools.recovery.roll_back(record, now_s, words)
+        tools.recovery.roll_back(record, now_s, words, {BROKEN: 1.0})
     return True
 
 
@@ -90,7 +92,11 @@ def settle(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     tokens = tools.state.totals(pending.new_version).tokens
     realised_s = saving.s_per_token * (tokens - pending.tokens_mark)
     numbers = {**saving_numbers(saving), "realised_s": realised_s, "predicted_gain": pending.option.value.gain}
-    if loss := _live_loss(tools, live, saving):
+    broken = _live_parity(tools, live)
+    if broken or saving.relative + one_sided_z(ROLLBACK_CONFIDENCE) * saving.se < 0:
+        loss = broken or f"live it costs {-saving.relative:.1%} more per token than the version before"
+        numbers |= {BROKEN: 1.0} if broken else {}
+        tools.remember(pending.new_version, pending.base_version, saving, now_s)  # more telling than what the gate saw
         tools.recovery.roll_back(replace(record, expected_s=cost_s), now_s, loss, numbers)
         return True
     reason = (
@@ -107,8 +113,8 @@ def settle(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     return True
 
 
-def _live_loss(tools: StageTools, live: list[PairedReplay], saving: Saving) -> str:
-    """Why a live version must go; empty if it may stay."""
+def _live_parity(tools: StageTools, live: list[PairedReplay]) -> str:
+    """What is wrong with the live version's acceptance, in words; empty if it is what replay gives."""
     parity = judge_parity(
         [
             ParityRow(
@@ -121,11 +127,7 @@ def _live_loss(tools: StageTools, live: list[PairedReplay], saving: Saving) -> s
         ],
         tools.config.parity,
     )
-    if parity.verdict == "broken":
-        return parity_words(parity)
-    if saving.relative + one_sided_z(ROLLBACK_CONFIDENCE) * saving.se < 0:
-        return f"live it costs {-saving.relative:.1%} more per token than the version before"
-    return ""
+    return parity_words(parity) if parity.verdict == "broken" else ""
 
 
 def _as_served(row: PairedReplay) -> PairedReplay:

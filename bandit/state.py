@@ -136,6 +136,12 @@ class BanditState:
         """What ``version`` has served."""
         return self.versions.get(version, VersionTotals())
 
+    def serves_again(self, version: str) -> None:
+        """A version begins to serve: what it accepted when it served before is not what it accepts now."""
+        for domain in self.domains.values():
+            if known := domain.versions.get(version):
+                known.resumed = True
+
     def learn(self, event: AcceptanceEvent, config: PolicyConfig) -> bool:
         """Take one event; False (and no effect) when it was learned before."""
         if not self.watermarks.accept(event.incarnation, event.sequence, event.time_s, config.statistics.gap_patience):

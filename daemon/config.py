@@ -141,7 +141,7 @@ class TrainerConfig(Section):
     """Windows per training step."""
     max_positions: Count = 20_000
     """Most training positions pulled for one update; bounds the trainer's memory and the transfer."""
-    keep_versions: int = Field(default=16, ge=2)
+    keep_versions: int = Field(default=8, ge=2)
     """Newest drafter versions kept on disk, to be restored when their text comes back; the base stays besides."""
 
 

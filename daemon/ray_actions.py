@@ -31,9 +31,9 @@ class RayActions:
         """What could be trained on right now."""
         return window_summary(self._get(self._engine.window_summary.remote()))
 
-    def parity(self, version: str) -> ParityReport:
+    def parity(self, version: str, after_time_s: float | None = None) -> ParityReport:
         """Replays ``version`` on the newest conversations that it served live."""
-        windows = self._engine.pull_windows.remote(None, None, version, PARITY_WINDOWS)
+        windows = self._engine.pull_windows.remote(None, after_time_s, version, PARITY_WINDOWS)
         report: ParityReport = self._get(self._trainer.parity.remote(version, windows))
         return report
 

@@ -4,6 +4,7 @@
       v000000-base/             the drafter the operator configured, copied on first start
       v000001-head-1f00ba44/    manifest.json and the model files
       SERVING  PREVIOUS         names of versions
+      WITHDRAWN                 names of versions that were rolled back by hand, one per line
 
 The registry moves bytes; it never looks inside a model. One process owns it at a time.
 """
@@ -34,6 +35,7 @@ _LOG = logging.getLogger(__name__)
 BASE_VERSION = "v000000-base"
 _SERVING = "SERVING"
 _PREVIOUS = "PREVIOUS"
+_WITHDRAWN = "WITHDRAWN"
 _TEMPORARY = ".tmp-"
 
 
@@ -156,7 +158,7 @@ class DrafterRegistry:
         self._write_pointer(_SERVING, version)
 
     def rollback(self) -> str:
-        """Goes back to the previous version and returns it.
+        """Goes back to the previous version and returns it; the present one is withdrawn, until it is promoted again.
 
         Raises:
             IncompatibleError: there is none.
@@ -164,8 +166,18 @@ class DrafterRegistry:
         previous = self.previous()
         if previous is None:
             raise IncompatibleError("there is no previous drafter version to go back to")
+        withdrawn = self.withdrawn()
+        present = self.serving()
         self.promote(previous)
+        if present is not None:
+            self._write_pointer(_WITHDRAWN, "\n".join(dict.fromkeys((*withdrawn, present))))
+        self._readmit(previous)
         return previous
+
+    def withdrawn(self) -> tuple[str, ...]:
+        """Versions that somebody rolled back by hand: nobody should bring them back on their own."""
+        text = self._read_pointer(_WITHDRAWN)
+        return tuple(text.split()) if text else ()
 
     def prune(self, keep: int) -> tuple[str, ...]:
         """Deletes all but the ``keep`` newest versions; never the base, the serving or the previous one.
@@ -267,6 +279,11 @@ class DrafterRegistry:
                 (self._root / _PREVIOUS).unlink()
             return version
         raise IncompatibleError("no stored drafter version is intact:\n" + "\n".join(failures))
+
+    def _readmit(self, version: str) -> None:
+        withdrawn = self.withdrawn()
+        if version in withdrawn:
+            self._write_pointer(_WITHDRAWN, "\n".join(name for name in withdrawn if name != version))
 
     def _read_pointer(self, name: str) -> str | None:
         try:

@@ -110,9 +110,10 @@ class RecordedWorld:
         """Conversations kept now, per domain."""
         return window_summary(self._store.summary())
 
-    def parity(self, version: str) -> ParityReport:
+    def parity(self, version: str, after_time_s: float | None = None) -> ParityReport:
         """Live cycles beside replayed ones, on the newest conversations that ``version`` served."""
-        report = self._bench.trainer.parity(version, self._store.pull(version=version)[-PARITY_WINDOWS:])
+        windows = self._store.pull(version=version, after_time_s=after_time_s)[-PARITY_WINDOWS:]
+        report = self._bench.trainer.parity(version, windows)
         self._spend(report.device_s)
         return report
 

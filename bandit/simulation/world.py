@@ -132,9 +132,11 @@ class World:
             )
         )
 
-    def parity(self, version: str) -> ParityReport:
+    def parity(self, version: str, after_time_s: float | None = None) -> ParityReport:
         """Live cycles beside replayed ones, on the newest conversations that ``version`` served."""
-        kept = [n for n in self._kept() if self.live_version[n] == version][-self.curves.parity_windows :]
+        all_N = self._kept()
+        new_N = all_N if after_time_s is None else all_N[self.traffic.time_s[all_N] > after_time_s]
+        kept = [n for n in new_N if self.live_version[n] == version][-self.curves.parity_windows :]
         replayed_N = self.drafters[version].cycles
         rows = tuple(
             ParityRow(

@@ -137,9 +137,10 @@ class World:
             )
         )
 
-    def parity(self, version: str) -> ParityReport:
+    def parity(self, version: str, after_time_s: float | None = None) -> ParityReport:
         self.calls.append("parity")
-        mine = [c for c in self.conversations if c.live_version == version][-40:]
+        served = [c for c in self.conversations if c.live_version == version]
+        mine = [c for c in served if after_time_s is None or c.time_s > after_time_s][-40:]
         rows = tuple(
             ParityRow(
                 conversation_id=c.conversation_id,

@@ -184,6 +184,16 @@ def test_a_version_needs_files(registry: DrafterRegistry) -> None:
         registry.save("head", BASE_VERSION, lambda folder: None)
 
 
+def test_what_was_rolled_back_by_hand_is_withdrawn_until_somebody_wants_it_again(registry: DrafterRegistry) -> None:
+    first = registry.save("head", BASE_VERSION, writer(b"1"))
+    second = registry.save("head", first, writer(b"2"))
+    registry.promote(first)
+    registry.promote(second)
+    assert registry.withdrawn() == ()
+    assert registry.rollback() == first and registry.withdrawn() == (second,)
+    assert registry.rollback() == second and registry.withdrawn() == (first,), "twice: there and back again"
+
+
 def test_prune_keeps_base_serving_and_previous(registry: DrafterRegistry) -> None:
     names = [registry.save("head", BASE_VERSION, writer(b"%d" % i)) for i in range(6)]
     registry.promote(names[0])

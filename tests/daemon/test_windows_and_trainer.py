@@ -218,25 +218,28 @@ def test_what_the_old_version_served_live_is_not_replayed_again(
 
     base = trainer.registry.serving()
     assert base is not None
-    drawn = [random_window(i, generated=40) for i in range(4)]
+    drawn = [random_window(i, generated=40) for i in range(8)]
     cycles = replay(trainer_drafter(trainer, base), drawn)
     live = [replace(w, drafter_version=base, accepted=r.accepted) for w, r in zip(drawn, cycles, strict=True)]
-    sized = [replace(w, plans=((24, 8),) * len(w.accepted)) for w in live]
     name = trainer.train("d000001", FULL, base, 1.0, False, drawn, {}).candidate_version
-    expected = trainer.compare(base, name, drawn, 0.01).rows
+    expected = [(r.cycles_old, r.cycles_new) for r in trainer.compare(base, name, drawn, 0.01).rows]
     replayed: list[int] = []
 
     def counting(drafter, windows, **options):  # type: ignore[no-untyped-def]
         replayed.append(len(windows))
         return replay(drafter, windows, **options)
 
+    def compared(windows: list[Window]) -> list[tuple[int, int]]:
+        replayed.clear()
+        return [(r.cycles_old, r.cycles_new) for r in trainer.compare(base, name, windows, 0.01).rows]
+
     monkeypatch.setattr(module, "replay", counting)
-    rows = trainer.compare(base, name, live, 0.01).rows
-    assert replayed == [4], "by the candidate alone"
-    assert [(r.cycles_old, r.cycles_new) for r in rows] == [(r.cycles_old, r.cycles_new) for r in expected]
-    trainer.compare(base, name, [*live[:2], *drawn[2:]], 0.01)
-    trainer.compare(base, name, [*sized[:3], live[3]], 0.01)
-    assert replayed == [4, 2, 4, 1, 4], "others were not served by it, or with trees of other sizes"
+    assert compared(live) == expected and replayed == [4, 8], "four to be sure, and the candidate"
+    assert compared([*live[:2], *drawn[2:]]) == expected and replayed == [2, 6, 8]
+    compared([replace(w, plans=((24, 8),) * len(w.accepted)) for w in live[:3]] + live[3:])
+    assert replayed[-1] == 8 and sum(replayed[:-1]) == 8, "live cycles with trees of other sizes say nothing"
+    broken = [replace(w, accepted=(0,) * 40) for w in live]
+    assert compared(broken) == expected and replayed == [4, 4, 8], "a fault of now speaks for no candidate"
 
 
 def test_the_oldest_versions_make_room_and_what_is_left_can_be_restored(trainer: Trainer) -> None:
