@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from specblock.daemon.cost_curve import CostCurve, Floats, OnlineCorrection, Phase
 from specblock.daemon.plain_price import PlainPrice
 from specblock.drafter.plan import DraftPlan
@@ -25,6 +27,7 @@ class CycleCost:
         self.correction = correction or OnlineCorrection()
         self.plain = PlainPrice()
         self._one_row: dict[int, float] = {}
+        self._verify: dict[int, Floats] = {}
         self._overhead_s = {True: curve.overhead_s, False: curve.overhead_s}
 
     @property
@@ -32,9 +35,13 @@ class CycleCost:
         """Seconds of a speculating cycle outside drafter blocks and verification."""
         return self._overhead_s[True]
 
-    def verify_s(self, rows_N: Floats, batch: int) -> Floats:
-        """Seconds of verification for many row counts (root included) at once."""
-        seconds: Floats = self.curve.verify.table(rows_N, batch) * self.correction.factor(Phase.VERIFY)
+    def verify_s(self, most_nodes: int, batch: int) -> Floats:
+        """Seconds of verifying 0 .. ``most_nodes`` nodes per request, the root besides."""
+        table = self._verify.get(batch)
+        if table is None or len(table) <= most_nodes:
+            rows_N = np.arange(1, most_nodes + 2, dtype=np.float64)
+            table = self._verify[batch] = self.curve.verify.table(rows_N, batch)
+        seconds: Floats = table[: most_nodes + 1] * self.correction.factor(Phase.VERIFY)
         return seconds
 
     def block_s(self, block: int, leaves: int, drafting: int) -> float:

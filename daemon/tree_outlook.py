@@ -155,6 +155,8 @@ class TreeOutlook:
 
     def _by_nodes(self, score_BM: Floats, first_width: int) -> Floats:
         """Sums of survival of the best nodes; the first ``first_width`` columns are block 1's."""
+        if score_BM.shape[1] == first_width:
+            return _summed(self.survival.chances(_best(score_BM, self._max_nodes), False))
         best = np.argsort(-score_BM, axis=1, kind="stable")[:, : self._max_nodes]
         return _summed(self.survival.chances(np.take_along_axis(score_BM, best, axis=1), best >= first_width))
 

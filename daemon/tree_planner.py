@@ -134,7 +134,7 @@ class TreePlanner:
         scale, spent_s = self._scaled(cycle)
         bias = self.outlook.budget_bias(1 + len(cycle.growth.leaf_caps))
         fixed_s = spent_s + self.cost.overhead_s
-        verify_s_N = self.cost.verify_s(np.arange(2, len(gain_N) + 2, dtype=np.float64), cycle.batch)
+        verify_s_N = self.cost.verify_s(len(gain_N), cycle.batch)[1:]
         cycle.nodes = best_budget(scale * bias * gain_N, cycle.batch, fixed_s, verify_s_N)
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
         if cycle.learns:
@@ -231,19 +231,20 @@ class TreePlanner:
         growth, outlook = cycle.growth, self.outlook
         scale, spent_s = self._scaled(cycle)
         fixed_s = spent_s + self.cost.overhead_s
+        most = self._settings.node_budget
+        verify_s_N = self.cost.verify_s(most, cycle.batch)
         nodes_N = np.arange(1, len(stop.gain_by_nodes) + 1, dtype=np.float64) + stop.closed_nodes
-        nodes_N = np.minimum(nodes_N, self._settings.node_budget)
         bias = outlook.decision_bias(block + 1)
-        verify_s_N = self.cost.verify_s(nodes_N + 1, cycle.batch)
         known_N = stop.gain_by_nodes + stop.closed_tokens
-        best = best_budget(scale * bias * known_N, cycle.batch, fixed_s, verify_s_N) - 1
-        growth.stop_nodes.append(float(nodes_N[best]))
+        stop_s_N = np.interp(nodes_N, np.arange(most + 1), verify_s_N)  # closed nodes are a mean, no whole number
+        best = best_budget(scale * bias * known_N, cycle.batch, fixed_s, stop_s_N) - 1
+        stop_nodes = min(float(nodes_N[best]), float(most))
+        growth.stop_nodes.append(stop_nodes)
         predicted = {0: float(known_N[best])}
         growth.stop_tokens.append(predicted[0])
-        values = {0: (cycle.batch + scale * bias * predicted[0]) / (fixed_s + float(verify_s_N[best]))}
+        values = {0: (cycle.batch + scale * bias * predicted[0]) / (fixed_s + float(stop_s_N[best]))}
         bias = outlook.decision_bias(block + 2)
-        nodes = min(nodes_N[best] + outlook.extra_nodes(block + 1), self._settings.node_budget)
-        verify_s = float(self.cost.verify_s(np.array([nodes + 1.0]), cycle.batch)[0])
+        verify_s = float(verify_s_N[round(min(stop_nodes + outlook.extra_nodes(block + 1), most))])
         for leaves in self._leaf_choices(len(stop.mass_m)):
             mass = float(stop.mass_m[min(leaves, len(stop.mass_m)) - 1])
             predicted[leaves] = predicted[0] + self.gain.tokens(block + 1, leaves) * mass

@@ -26,7 +26,9 @@ _EDGES = (
     0.0, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.65, 0.8, 1.0,
     1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 9.0,
 )  # fmt: skip
-_CENTRES = (*((low + high) / 2 for low, high in pairwise(_EDGES)), _EDGES[-1] + 1.0)
+_CENTRES = np.array([*((low + high) / 2 for low, high in pairwise(_EDGES)), _EDGES[-1] + 1.0])
+_CENTRES.flags.writeable = False
+_LAST_CENTRE = float(_CENTRES[-1])
 _NUM_BINS = len(_EDGES)
 
 Floats = NDArray[np.float64]
@@ -93,7 +95,7 @@ class SurvivalTable:
             log_p = np.interp(depth, _CENTRES, log_2N[int(later)])
         else:
             log_p = np.where(later, *(np.interp(depth, _CENTRES, log_N) for log_N in log_2N[::-1]))
-        answer: Floats = np.exp(log_p - np.maximum(depth - _CENTRES[-1], 0.0))
+        answer: Floats = np.exp(log_p - np.maximum(depth - _LAST_CENTRE, 0.0))
         return answer
 
     def fade(self, keep: float) -> None:
@@ -121,7 +123,7 @@ class SurvivalTable:
         """Log survival [2, N] at the bin centres."""
         if self._log_2N is None:
             weight_2N = self._seen_2N + self._prior_nodes
-            mean_2N = (self._hit_2N + self._prior_nodes * np.exp(-np.array(_CENTRES))) / weight_2N
+            mean_2N = (self._hit_2N + self._prior_nodes * np.exp(-_CENTRES)) / weight_2N
             rows = [
                 non_decreasing(mean[::-1], weight[::-1])[::-1]
                 for mean, weight in zip(mean_2N.tolist(), weight_2N.tolist(), strict=True)
