@@ -10,7 +10,7 @@ import typer
 
 from specblock.daemon.cli_options import AsJson, ConfigFile, progress
 
-USUAL, SMALL = {"conversations": 256, "heldout": 512}, {"conversations": 128, "heldout": 384}
+USUAL, SMALL = {"conversations": 512, "heldout": 512}, {"conversations": 256, "heldout": 256}
 STORIES = {
     "shift": "Every policy on text that changes its kind, with real drafters and real training in simulated time.",
     "stationary": "The same on text that stays as it is: what looking after a drafter costs if nothing is to be won.",
@@ -32,7 +32,7 @@ def shift_command(story: str) -> Callable[..., int]:
         hours: Annotated[float, typer.Option(min=0.01, max=48.0, help="Simulated hours of a phase.")] = 2.0,
         busy: Annotated[float, typer.Option(min=0.05, max=1.0, help="Share of the device that serving takes.")] = 0.65,
         seeds: Annotated[int, typer.Option(min=1, help="Runs, each with traffic of its own.")] = 1,
-        conversations: Annotated[int | None, typer.Option(min=2, help="Per kind to train on; default 256.")] = None,
+        conversations: Annotated[int | None, typer.Option(min=2, help="Per kind to train on; default 512.")] = None,
         heldout: Annotated[int | None, typer.Option(min=2, help="Per kind to serve and judge by; default 512.")] = None,
         tokens: Annotated[int | None, typer.Option(min=16, help="Per conversation; default 64.")] = None,
         out: Annotated[Path | None, typer.Option(help="Directory for the JSON.")] = None,
