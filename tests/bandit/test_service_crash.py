@@ -7,18 +7,20 @@ be, and a new one is built from what is on disk, with the unacknowledged entries
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specblock.bandit.config import Arm
 from specblock.bandit.ledger import TERMINAL, Ledger, read_ledger
 from specblock.bandit.memory_stream import MemoryLog, MemoryStream
 from specblock.bandit.service import BanditService
 from specblock.bandit.snapshot import SnapshotStore
 from tests.bandit.world import TOKENS, World, service_config, small_policy
 
-ACTIONS = ("windows", "parity", "train", "compare", "promote", "rollback", "discard")
+ACTIONS = ("windows", "versions", "parity", "train", "compare", "restore", "promote", "rollback", "discard")
 STEPS, SHIFT_AT = 75, 16
 
 
@@ -55,8 +57,21 @@ def guarded(fuse: Fuse, function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def scenario(directory: Path, fuse: Fuse, patch: pytest.MonkeyPatch) -> tuple[World, BanditService, int]:
-    """A traffic shift and the update it causes; returns the number of deaths too."""
+def traffic_shifts(world: World) -> None:
+    """Training is the answer."""
+    world.shift("python", 0.4)
+
+
+def worse_version_serves(world: World) -> None:
+    """Restoring the one before is the answer."""
+    world.rates["v2-live"] = {"python": 0.4}
+    world.serving = "v2-live"
+
+
+def scenario(
+    directory: Path, fuse: Fuse, patch: pytest.MonkeyPatch, happens: Callable[[World], None] = traffic_shifts
+) -> tuple[World, BanditService, int]:
+    """Something that happens to acceptance and the update it causes; returns the number of deaths too."""
     log = MemoryLog(clock=lambda: 0.0)
     world = World(MemoryStream(log, "engine"))
     for name in ACTIONS:
@@ -65,11 +80,12 @@ def scenario(directory: Path, fuse: Fuse, patch: pytest.MonkeyPatch) -> tuple[Wo
     patch.setattr(Ledger, "append", guarded(fuse, Ledger.append))
     patch.setattr(MemoryStream, "ack", guarded(fuse, MemoryStream.ack))
     policy, config = small_policy(), service_config(directory)
+    policy = replace(policy, arms=(*policy.arms, Arm(name="restore", restores=True)))
     service, deaths = BanditService(MemoryStream(log), world, policy, config), 0
     for step in range(STEPS):
         now_s = 1000.0 + step
         if step == SHIFT_AT:
-            world.shift("python", 0.4)
+            happens(world)
         for i in range(3):
             world.serve("python", now_s + i / 4)
         try:
@@ -112,6 +128,22 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> int:
     check(directory, world, service)
     assert any(action == "promote" for _, action in world.outside), "the scenario must go all the way"
     return fuse.passed
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_killed_anywhere_a_restore_happens_once_and_ends_once(
+    part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        fuse = Fuse(None)
+        world, service, _ = scenario(tmp_path / "undisturbed", fuse, patch, worse_version_serves)
+    check(tmp_path / "undisturbed", world, service)
+    assert "restore" in world.calls and world.serving == "v1" and not any("train" in call for call in world.calls)
+    for at in range(13 * part, fuse.passed, 13 * 4):
+        with monkeypatch.context() as patch:
+            world, service, deaths = scenario(tmp_path / str(at), Fuse(at), patch, worse_version_serves)
+        assert deaths == 1
+        check(tmp_path / str(at), world, service)
 
 
 PARTS = 8
