@@ -6,7 +6,7 @@ import math
 
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.decision import PolicyState, Target
-from specblock.bandit.forecast import mean_drop
+from specblock.bandit.reach import mean_drop
 
 
 def cooldown_left_s(

@@ -114,7 +114,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probed:
-    """The outcome of a micro-profile: what it saves on held-out conversations, against the base version.
+    """The outcome of a trial: what it saves on held-out conversations, against the version that serves.
 
     ``version``: the earlier version that was compared instead, if the arm restores one.
     """

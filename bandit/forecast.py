@@ -21,8 +21,6 @@ from specblock.bandit.cost import (
 from specblock.bandit.decision import (
     ArmEvidence,
     DecisionContext,
-    DomainContext,
-    PastLevel,
     PolicyState,
     Probed,
     Target,
@@ -30,7 +28,8 @@ from specblock.bandit.decision import (
 from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, WHOLE, LinearPrior
 from specblock.bandit.gate import Saving
 from specblock.bandit.intervals import one_sided_z
-from specblock.bandit.presence import FIRST_SHARE, Presence
+from specblock.bandit.past import best_past, past_gain
+from specblock.bandit.reach import targets, told_drop
 
 COMPARISONS = 4
 """Paired replays that a clear gain is charged with: micro-profile, two looks at the gate, realised gain."""
@@ -41,56 +40,11 @@ PAIRED_SD = 0.09
 LOOK_WIDTH = 3.0
 """Half-width of the gate's confidence sequence, in standard errors of the mean saving, at the sizes that decide."""
 
-PAST_Z = 3.0
-"""Standard errors by which what an earlier version had must exceed what is now, to be told from noise."""
-
-SETTLING_HALF_LIVES = 3.0
-"""Half-lives of the flow after which shares show what came or went."""
-
-CURIOUS_SHARE = 0.5
-"""Share of traffic of which nothing must be known under the base before it is compared to find out."""
-
 SETTLED_SHARE = 0.3
 """Share of the requests after a promotion, about, that are held out and thus replayed to measure its realised gain."""
 
 TYPICAL_PAIRS = 16
 """Conversations that the configured first guess of a scoring's cost is about."""
-
-
-def targets(context: DecisionContext, config: PolicyConfig) -> tuple[Target, ...]:
-    """Domains that training can reach: recent traffic, and conversations to train on."""
-    return tuple(_target(d, config) for d in context.domains if d.measurable and d.num_train > 0)
-
-
-def _target(domain: DomainContext, config: PolicyConfig) -> Target:
-    known = domain.presence
-    presence = known or Presence(there=True, turned_s=math.inf)
-    turned = presence.turned_s > SETTLING_HALF_LIVES * config.statistics.rate_half_life_s
-    return Target(
-        domain=domain.domain,
-        share=domain.share,
-        drop=domain.drop,
-        drop_se=domain.drop_se,
-        lasting_s=known.lasting_s(domain.share, config.horizon) if known else None,
-        staying_s=known.staying_s(domain.share, config.horizon) if known else None,
-        past=domain.past,
-        # What has become a small part of traffic and stays one is a part of it.
-        there=presence.there or (turned and domain.share > FIRST_SHARE),
-        settled=presence.there and turned,
-    )
-
-
-def mean_drop(reached: tuple[Target, ...]) -> float:
-    """Share-weighted drop of acceptance."""
-    return math.fsum(target.share * max(target.drop, 0.0) for target in reached)
-
-
-def domain_weights(reached: tuple[Target, ...], min_drop: float) -> dict[str, float]:
-    """How much of an update's training each domain should get: where most of the traffic has most to win back.
-
-    A domain at its reference still counts with ``min_drop``, below which a drop is not told from noise.
-    """
-    return {target.domain: target.share * max(target.drop, min_drop) for target in reached}
 
 
 def faded(state: PolicyState, now_s: float, config: PolicyConfig) -> PolicyState:
@@ -100,31 +54,6 @@ def faded(state: PolicyState, now_s: float, config: PolicyConfig) -> PolicyState
         kept = math.exp2(-max(now_s - evidence.time_s, 0.0) / config.evidence_half_life_s)
         arms[name] = replace(evidence, gain=evidence.gain.faded(kept))
     return replace(state, arms=arms)
-
-
-def told_drop(target: Target, config: PolicyConfig) -> float:
-    """The drop, if it is told from noise, else 0.
-
-    Decisions are taken every few seconds: the largest of many noisy drops looks like one that an update would repair.
-    """
-    return target.drop if target.drop > max(config.min_drop, config.drop_z * target.drop_se) else 0.0
-
-
-def past_gain(level: PastLevel, target: Target, config: PolicyConfig) -> DomainGain:
-    """Relative saving expected of a version that has served the domain before: what it had then.
-
-    As with drops, the largest of many noisy differences looks like a gain, and there are as many as versions and
-    decisions; a loss counts as it is.
-    """
-    told = level.drop < 0 or level.drop > max(config.min_drop, PAST_Z * level.drop_se)
-    mean = level.drop if told else 0.0
-    sd = math.hypot(level.drop_se, GAIN_NOISE_SD, GAIN_LUCK * mean)
-    return DomainGain(domain=target.domain, share=target.share, mean=mean, sd=sd)
-
-
-def best_past(target: Target, config: PolicyConfig) -> float:
-    """The most that an earlier version is known to save in a domain; 0 if none is known to save anything."""
-    return max([0.0, *(past_gain(level, target, config).mean for level in target.past)])
 
 
 def domain_gain(
@@ -215,27 +144,6 @@ def remaining_value(
     """Net value of what is left after a micro-profile; what it cost is sunk."""
     gains = tuple(probed_gain(arm, target, state, probed, config, context.base) for target in probed.targets)
     return _value(arm, gains, probed.targets, 0.0, context, state, config)
-
-
-def trial_s(state: PolicyState, config: PolicyConfig) -> float:
-    """What comparing two stored versions on as many conversations as a trial takes is charged with."""
-    return config.cost.price * config.probe_conversations * pair_s(state, config).mean
-
-
-def curiosity_s(value: NetValue, context: DecisionContext, state: PolicyState, config: PolicyConfig) -> float:
-    """Expected device-seconds that come of comparing the base, of which nothing is known here, the comparison paid.
-
-    What turns out to lose is not done: the expected improvement of Bayesian optimisation. 0 where something is known of
-    it, or where there is too little text to tell.
-    """
-    here = [t for t in targets(context, config) if t.there and t.level(context.base) is None]
-    heldout = {d.domain: d.num_heldout for d in context.domains}
-    share = math.fsum(t.share for t in here if heldout[t.domain] >= config.probe_conversations / 2)
-    if share < CURIOUS_SHARE:
-        return 0.0
-    paid_s = trial_s(state, config)
-    mean, sd, normal = value.net + paid_s, max(value.net_sd, 1e-9), NormalDist()
-    return max(0.0, mean * normal.cdf(mean / sd) + sd * normal.pdf(mean / sd) - paid_s)
 
 
 def gate_outlook(value: NetValue, saving: Saving, state: PolicyState, config: PolicyConfig) -> tuple[float, float]:

@@ -10,9 +10,10 @@ from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.cost import Belief
 from specblock.bandit.decision import ArmEvidence, BackOff, Charge, Comparison, ParityRecord, PolicyState, Target
 from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, WHOLE
-from specblock.bandit.forecast import faded, told_drop
+from specblock.bandit.forecast import faded
 from specblock.bandit.gate import Saving
 from specblock.bandit.parity import ParityEvidence
+from specblock.bandit.reach import told_drop
 
 MAX_TAKEN_BACK = MAX_COMPARISONS = 64
 

@@ -4,6 +4,8 @@
        |                     |                    |            |             |
     abandoned             rejected            abandoned    rolled_back   rolled_back
 
+An earlier version that is restored is compared when probing, and goes to the gate without training.
+
 Every outside action is recorded before it starts. Waiting (for conversations at the gate, for live requests after the
 promotion) is returning without having done anything.
 """

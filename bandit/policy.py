@@ -14,6 +14,7 @@ from specblock.bandit.attribution import attribute, parity_of
 from specblock.bandit.backoff import cooldown_left_s
 from specblock.bandit.codec import digest, dumps
 from specblock.bandit.config import Arm, PolicyConfig
+from specblock.bandit.curiosity import curiosity_s
 from specblock.bandit.decision import (
     ABANDON,
     CHECK,
@@ -30,15 +31,8 @@ from specblock.bandit.decision import (
     Target,
 )
 from specblock.bandit.exploring import draw, explore_probability, near_margin
-from specblock.bandit.forecast import (
-    complete_value,
-    curiosity_s,
-    domain_weights,
-    faded,
-    remaining_value,
-    score_s,
-    targets,
-)
+from specblock.bandit.forecast import complete_value, faded, remaining_value, score_s
+from specblock.bandit.reach import domain_weights, targets
 
 MIN_PROBED = 2
 """Held-out conversations without which a micro-profile has measured nothing."""

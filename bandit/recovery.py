@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from specblock.bandit.config import Arm
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import PROBE
-from specblock.bandit.forecast import mean_drop
 from specblock.bandit.learning import end_update, learn_stall, learn_taken_back
 from specblock.bandit.ledger import DECIDED, LedgerRecord
 from specblock.bandit.outside import ActionError, Journal, attempt
+from specblock.bandit.reach import mean_drop
 
 LIVE = frozenset({"promoted", "verifying", "verified", "settling"})
 """Ledger stages at which the candidate serves."""

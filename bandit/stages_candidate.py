@@ -10,11 +10,12 @@ from specblock.bandit.context import build_context, trial_since_s
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import CONTINUE, Probed
 from specblock.bandit.evidence import gate_numbers, saving_numbers
-from specblock.bandit.forecast import domain_weights, gate_outlook
+from specblock.bandit.forecast import gate_outlook
 from specblock.bandit.gate import GateEvidence, gate_rows, judge, pooled_saving
 from specblock.bandit.learning import learn_training
 from specblock.bandit.outside import attempt
 from specblock.bandit.policy import decide, inputs_digest, may_pay
+from specblock.bandit.reach import domain_weights
 from specblock.bandit.stage_tools import StageTools
 from specblock.bandit.state import PendingUpdate
 

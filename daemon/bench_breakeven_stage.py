@@ -11,7 +11,7 @@ from typing import Any
 
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.decision import Target
-from specblock.bandit.forecast import domain_weights
+from specblock.bandit.reach import domain_weights
 from specblock.daemon.breakeven import Update
 from specblock.daemon.collect import CollectSettings, collect, read_prompts
 from specblock.daemon.config import NOTHING_TO_ADAPT, DaemonConfig

@@ -10,16 +10,9 @@ import pytest
 from specblock.bandit.cost import Belief
 from specblock.bandit.decision import ArmEvidence, PolicyState, Target
 from specblock.bandit.estimate import LinearEvidence, ShareEvidence
-from specblock.bandit.forecast import (
-    complete_value,
-    domain_gain,
-    faded,
-    gate_conversations,
-    gate_outlook,
-    shown_share,
-    told_drop,
-)
+from specblock.bandit.forecast import complete_value, domain_gain, faded, gate_conversations, gate_outlook, shown_share
 from specblock.bandit.learning import learn_gain, learn_shown
+from specblock.bandit.reach import told_drop
 from tests.bandit.test_policy import CONFIG, CONTEXT, HEAD, checked, saving
 
 TARGET = Target(domain="python", share=1.0, drop=0.3, drop_se=0.02)

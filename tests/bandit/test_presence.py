@@ -7,8 +7,8 @@ from dataclasses import replace
 from specblock.bandit.actions import WindowSummary
 from specblock.bandit.config import HorizonConfig
 from specblock.bandit.context import build_context, watch_presence
-from specblock.bandit.forecast import targets
 from specblock.bandit.presence import Presence
+from specblock.bandit.reach import targets
 from specblock.bandit.state import BanditState
 from tests.bandit.test_context import CONFIG, feed
 

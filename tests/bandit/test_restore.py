@@ -13,11 +13,12 @@ from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.context import build_context
 from specblock.bandit.decision import PROBE, SKIP, PastLevel
 from specblock.bandit.explain import explain
-from specblock.bandit.forecast import complete_value, domain_gain, targets
+from specblock.bandit.forecast import complete_value, domain_gain
 from specblock.bandit.learning import learn_gain
 from specblock.bandit.ledger import LedgerRecord
 from specblock.bandit.memory_stream import MemoryLog, MemoryStream
 from specblock.bandit.policy import decide
+from specblock.bandit.reach import targets
 from specblock.bandit.service import BanditService
 from specblock.bandit.what_if import what_if
 from tests.bandit.test_policy import CONTEXT, DOMAIN, HEAD, at, checked, saving

@@ -1,0 +1,56 @@
+"""What an update can reach: the domains of now, how far they fell, how much of its training each should get. Pure."""
+
+from __future__ import annotations
+
+import math
+
+from specblock.bandit.config import PolicyConfig
+from specblock.bandit.decision import DecisionContext, DomainContext, Target
+from specblock.bandit.presence import FIRST_SHARE, Presence
+
+SETTLING_HALF_LIVES = 3.0
+"""Half-lives of the flow after which shares show what came or went."""
+
+
+def targets(context: DecisionContext, config: PolicyConfig) -> tuple[Target, ...]:
+    """Domains that training can reach: recent traffic, and conversations to train on."""
+    return tuple(_target(d, config) for d in context.domains if d.measurable and d.num_train > 0)
+
+
+def _target(domain: DomainContext, config: PolicyConfig) -> Target:
+    known = domain.presence
+    presence = known or Presence(there=True, turned_s=math.inf)
+    turned = presence.turned_s > SETTLING_HALF_LIVES * config.statistics.rate_half_life_s
+    return Target(
+        domain=domain.domain,
+        share=domain.share,
+        drop=domain.drop,
+        drop_se=domain.drop_se,
+        lasting_s=known.lasting_s(domain.share, config.horizon) if known else None,
+        staying_s=known.staying_s(domain.share, config.horizon) if known else None,
+        past=domain.past,
+        # What has become a small part of traffic and stays one is a part of it.
+        there=presence.there or (turned and domain.share > FIRST_SHARE),
+        settled=presence.there and turned,
+    )
+
+
+def mean_drop(reached: tuple[Target, ...]) -> float:
+    """Share-weighted drop of acceptance."""
+    return math.fsum(target.share * max(target.drop, 0.0) for target in reached)
+
+
+def domain_weights(reached: tuple[Target, ...], min_drop: float) -> dict[str, float]:
+    """How much of an update's training each domain should get: where most of the traffic has most to win back.
+
+    A domain at its reference still counts with ``min_drop``, below which a drop is not told from noise.
+    """
+    return {target.domain: target.share * max(target.drop, min_drop) for target in reached}
+
+
+def told_drop(target: Target, config: PolicyConfig) -> float:
+    """The drop, if it is told from noise, else 0.
+
+    Decisions are taken every few seconds: the largest of many noisy drops looks like one that an update would repair.
+    """
+    return target.drop if target.drop > max(config.min_drop, config.drop_z * target.drop_se) else 0.0
