@@ -130,7 +130,7 @@ class Actions(Protocol):
         """Replays both versions on held-out conversations that arrived after ``after_time_s`` (None: all)."""
 
     def versions(self) -> tuple[str, ...]:
-        """Stored versions that may serve again, the base first, then the newest first; damaged ones may be among them."""
+        """Stored versions that may serve again, the base first, then the newest; some may turn out damaged."""
 
     def restore(self, decision_id: str, version: str) -> SwapReport:
         """Makes a stored version serve again because it is expected to be better; asking twice is harmless."""

@@ -31,9 +31,6 @@ from specblock.bandit.intervals import one_sided_z
 from specblock.bandit.past import best_past, past_gain
 from specblock.bandit.reach import targets, told_drop
 
-COMPARISONS = 4
-"""Paired replays that a clear gain is charged with: micro-profile, two looks at the gate, realised gain."""
-
 PAIRED_SD = 0.09
 """Relative scatter of what a complete update saves from one conversation to the next, as every machine showed it."""
 
