@@ -92,6 +92,7 @@ adaptation:
   min_heldout_conversations: 6
   horizon_s: 3600
   arms:
+    - {{name: restore, restores: true}}
     - {{name: full, patterns: ["*"], steps: 60, learning_rate: 3e-3}}
   policy: {{reference_acceptance: 4.0, min_train_windows: 8}}
 trainer: {{batch_windows: 4}}
