@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from specblock.daemon.resampling import Interval, interval_95, resampled
 from specblock.daemon.shift_traffic import ShiftTraffic
 
+ORACLE = "oracle"
 _DRAWS = 1000
 _RECENT_REQUESTS = 64
 _RECOVERED = 0.95
@@ -88,7 +89,7 @@ class ShiftRow:
 
 
 def shift_rows(runs: Sequence[PolicyRun], traffic: dict[int, ShiftTraffic], static: str) -> list[ShiftRow]:
-    """One row per policy, in the order they first occur.
+    """One row per policy, in the order they first occur, and the bound that none of them can pass.
 
     Args:
         runs: every policy once per seed.
@@ -100,7 +101,8 @@ def shift_rows(runs: Sequence[PolicyRun], traffic: dict[int, ShiftTraffic], stat
         groups.setdefault(one.policy, []).append(one)
     plateaus = {seed: _plateaus([r for r in runs if r.seed == seed], own) for seed, own in traffic.items()}
     slow = {r.seed: [n is None for n in _recoveries(r, traffic[r.seed], plateaus[r.seed])] for r in groups[static]}
-    return [_row(group, groups[static], traffic, plateaus, slow) for group in groups.values()]
+    rows = [_row(group, groups[static], traffic, plateaus, slow) for group in groups.values()]
+    return [*rows, _oracle(rows[list(groups).index(static)], groups[static], traffic, plateaus)]
 
 
 def lines(rows: Sequence[ShiftRow]) -> Iterator[str]:
@@ -154,6 +156,34 @@ def _row(
         recovered=len(there) / len(found) if found else None,
         faults=float(np.mean(faults)) if faults else None,
         wall_s=sum(r.wall_s for r in group),
+    )
+
+
+def _oracle(
+    row: ShiftRow, static: list[PolicyRun], traffic: dict[int, ShiftTraffic], plateaus: dict[int, list[float]]
+) -> ShiftRow:
+    """A bound: in every phase the best plateau that any policy reached, from the first request on, free of charge."""
+    total_s, cycles = 0.0, 0.0
+    for run in static:
+        phase_N, plateau_N = traffic[run.seed].phase, np.array(plateaus[run.seed])
+        needed_N = run.committed / plateau_N[phase_N]
+        total_s += float((run.request_s * needed_N / run.cycles).sum())
+        cycles += float(needed_N.sum())
+    spent_s = sum(float(r.request_s.sum()) for r in static)
+    tokens_per_s, ratio = sum(r.tokens for r in static) / total_s, spent_s / total_s
+    return replace(
+        row,
+        policy=ORACLE,
+        net_tokens_per_s=tokens_per_s,
+        gross_tokens_per_s=tokens_per_s,
+        ratio_to_static=ratio,
+        ratio_interval=(ratio, ratio),
+        acceptance_length=sum(int(r.committed.sum()) for r in static) / cycles,
+        acceptance_by_phase=tuple(float(np.mean(phase)) for phase in zip(*plateaus.values(), strict=True)),
+        recovery_requests=None,
+        recovered=None,
+        faults=None,
+        wall_s=0.0,
     )
 
 

@@ -200,7 +200,10 @@ def test_rows_charge_everything_and_measure_recovery_against_the_best_plateau() 
     assert own.recovered == 1.0 and own.recovery_requests is not None
     assert half < own.recovery_requests <= half + 64, "as soon as the last 64 requests show it"
     table = list(lines(list(rows.values())))
-    assert len(table) == 3 and "better" in table[2]
+    assert len(table) == 4 and "better" in table[2]
+    bound = rows["oracle"]
+    assert bound.acceptance_by_phase == (2.0, 2.0, 2.0) and bound.acceptance_length == pytest.approx(2.0)
+    assert bound.net_tokens_per_s == pytest.approx(200.0) and bound.ratio_to_static > own.ratio_to_static
 
 
 def test_conversations_are_drawn_alike_whatever_a_run_happened_to_serve() -> None:
@@ -210,7 +213,7 @@ def test_conversations_are_drawn_alike_whatever_a_run_happened_to_serve() -> Non
         for seed, own in enumerate((one, other))
         for name, late in (("static", 16), ("better", 8))
     ]
-    [_, row] = shift_rows(made, {0: one, 1: other}, "static")
+    [_, row, _] = shift_rows(made, {0: one, 1: other}, "static")
     assert row.ratio_interval[0] <= row.ratio_to_static <= row.ratio_interval[1]
 
 
@@ -233,7 +236,7 @@ def test_the_command_writes_figures_and_page(prompts: Path, tmp_path: Path) -> N
     made = CliRunner().invoke(app, ["bench", "shift", "--prompts", str(prompts), *asked, *chosen])
     assert made.exit_code == 0, made.output
     result = json.loads((tmp_path / "shift.json").read_text())
-    assert [row["policy"] for row in result["rows"]] == ["static", "dual_ema"]
+    assert [row["policy"] for row in result["rows"]] == ["static", "dual_ema", "oracle"]
     assert result["rows"][0]["ratio_to_static"] == 1.0 and result["facts"]["phase_hours"] == 0.05
     assert result["rows"][0]["net_tokens_per_s"] > 0 and len(result["curves"]) == 2
     page = (tmp_path / "shift.html").read_text()
