@@ -36,7 +36,7 @@ def build_context(
     flow = _flow(state, now_s, config)
     total = math.fsum(flow.values())
     earlier = tuple(
-        name for name in stored if name != serving_version and state.policy.taken_back.get(name, 0.0) <= now_s
+        name for name in stored if name != serving_version and state.policy.barred_until_s.get(name, 0.0) <= now_s
     )
     available = {window.domain: window for window in windows.domains}
     return DecisionContext(
@@ -108,7 +108,9 @@ def domain_context(
         raw_drop=1 - acceptance / own if own and cycles else 0.0,
         cycles=cycles,
         device_s_per_token=math.fsum(s.device_s for s in recent) / tokens if tokens else 0.0,
-        measurable=cycles >= config.statistics.min_window_cycles and now_s - statistics.last_time_s <= WINDOW_SILENT_S,
+        measurable=cycles >= config.statistics.min_window_cycles
+        and not statistics.resumed
+        and now_s - statistics.last_time_s <= WINDOW_SILENT_S,
         num_train=windows.num_train if windows else 0,
         num_heldout=windows.num_heldout if windows else 0,
         presence=state.presence.get(name),
@@ -139,20 +141,20 @@ def past_levels(
 ) -> tuple[PastLevel, ...]:
     """What every one of ``earlier`` is known to save in a domain; versions of which nothing is known are left out.
 
-    Replayed side by side with the serving version not long ago, or what it last accepted there in as many cycles as a
-    window needs: whichever is more exact.
+    Replayed side by side with the serving version not long ago, if it has not served since; or else what it last
+    accepted there in as many cycles as a window needs.
     """
     oldest_s, served = now_s - config.evidence_half_life_s, state.domains[name].versions
     compared = {
         one.version: (one.saving, one.se)
         for one in state.policy.comparisons
-        if one.domain == name and one.against == serving and one.time_s >= oldest_s
+        if one.domain == name
+        and one.against == serving
+        and one.time_s >= max(oldest_s, served[one.version].last_time_s if one.version in served else 0.0)
     }
     recent = served.get(serving, VersionStatistics()).recent
-    below = {v: _below(recent, served[v].recent, config) for v in earlier if v in served}
-    found = ((v, [one for one in (compared.get(v), below.get(v)) if one is not None]) for v in earlier)
-    best = ((v, min(known, key=lambda one: one[1])) for v, known in found if known)
-    return tuple(PastLevel(version=v, drop=drop, drop_se=se) for v, (drop, se) in best)
+    found = {v: compared.get(v) or (_below(recent, served[v].recent, config) if v in served else None) for v in earlier}
+    return tuple(PastLevel(version=v, drop=one[0], drop_se=one[1]) for v, one in found.items() if one is not None)
 
 
 def _below(recent: list[Segment], then: list[Segment], config: PolicyConfig) -> tuple[float, float] | None:

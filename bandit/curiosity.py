@@ -8,6 +8,7 @@ from statistics import NormalDist
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.cost import NetValue
 from specblock.bandit.decision import DecisionContext, PolicyState
+from specblock.bandit.estimate import FEWEST_COMPARED
 from specblock.bandit.forecast import pair_s
 from specblock.bandit.reach import targets
 
@@ -28,7 +29,8 @@ def curiosity_s(value: NetValue, context: DecisionContext, state: PolicyState, c
     """
     here = [t for t in targets(context, config) if t.there and t.level(context.base) is None]
     heldout = {d.domain: d.num_heldout for d in context.domains}
-    share = math.fsum(t.share for t in here if heldout[t.domain] >= config.probe_conversations / 2)
+    enough = max(config.probe_conversations / 2, FEWEST_COMPARED)
+    share = math.fsum(t.share for t in here if heldout[t.domain] >= enough)
     if share < CURIOUS_SHARE:
         return 0.0
     paid_s = trial_s(state, config)

@@ -94,7 +94,7 @@ class Target:
         staying_s: the same until it goes away for the first time.
         past: what is known of earlier versions there.
         there: it is part of the traffic of now.
-        settled: it has been there for long enough that shares show how much of traffic it is.
+        settled: it has been there for long enough that shares show how much of traffic it is, or never stays so long.
     """
 
     domain: str
@@ -264,7 +264,7 @@ class PolicyState:
         cooldown_s: plain cool-down of its arm.
         training, restoring: back-off of arms that train, and of those that restore an earlier version: how often one
             of them failed says nothing about the other.
-        taken_back: until when versions that proved broken while they served, or could not be used, are not restored.
+        barred_until_s: until when versions that proved broken while they served, or could not be used, are left alone.
         comparisons: of stored versions with the one that served, the newest last.
         score: device-seconds of a parity check.
         pair: device-seconds of replaying one conversation with two versions.
@@ -282,7 +282,7 @@ class PolicyState:
     cooldown_s: float = 0.0
     training: BackOff = field(default_factory=BackOff)
     restoring: BackOff = field(default_factory=BackOff)
-    taken_back: dict[str, float] = field(default_factory=dict)
+    barred_until_s: dict[str, float] = field(default_factory=dict)
     comparisons: tuple[Comparison, ...] = ()
 
     def back_off(self, arm: Arm) -> BackOff:

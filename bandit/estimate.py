@@ -18,6 +18,9 @@ GAIN_NOISE_SD, GAIN_LUCK = 0.01, 0.2
 """Variation of an arm's gain from one update to the next, beyond the measurement's own error: absolute, and relative to
 the gain itself."""
 
+FEWEST_COMPARED = 8
+"""Conversations without which a comparison is not worth remembering: a few agree by chance."""
+
 WHOLE = Belief(mean=1.0, sd=0.0)
 """Share of its gain that a complete update shows."""
 

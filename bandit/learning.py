@@ -9,16 +9,13 @@ from specblock.bandit.actions import TrainReport
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.cost import Belief
 from specblock.bandit.decision import ArmEvidence, BackOff, Charge, Comparison, ParityRecord, PolicyState, Target
-from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, WHOLE
+from specblock.bandit.estimate import FEWEST_COMPARED, GAIN_LUCK, GAIN_NOISE_SD, WHOLE
 from specblock.bandit.forecast import faded
 from specblock.bandit.gate import Saving
 from specblock.bandit.parity import ParityEvidence
 from specblock.bandit.reach import told_drop
 
-MAX_TAKEN_BACK = MAX_COMPARISONS = 64
-
-FEWEST_COMPARED = 8
-"""Conversations without which a comparison is not worth remembering: a few agree by chance."""
+MAX_BARRED = MAX_COMPARISONS = 64
 
 
 def charge(state: PolicyState, now_s: float, device_s: float) -> PolicyState:
@@ -128,11 +125,11 @@ def learn_parity(
     )
 
 
-def learn_taken_back(state: PolicyState, version: str, now_s: float, for_s: float) -> PolicyState:
+def learn_barred(state: PolicyState, version: str, now_s: float, for_s: float) -> PolicyState:
     """Keep a version from being restored for a while."""
-    kept = {name: until_s for name, until_s in state.taken_back.items() if until_s > now_s and name != version}
-    newest = dict(list(kept.items())[-MAX_TAKEN_BACK + 1 :])
-    return replace(state, taken_back={**newest, version: now_s + for_s})
+    kept = {name: until_s for name, until_s in state.barred_until_s.items() if until_s > now_s and name != version}
+    newest = dict(list(kept.items())[-MAX_BARRED + 1 :])
+    return replace(state, barred_until_s={**newest, version: now_s + for_s})
 
 
 def end_update(

@@ -57,6 +57,8 @@ class Lifecycle:
             newest = self._ledger.open_record(pending.decision_id)
             if newest is None or newest.stage == record.stage:
                 return False, str(error)
+            if newest.stage in ("scoring", "promoting"):
+                self.recovery.bar(newest, now_s)
             return True, retry_or_end(self.recovery, newest, now_s, f"{newest.stage} failed: {error}") or str(error)
 
     def _cannot_go_on(self, pending: PendingUpdate, record: LedgerRecord) -> str:

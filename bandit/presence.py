@@ -23,7 +23,7 @@ FIRST_SHARE = 0.02
 """Share of traffic from which on a domain counts as there for the first time."""
 
 MEMORY_S = 3600.0
-"""How long the usual level of a domain is averaged over."""
+"""How long the usual level of a domain is averaged over; what is left of one after as long is its usual level now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,8 @@ class Presence:
         if not self.there:
             back = share > BACK * self.level
             turned_s = 0.0 if back else self.turned_s + passed_s
+            if not back and turned_s > MEMORY_S and share > FIRST_SHARE:
+                return replace(self, there=True, level=share, away_s=self.away_s + passed_s, turned_s=turned_s)
             away_s, returns = self.away_s + passed_s, self.returns + back
             return replace(self, there=back, returns=returns, away_s=away_s, turned_s=turned_s)
         there_s = self.there_s + passed_s

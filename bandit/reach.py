@@ -20,7 +20,11 @@ def targets(context: DecisionContext, config: PolicyConfig) -> tuple[Target, ...
 def _target(domain: DomainContext, config: PolicyConfig) -> Target:
     known = domain.presence
     presence = known or Presence(there=True, turned_s=math.inf)
-    turned = presence.turned_s > SETTLING_HALF_LIVES * config.statistics.rate_half_life_s
+    settling_s = SETTLING_HALF_LIVES * config.statistics.rate_half_life_s
+    turned = presence.turned_s > settling_s
+    # What has become a small part of traffic and stays one is a part of it.
+    there = presence.there or (turned and domain.share > FIRST_SHARE)
+    fleeting = known is not None and known.staying_s(1.0, config.horizon) < settling_s
     return Target(
         domain=domain.domain,
         share=domain.share,
@@ -29,9 +33,8 @@ def _target(domain: DomainContext, config: PolicyConfig) -> Target:
         lasting_s=known.lasting_s(domain.share, config.horizon) if known else None,
         staying_s=known.staying_s(domain.share, config.horizon) if known else None,
         past=domain.past,
-        # What has become a small part of traffic and stays one is a part of it.
-        there=presence.there or (turned and domain.share > FIRST_SHARE),
-        settled=presence.there and turned,
+        there=there,
+        settled=there and (fleeting or (turned and presence.there)),
     )
 
 

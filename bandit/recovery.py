@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from specblock.bandit.config import Arm
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import PROBE
-from specblock.bandit.learning import end_update, learn_stall, learn_taken_back
+from specblock.bandit.learning import end_update, learn_barred, learn_stall
 from specblock.bandit.ledger import DECIDED, LedgerRecord
 from specblock.bandit.outside import ActionError, Journal, attempt
 from specblock.bandit.reach import mean_drop
@@ -56,11 +56,6 @@ class Recovery:
             # A roll-back that was begun and after which the base serves has happened, whatever it answered.
             stage = "rolled_back" if record.stage == "rolling_back" else "abandoned"
             problem = self._journal.discard(record.candidate_version)
-            if stage == "abandoned" and record.action == PROBE and self._arm(record).restores:
-                # An earlier version that cannot be used would be chosen again and again.
-                state, half_life_s = self._journal.state, self._journal.config.evidence_half_life_s
-                version = record.candidate_version
-                state.policy = learn_taken_back(state.policy, version, now_s, half_life_s) if version else state.policy
             self.finish(record, stage, now_s, why + problem)
 
     def roll_back(
@@ -84,6 +79,7 @@ class Recovery:
         swap = attempt(lambda: journal.actions.rollback(record.decision_id, record.base_version))
         stage, detail = ("rolled_back", "") if swap.ok else ("abandoned", f"; the roll-back was refused: {swap.detail}")
         journal.state.policy = learn_stall(journal.state.policy, swap.stall_s)
+        journal.state.serves_again(swap.version)
         cost_s = charge_s(journal.config.cost, stall_s=swap.stall_s)
         problem = journal.discard(record.candidate_version) if swap.ok else ""
         self.finish(record, stage, now_s, why + detail + problem, charged_s=cost_s)
@@ -106,7 +102,7 @@ class Recovery:
         """
         state = self._journal.state
         if stage == "rolled_back" and record.numbers.get(BROKEN):
-            state.policy = learn_taken_back(state.policy, record.candidate_version, now_s, BROKEN_S)
+            state.policy = learn_barred(state.policy, record.candidate_version, now_s, BROKEN_S)
         cost_s = record.expected_s if charged_s is None else charged_s
         self._journal.write(record.decision_id, stage, now_s, reason, charged_s=cost_s, numbers=numbers or {})
         pending = state.pending
@@ -127,10 +123,18 @@ class Recovery:
         if mine:
             state.pending = None
 
+    def bar(self, record: LedgerRecord, now_s: float) -> None:
+        """Leave an earlier version that could not be used alone for a while: it would be chosen again and again."""
+        state, config = self._journal.state, self._journal.config
+        if record.action == PROBE and record.candidate_version and self._arm(record).restores:
+            version = record.candidate_version
+            state.policy = learn_barred(state.policy, version, now_s, config.evidence_half_life_s)
+
     def _arm(self, record: LedgerRecord) -> Arm:
         """The arm of a record; one that is no longer configured is of the same sort."""
-        option = record.option()
-        gone = Arm(name=record.arm, restores=option is not None and bool(option.version))
+        pending = self._journal.state.pending
+        mine = pending is not None and pending.decision_id == record.decision_id
+        gone = Arm(name=record.arm, restores=mine and pending is not None and bool(pending.option.version))
         return next((arm for arm in self._journal.config.arms if arm.name == record.arm), gone)
 
 

@@ -102,7 +102,7 @@ class StageTools:
         self.state.policy = learn_gain(policy, arm, pending.targets, saving, self.config, now_s, seen, version)
         if version:
             self.remember(version, pending.base_version, saving, now_s)
-        elif pending.new_version:  # what served before could be restored
+        if pending.new_version:  # what served before could be restored
             self.remember(pending.base_version, pending.new_version, reversed_saving(saving), now_s)
 
     def reject(self, pending: PendingUpdate, now_s: float, reason: str, *, decided: bool) -> None:

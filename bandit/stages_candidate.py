@@ -23,6 +23,7 @@ from specblock.bandit.state import PendingUpdate
 def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     """Run the micro-profile (or take the version to restore), measure it on held-out conversations, decide again."""
     config, key, arm = tools.config, pending.decision_id, tools.config.arm(pending.arm)
+    stored = attempt(tools.actions.versions) if arm.restores else ()
     candidate, trained_s = pending.candidate_version, 0.0
     if not arm.restores:
         candidate, trained_s = _micro_profile(tools, pending, now_s)
@@ -32,7 +33,6 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     away = {target.domain for target in pending.targets if not target.there} if arm.restores else set()
     saving = pooled_saving([row for row in gate_rows(report) if row.domain not in away])
     probed = Probed(arm=arm.name, version=pending.option.version, targets=pending.targets, saving=saving)
-    stored = attempt(tools.actions.versions) if arm.restores else ()
     context = build_context(tools.state, WindowSummary(), pending.base_version, now_s, config, stored=stored)
     context, known = replace(context, probed=probed), tools.state.policy
     decision, tools.state.policy = decide(context, known, config)

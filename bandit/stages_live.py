@@ -33,6 +33,7 @@ def promote(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     if not swap.ok:
         record = tools.ledger.open_record(key)
         assert record is not None
+        tools.recovery.bar(record, now_s)
         tools.drop(record, "abandoned", now_s, f"the promotion was refused: {swap.detail}", charged_s=cost_s)
         return True
     tools.journal.write(
@@ -87,16 +88,18 @@ def settle(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         reason = "too few live conversations to measure its realised gain"
         tools.recovery.finish(record, "settled", now_s, reason, charged_s=cost_s)
         return True
-    # What the gate saw are other conversations, often more of them, and as good a measurement.
-    tools.learn(pending, pooled_saving((*pending.rows, *rows)), now_s)
     tokens = tools.state.totals(pending.new_version).tokens
     realised_s = saving.s_per_token * (tokens - pending.tokens_mark)
     numbers = {**saving_numbers(saving), "realised_s": realised_s, "predicted_gain": pending.option.value.gain}
     broken = _live_parity(tools, live)
+    if not broken:  # a fault says nothing about the version
+        # What the gate saw are other conversations, often more of them, and as good a measurement.
+        tools.learn(pending, pooled_saving((*pending.rows, *rows)), now_s)
     if broken or saving.relative + one_sided_z(ROLLBACK_CONFIDENCE) * saving.se < 0:
         loss = broken or f"live it costs {-saving.relative:.1%} more per token than the version before"
         numbers |= {BROKEN: 1.0} if broken else {}
-        tools.remember(pending.new_version, pending.base_version, saving, now_s)  # more telling than what the gate saw
+        if not broken:  # more telling than what the gate saw
+            tools.remember(pending.new_version, pending.base_version, saving, now_s)
         tools.recovery.roll_back(replace(record, expected_s=cost_s), now_s, loss, numbers)
         return True
     reason = (

@@ -185,8 +185,9 @@ def _table(rows: Sequence[ShiftRow]) -> list[str]:
         "",
         "net counts every cost; x static: net tokens per device-second over those of doing nothing; recovered: phases "
         "in which acceptance came back to 95 % of the best plateau, of those in which doing nothing did not; oracle: "
-        "those plateaus from the first request on, free of charge, a bound. Text, drafters, training, scoring and "
-        "swaps are real; time is simulated, a cycle takes what was measured.",
+        "what the fastest policy of every phase's last quarter takes, all along and free of charge, an estimate of "
+        "what there is to win. Text, drafters, training, scoring and swaps are real; time is simulated, a cycle takes "
+        "what was measured.",
     ]
 
 

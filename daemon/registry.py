@@ -158,24 +158,22 @@ class DrafterRegistry:
         self._write_pointer(_SERVING, version)
 
     def rollback(self) -> str:
-        """Goes back to the previous version and returns it; the present one is withdrawn, until it is promoted again.
+        """Goes back to the previous version and returns it; the present one is withdrawn, unless it is the base.
 
         Raises:
             IncompatibleError: there is none.
         """
-        previous = self.previous()
+        previous, present = self.previous(), self.serving()
         if previous is None:
             raise IncompatibleError("there is no previous drafter version to go back to")
-        withdrawn = self.withdrawn()
-        present = self.serving()
+        self.path(previous)
+        withdrawn = [name for name in (*self.withdrawn(), present) if name and name not in (BASE_VERSION, previous)]
+        self._write_pointer(_WITHDRAWN, "\n".join(dict.fromkeys(withdrawn)))
         self.promote(previous)
-        if present is not None:
-            self._write_pointer(_WITHDRAWN, "\n".join(dict.fromkeys((*withdrawn, present))))
-        self._readmit(previous)
         return previous
 
     def withdrawn(self) -> tuple[str, ...]:
-        """Versions that somebody rolled back by hand: nobody should bring them back on their own."""
+        """Versions that were rolled back by hand: they serve again only if somebody rolls back to them."""
         text = self._read_pointer(_WITHDRAWN)
         return tuple(text.split()) if text else ()
 
@@ -266,7 +264,8 @@ class DrafterRegistry:
         serving = self.serving()
         order = [serving, self.previous(), *reversed(self.names())] if serving else [BASE_VERSION]
         failures = []
-        for version in dict.fromkeys(name for name in order if name):
+        last = self.withdrawn()
+        for version in sorted(dict.fromkeys(name for name in order if name), key=lambda name: name in last):
             try:
                 self.path(version)
             except IncompatibleError as error:
@@ -279,11 +278,6 @@ class DrafterRegistry:
                 (self._root / _PREVIOUS).unlink()
             return version
         raise IncompatibleError("no stored drafter version is intact:\n" + "\n".join(failures))
-
-    def _readmit(self, version: str) -> None:
-        withdrawn = self.withdrawn()
-        if version in withdrawn:
-            self._write_pointer(_WITHDRAWN, "\n".join(name for name in withdrawn if name != version))
 
     def _read_pointer(self, name: str) -> str | None:
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from random import Random
@@ -17,6 +17,7 @@ from specblock.daemon.errors import DependencyError
 from specblock.drafter.replay import acceptance_length, replay
 from specblock.drafter.window import Window
 
+_SEEDS_APART = 1000
 _FEWEST_TOKENS = 16  # shorter conversations have too few complete cycles to tell anything
 Accepted = tuple[int, ...]
 Say = Callable[[str], None]
@@ -85,12 +86,6 @@ def _texts(bench: Stage, domain: str, side: str, count: int) -> list[Window]:
     sizes, heldout = bench.sizes, side == "heldout"
     prompts = read_prompts(sizes.prompts / f"{domain}.{side}.jsonl")
     Random(sizes.seed).shuffle(prompts)
-    sides = [(prompts, count)]
-    if heldout:
-        # What is served and what is judged by (the two halves) share no prompt.
-        half, first = len(prompts) // 2, count // 2
-        sides = [(prompts[:half] or prompts, first), (prompts[half:], count - first)]
-    asked = [prompt for own, number in sides for prompt in islice(cycle(own), number)]
     settings = CollectSettings(
         max_tokens=sizes.tokens,
         temperatures=(sizes.temperature,),
@@ -99,8 +94,19 @@ def _texts(bench: Stage, domain: str, side: str, count: int) -> list[Window]:
         top_k=bench.config.windows.top_k,
         heldout=heldout,
     )
-    made = collect(bench.target, asked, settings, time.time)
-    kept = [window for window, _ in made if window.num_generated >= _FEWEST_TOKENS]
+    sides = [(prompts, count)]
+    if heldout:
+        # What is served and what is judged by (the two halves) share no prompt.
+        half = len(prompts) // 2
+        sides = [(prompts[:half] or prompts, count // 2), (prompts[half:], count // 2)]
+    found = []
+    for place, (own, number) in enumerate(sides):
+        # Conversations are called by their seed.
+        seeded = replace(settings, seed=settings.seed + _SEEDS_APART * place)
+        made = collect(bench.target, list(islice(cycle(own), number)), seeded, time.time)
+        found.append([window for window, _ in made if window.num_generated >= _FEWEST_TOKENS])
+    most = min(map(len, found))
+    kept = [window for windows in found for window in windows[:most]]
     if len(kept) < 2:
         raise DependencyError(
             f"{domain}.{side}.jsonl: fewer than two answers have {_FEWEST_TOKENS} tokens; try other prompts"

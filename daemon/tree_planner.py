@@ -22,11 +22,11 @@ from specblock.daemon.learning_pace import LearningPace
 from specblock.daemon.plain_price import PlainLooks
 from specblock.daemon.planner_types import Cycle, CycleResult, PlannerSettings, PlannerStatus
 from specblock.daemon.speculation import Participant, SpeculationGate
-from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook, best_budget
+from specblock.daemon.tree_outlook import Stop, TreeOutlook, best_budget
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
 from specblock.drafter.plan import DraftPlan
-from specblock.drafter.survival import Floats, LeafGain, SurvivalTable, extra_tokens, first_blocks
+from specblock.drafter.survival import Floats, LeafGain, PathNodes, SurvivalTable, extra_tokens, first_blocks
 
 Clock = Callable[[], float]
 
@@ -159,7 +159,7 @@ class TreePlanner:
             cost.observe_verify(result.verify_s, result.tree.num_rows, batch, result.other_s + max(0.0, building_s))
             if cycle.learns:
                 self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)
-                extra = self._extra(growth, result)
+                extra = self._extra(cycle, result)
                 self.gain.observe(extra, cycle.drafting, growth.leaf_caps, growth.leaf_mass)
                 self.outlook.accepted(growth, sum(result.num_accepted), extra)
             self._typical = cycle.plan
@@ -215,16 +215,20 @@ class TreePlanner:
             speed_by_domain=self.gate.speeds(),
         )
 
-    def _extra(self, growth: Growth, result: CycleResult) -> list[float]:
+    def _extra(self, cycle: Cycle, result: CycleResult) -> list[float]:
         """Accepted drafts that each later block has brought."""
+        growth, tree, offers = cycle.growth, result.tree, result.offers
         if not growth.leaf_caps:
             return []
-        assert result.tree is not None and result.offers is not None and result.accepted_rows is not None
+        assert tree is not None and offers is not None and result.accepted_rows is not None
         widths = [scores.shape[1] for scores in growth.extendable][: 1 + len(growth.leaf_caps)]
         if len(widths) == len(growth.leaf_caps):  # nobody asked about the last block that there can be
-            widths.append(result.offers.token.shape[1] - sum(widths))
-        first = first_blocks(result.tree, result.offers, widths, result.accepted_rows)
-        return extra_tokens(first, result.num_accepted, len(growth.leaf_caps))
+            widths.append(offers.token.shape[1] - sum(widths))
+        # Trees and paths are there for all requests of the cycle, proposals only for those that drafted.
+        drafted = [b for b, yes in enumerate(cycle.speculate) if yes]
+        paths = PathNodes(tree.parent[drafted], tree.token[drafted], result.accepted_rows[drafted])
+        first = first_blocks(paths, offers, widths)
+        return extra_tokens(first, [result.num_accepted[b] for b in drafted], len(growth.leaf_caps))
 
     def _outcomes(self, cycle: Cycle, block: int, stop: Stop) -> tuple[dict[int, float], dict[int, float]]:
         """Tokens per second and uncorrected accepted drafts by number of leaves that the next block extends."""

@@ -10,6 +10,7 @@ Legend: B requests, R tree rows, A accepted drafts on the longest path, N bins.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -196,20 +197,29 @@ class LeafGain:
         return pooled, self._single.setdefault((block, leaves), ForgettingRatio(self._half_life))
 
 
-def first_blocks(tree: DraftTree, offers: Offers, widths: Sequence[int], accepted_rows: Tensor) -> NDArray[np.int64]:
+@dataclass(frozen=True, slots=True)
+class PathNodes:
+    """Accepted paths through trees: parent row and token of every row, int64 [B, R], and the paths' rows [B, A + 1]."""
+
+    parent: Tensor
+    token: Tensor
+    rows: Tensor
+
+
+def first_blocks(paths: PathNodes, offers: Offers, widths: Sequence[int]) -> NDArray[np.int64]:
     """The first block that proposed each node of the accepted paths, int64 [B, A + 1].
 
-    ``tree.block`` says whose score a node has, and a later block often scores better what an earlier one proposed too.
+    ``DraftTree.block`` says whose score a node has, and a later block often scores better what an earlier one proposed
+    too.
 
     Args:
-        tree: the verified trees.
+        paths: of the B requests that drafted. What padding and the root give is no block.
         offers: everything proposed for them, block by block.
         widths: candidates of each block.
-        accepted_rows: int64 [B, A + 1], tree rows of each path, root first. What padding and the root give is no block.
     """
     parent_BM, token_BM = offers.parent_row.cpu().numpy(), offers.token.cpu().numpy()
-    rows = accepted_rows.cpu().numpy()
-    parent_BA, token_BA = (np.take_along_axis(t.cpu().numpy(), rows, axis=1) for t in (tree.parent, tree.token))
+    rows = paths.rows.cpu().numpy()
+    parent_BA, token_BA = (np.take_along_axis(t.cpu().numpy(), rows, axis=1) for t in (paths.parent, paths.token))
     same = (parent_BM[:, None] == parent_BA[:, :, None]) & (token_BM[:, None] == token_BA[:, :, None])
     first: NDArray[np.int64] = np.where(same, np.repeat(np.arange(len(widths)), widths), len(widths)).min(axis=2)
     return first

@@ -144,7 +144,7 @@ def test_traffic_that_comes_back_is_served_by_the_version_that_was_best_for_it(t
     settled = next(r for r in records(tmp_path) if (r.decision_id, r.stage) == (back.decision_id, "settled"))
     assert settled.numbers["saving"] > 0.2 and settled.candidate_version == "v1"
     assert "restore of v1" in explain(back)
-    assert "v1" not in service.state.policy.taken_back
+    assert "v1" not in service.state.policy.barred_until_s
     model = what_if(lambda: iter(records(tmp_path)), service._policy).modelled
     assert model.dropped == 0
 
@@ -161,7 +161,7 @@ def test_a_restored_version_that_loses_is_taken_back_and_what_it_lost_is_known(t
     drive(world, service, now_s, 300)
     assert [record.options[0].version for record in taken(tmp_path)].count("v1") == 1, "its loss is remembered"
     assert "rollback" in world.calls and world.serving != "v1"
-    assert service.state.policy.taken_back == {}, "it was no fault"
+    assert service.state.policy.barred_until_s == {}, "it was no fault"
     known = [c for c in service.state.policy.comparisons if (c.version, c.against) == ("v1", trained)]
     assert next(c for c in known if c.domain == "python").saving < -0.3
 
@@ -181,8 +181,8 @@ def test_a_restored_version_that_is_broken_live_is_kept_away_for_a_day(tmp_path:
     rollback = world.rollback
     world.restore, world.rollback = breaks, mended  # type: ignore[method-assign]
     now_s = drive(world, service, now_s, 200)
-    (until_s,) = service.state.policy.taken_back.values()
-    assert set(service.state.policy.taken_back) == {"v1"} and until_s > now_s + 80_000.0
+    (until_s,) = service.state.policy.barred_until_s.values()
+    assert set(service.state.policy.barred_until_s) == {"v1"} and until_s > now_s + 80_000.0
     assert len(taken(tmp_path)) == 1
 
 
@@ -200,7 +200,7 @@ def test_a_version_that_cannot_be_compared_makes_room_for_the_next_best(tmp_path
         world.serve("python", float(second))
         service.step(second + 0.9)
     tried = [record.options[0].version for record in taken(tmp_path)]
-    assert tried.count("v1") == 1 and set(service.state.policy.taken_back) == {"v1"}
+    assert tried.count("v1") == 1 and set(service.state.policy.barred_until_s) == {"v1"}
 
 
 def test_the_base_is_compared_once_on_text_that_it_has_not_served(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_versions_that_serve_or_were_taken_back_are_not_offered(tmp_path: Path) 
     assert [level.version for level in manual.past] == ["v1"], "of v9 nothing is known"
     assert manual.past[0].drop < -0.2, "it was worse there"
     assert context.base == "v1"
-    state.policy = replace(state.policy, taken_back={"v1": now_s + 10.0})
+    state.policy = replace(state.policy, barred_until_s={"v1": now_s + 10.0})
     context = build_context(state, world.windows(), serving, float(now_s), CONFIG, stored=("v1", serving))
     assert context.stored == () and context.base == "" and all(d.past == () for d in context.domains)
     context = build_context(state, world.windows(), serving, now_s + 11.0, CONFIG, stored=("v1", serving))

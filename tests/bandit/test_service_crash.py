@@ -130,7 +130,7 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> int:
     return fuse.passed
 
 
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", range(4))
 def test_killed_anywhere_a_restore_happens_once_and_ends_once(
     part: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

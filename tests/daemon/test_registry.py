@@ -192,6 +192,8 @@ def test_what_was_rolled_back_by_hand_is_withdrawn_until_somebody_wants_it_again
     assert registry.withdrawn() == ()
     assert registry.rollback() == first and registry.withdrawn() == (second,)
     assert registry.rollback() == second and registry.withdrawn() == (first,), "twice: there and back again"
+    registry.promote(BASE_VERSION)
+    assert registry.rollback() == second and registry.withdrawn() == (first,), "the base may always serve"
 
 
 def test_prune_keeps_base_serving_and_previous(registry: DrafterRegistry) -> None:

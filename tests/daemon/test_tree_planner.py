@@ -11,13 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock.cuda_ext.tree import DraftTree
+from specblock.cuda_ext.tree import DraftTree, place_rows
 from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.planner_types import CycleResult, PlannerSettings
 from specblock.daemon.speculation import GateSettings, Participant, ProbeBudget, SpeculationGate
 from specblock.daemon.tree_outlook import best_budget
 from specblock.daemon.tree_planner import TreePlanner
 from specblock.drafter.plan import NO_SPECULATION
+from specblock.drafter.survival import LeafGain
 from tests.daemon.drafting_world import BUDGET, LEAF_CAP, SETTINGS, Clock, World, curve, run
 
 
@@ -434,3 +435,31 @@ def test_a_domain_pays_for_the_prompts_its_drafter_absorbs() -> None:
                 assert gate.decide(request, 0.01) == (True,)
                 gate.record(request, [True], [2], 2 / 1.06, 2 / 1.06, 1.0)
             assert not gate.is_on("x")
+
+
+def test_a_batch_of_which_some_draft_learns_what_later_blocks_brought() -> None:
+    """Trees and paths come for all requests of a cycle, proposals only for those that drafted."""
+    world, clock = World(60, seed=3), Clock()
+    planner = planner_of(curve(block_s=1e-4), clock, explore_share=0.0, plain_share=0.0)
+    planner.gate._state("off").on = False
+    planner.gate.budget.take(1e9)
+    everyone = [Participant("a", "on"), Participant("z", "off"), Participant("b", "on")]
+    blocks = []
+    for start in range(0, 60, 2):
+        speculate = planner.begin(everyone)
+        members = [b for b, yes in enumerate(speculate) if yes]
+        assert 0 in members and 2 in members
+        these = torch.tensor([start, start + 1, start][: len(members)])
+        tree, offers = world.draft(these, planner)
+        path, accepted = world.accept(tree, these)
+        whole = place_rows(tree, torch.tensor(members), torch.zeros(3, dtype=torch.int64))
+        rows = torch.arange(path.shape[1]).repeat(3, 1)
+        rows[members] = path
+        counts = [0, 0, 0]
+        for member, count in zip(members, accepted, strict=True):
+            counts[member] = count
+        blocks.append(planner.plan.blocks)
+        planner.record(CycleResult(1e-3, 0.01, 5e-4, [1 + n for n in counts], whole, rows, counts, offers))
+        clock.now_s += 0.02
+    assert max(blocks) > 1, "later blocks were drafted"
+    assert planner.gain.tokens(1, LEAF_CAP) != LeafGain().tokens(1, LEAF_CAP), "and learned from"

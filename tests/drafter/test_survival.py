@@ -15,7 +15,7 @@ from torch import Tensor
 from specblock.cuda_ext.ops import build_tree, find_child, grow_tree
 from specblock.cuda_ext.tree import Candidates, DraftTree
 from specblock.drafter.forgetting import ForgettingRatio, non_decreasing
-from specblock.drafter.survival import LeafGain, SurvivalTable, extra_tokens, first_blocks
+from specblock.drafter.survival import LeafGain, PathNodes, SurvivalTable, extra_tokens, first_blocks
 from tests.random_trees import random_candidates
 
 GRID = torch.linspace(-14, 0, 200)
@@ -160,7 +160,7 @@ def test_what_an_earlier_block_proposed_too_is_its_own_however_it_was_scored() -
     tree, offers = grow_tree(torch.tensor([0]), candidates, 4, 3)
     path = torch.tensor([[0, 1, 2, 3]])
     assert tree.block.tolist() == [[-1, 0, 1, 1, -1]]
-    first = first_blocks(tree, offers, [2, 2], path)
+    first = first_blocks(PathNodes(tree.parent, tree.token, path), offers, [2, 2])
     assert first[0, 1:].tolist() == [0, 0, 1] and extra_tokens(first, [3], 1) == [1.0]
 
 
@@ -172,7 +172,7 @@ def test_first_blocks_are_the_first_among_equal_paths(seed: int) -> None:
     candidates = random_candidates(generator, 3, 20, 4, 5, truth)
     tree, offers = grow_tree(torch.zeros(3, dtype=torch.int64), candidates, 12, 5)
     rows = torch.arange(tree.num_rows).expand(3, -1)
-    first = first_blocks(tree, offers, [12, 8], rows)
+    first = first_blocks(PathNodes(tree.parent, tree.token, rows), offers, [12, 8])
     path_of = [
         [paths(c_token, c_parent, i) for i in range(20)]
         for c_token, c_parent in zip(candidates.token.tolist(), candidates.parent.tolist(), strict=True)
