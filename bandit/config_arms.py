@@ -77,11 +77,7 @@ def default_arms() -> tuple[Arm, ...]:
     """Skip, go back, count tokens, retrain the draft head, retrain the whole drafter: the paper's arms and two more."""
     return (
         Arm(name="skip"),
-        Arm(
-            name="restore",
-            restores=True,
-            prior_gain_sd=0.05,
-        ),
+        Arm(name="restore", restores=True, prior_gain_sd=0.05),
         Arm(
             name="statistics",
             patterns=("token_bias.*",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 from specblock.bandit.acceptance import EXACT, DomainStatistics, Level, Segment, VersionStatistics
 from specblock.bandit.actions import DomainWindows, WindowSummary
@@ -43,9 +42,8 @@ def build_context(
         now_s=now_s,
         serving_version=serving_version,
         domains=tuple(
-            replace(
-                domain_context(name, state, serving_version, flow[name] / total, available.get(name), now_s, config),
-                past=past_levels(name, state, serving_version, earlier, now_s, config),
+            domain_context(
+                name, state, serving_version, earlier, flow[name] / total, available.get(name), now_s, config
             )
             for name in sorted(state.domains)
         ),
@@ -86,12 +84,13 @@ def domain_context(
     name: str,
     state: BanditState,
     version: str,
+    earlier: tuple[str, ...],
     share: float,
     windows: DomainWindows | None,
     now_s: float,
     config: PolicyConfig,
 ) -> DomainContext:
-    """One domain under ``version``."""
+    """One domain under ``version``, and what is known there of ``earlier`` ones."""
     statistics = state.domains[name].versions.get(version, VersionStatistics())
     recent = statistics.recent
     cycles, tokens = sum(s.cycles for s in recent), sum(s.tokens for s in recent)
@@ -114,6 +113,7 @@ def domain_context(
         num_train=windows.num_train if windows else 0,
         num_heldout=windows.num_heldout if windows else 0,
         presence=state.presence.get(name),
+        past=past_levels(name, state, version, earlier, now_s, config),
     )
 
 

@@ -108,7 +108,7 @@ class Target:
     settled: bool = True
 
     def level(self, version: str) -> PastLevel | None:
-        """What ``version`` had there; None: it has not served this domain, or too little."""
+        """What is known of ``version`` there; None: nothing."""
         return next((level for level in self.past if level.version == version), None)
 
 

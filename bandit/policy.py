@@ -156,16 +156,15 @@ def _option(
 ) -> Option | None:
     """The arm's option, for the best version if it restores one; None: there is none that it could restore."""
     versions = context.stored if arm.restores else ("",)
-    values = ((complete_value(arm, context, state, config, version, instead), version) for version in versions)
-    best = max(values, key=lambda found: found[0].net_lower, default=None)
-    if best is None:
+    values = {version: complete_value(arm, context, state, config, version, instead) for version in versions}
+    version = max(values, key=lambda name: values[name].net_lower, default=None)
+    if version is None:
         return None
-    value, version = best
     curiosity = 0.0
-    if arm.restores and context.base and value.net_lower <= 0:
-        unknown = complete_value(arm, context, state, config, context.base)
-        curiosity = curiosity_s(unknown, context, state, config)
-        value, version = (unknown, context.base) if curiosity > 0 else best
+    if arm.restores and context.base and values[version].net_lower <= 0:
+        curiosity = curiosity_s(values[context.base], context, state, config)
+        version = context.base if curiosity > 0 else version
+    value = values[version]
     # In the currency of the charges: interference and stall are booked against the budget, so they are needed too.
     blocked = _blocked(arm, value.cost, reached, context, state, config)
     return Option(value=value, blocked=blocked, version=version, curiosity=curiosity)

@@ -125,7 +125,7 @@ def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     evidence = judge(rows, pending.scale_s, rules)
     numbers = gate_numbers(evidence)
     tools.journal.write(pending.decision_id, f"gated-{look}", now_s, evidence.reason, charged_s=cost_s, numbers=numbers)
-    next_look = max(math.ceil(requests * rules.look_growth), requests + 1)
+    next_look = math.ceil(requests * rules.look_growth)
     tools.move(stage="gating", looks=look, rows=rows, next_look=next_look)
     if evidence.verdict == "pass":
         tools.move(stage="promoting")

@@ -1,8 +1,8 @@
 """Which cycles the planner learns from: all of a new kind of batch, then every so many.
 
-What a cycle teaches about survival takes the host as long as choosing sizes does, and from one cycle to the next little
-of it is news. Sizes are chosen in every cycle all the same: whether a leaf is worth another block depends on how sure
-the drafter is right there.
+Learning what a cycle says about survival takes the host time, and from one cycle to the next little of it is news.
+Sizes are chosen in every cycle all the same: whether a leaf is worth another block depends on how sure the drafter is
+right there.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class PlannerSettings:
         plain_share: cycles without speculation while it is on, to keep the price of plain decoding known; more of them
             while little of it is known, none at all if 0.
         settle_cycles: cycles with drafts of a new drafter, or of another number of requests, that are all learned from.
-        learn_every: of later ones every so many is; learning takes as long as choosing, and little of it is news.
+        learn_every: of later ones every so many is; learning takes time, and little of it is news.
         gate: when speculation goes off and on.
     """
 

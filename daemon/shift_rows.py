@@ -172,8 +172,7 @@ def _oracle(
         others = [r for r in runs if r.seed == run.seed]
         by_phase.append([])
         for phase in range(int(traffic[run.seed].phase.max()) + 1):
-            where = np.flatnonzero(traffic[run.seed].phase == phase)
-            late = where[len(where) * 3 // 4 :]
+            where, late = _in_and_late(traffic[run.seed], phase)
             share = min(float(r.request_s[late].sum()) for r in others) / float(run.request_s[late].sum())
             total_s += share * float(run.request_s[where].sum())
             needed = share * float(run.cycles[where].sum())
@@ -230,12 +229,17 @@ def _resampled_s(request_s: NDArray[np.float64], traffic: ShiftTraffic) -> NDArr
     return total
 
 
+def _in_and_late(traffic: ShiftTraffic, phase: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Numbers of a phase's requests, and of those in its last quarter."""
+    where = np.flatnonzero(traffic.phase == phase)
+    return where, where[len(where) * 3 // 4 :]
+
+
 def _plateaus(runs: Sequence[PolicyRun], traffic: ShiftTraffic) -> list[float]:
     """The best acceptance that any policy shows in the last quarter of each phase."""
     best = []
     for phase in range(int(traffic.phase.max()) + 1):
-        where = np.flatnonzero(traffic.phase == phase)
-        late = where[len(where) * 3 // 4 :]
+        _, late = _in_and_late(traffic, phase)
         best.append(max(float(r.committed[late].sum() / r.cycles[late].sum()) for r in runs))
     return best
 

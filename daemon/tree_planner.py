@@ -66,6 +66,7 @@ class TreePlanner:
         self._looks = PlainLooks(self._planner.plain_share)
         self._pace = LearningPace(self._planner.settle_cycles, self._planner.learn_every)
         self._explored = 0
+        self._every_count = np.arange(settings.node_budget + 1)
         # Real over modelled seconds: what the curves do not know, the learning itself among it.
         self._surplus, self._plain_surplus = ForgettingRatio(_SURPLUS_HALF_LIFE), ForgettingRatio(_SURPLUS_HALF_LIFE)
         self._nodes, self._leaves, self._blocks, self._plain = (
@@ -240,7 +241,7 @@ class TreePlanner:
         nodes_N = np.arange(1, len(stop.gain_by_nodes) + 1, dtype=np.float64) + stop.closed_nodes
         bias = outlook.decision_bias(block + 1)
         known_N = stop.gain_by_nodes + stop.closed_tokens
-        stop_s_N = np.interp(nodes_N, np.arange(most + 1), verify_s_N)  # closed nodes are a mean, no whole number
+        stop_s_N = np.interp(nodes_N, self._every_count, verify_s_N)  # closed nodes are a mean, no whole number
         best = best_budget(scale * bias * known_N, cycle.batch, fixed_s, stop_s_N) - 1
         stop_nodes = min(float(nodes_N[best]), float(most))
         growth.stop_nodes.append(stop_nodes)

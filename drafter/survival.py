@@ -64,7 +64,7 @@ class SurvivalTable:
         """
         depth_BR, block_BR = tree.depth.cpu().numpy(), tree.block.cpu().numpy()
         accepted = np.zeros(depth_BR.shape)
-        rows = np.where(_on_path(accepted_rows, num_accepted), accepted_rows.cpu().numpy(), 0)
+        rows = np.where(_on_path(accepted_rows.shape[1], num_accepted), accepted_rows.cpu().numpy(), 0)
         np.put_along_axis(accepted, rows, 1.0, axis=1)  # the root is no draft, so marking it is harmless
         drafts = depth_BR > 0
         bins = np.searchsorted(_EDGES, -tree.score.cpu().numpy()[drafts], side="right") - 1
@@ -237,7 +237,7 @@ def extra_tokens(first_BA: NDArray[np.int64], num_accepted: Sequence[int], later
         later_blocks: how many there are.
     """
     beyond = later_blocks + 1
-    real = np.arange(first_BA.shape[1]) <= np.array(num_accepted)[:, None]
+    real = _on_path(first_BA.shape[1], num_accepted)
     real[:, 0] = False  # the root is no draft
     along = np.where(real, first_BA, beyond).clip(max=beyond)
     earliest_below = np.minimum.accumulate(along[:, ::-1], axis=1)[:, ::-1]
@@ -245,9 +245,9 @@ def extra_tokens(first_BA: NDArray[np.int64], num_accepted: Sequence[int], later
     return counts
 
 
-def _on_path(accepted_rows: Tensor, num_accepted: Sequence[int]) -> NDArray[np.bool_]:
-    """bool [B, A + 1]: columns that are no padding, the root's included."""
-    real: NDArray[np.bool_] = np.arange(accepted_rows.shape[1]) <= np.array(num_accepted)[:, None]
+def _on_path(width: int, num_accepted: Sequence[int]) -> NDArray[np.bool_]:
+    """bool [B, width]: columns of paths so wide that are no padding, the root's included."""
+    real: NDArray[np.bool_] = np.arange(width) <= np.array(num_accepted)[:, None]
     return real
 
 
