@@ -40,6 +40,7 @@ from specblock.verifier.model import TargetModel
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64)
 _PREFIX_TOKENS = (128, 512, 2048)
+_LAYERS_PREFIX = 200
 _ROUNDS = 31
 _SLOTS, _FAN_OUT, _VOCABULARY = 4, 10, 4096
 _HIDDEN, _INNER, _HEADS, _KV_HEADS, _HEAD_SIZE, _LAYERS = 512, 1408, 8, 4, 64, 12
@@ -224,8 +225,8 @@ def _layer_rows() -> list[KernelRow]:
         for _ in range(_LAYERS)
     ]  # fmt: skip
 
-    keys, values = torch.randn(2, _LAYERS, 1, _KV_HEADS, 256, _HEAD_SIZE)
-    slots, lengths = torch.tensor([0]), torch.tensor([200])
+    keys, values = torch.randn(2, _LAYERS, 1, _KV_HEADS, _LAYERS_PREFIX + max(_ROWS), _HEAD_SIZE)
+    slots, lengths = torch.tensor([0]), torch.tensor([_LAYERS_PREFIX])
 
     def through(x: Tensor, rotary: tuple[Tensor, Tensor], visible: Tensor, layer: Any) -> None:
         for (before, after), key, value in zip(layers, keys, values, strict=True):
@@ -238,7 +239,7 @@ def _layer_rows() -> list[KernelRow]:
         found.append(
             compare(
                 f"{_LAYERS} layers",
-                f"{count} rows, 200 prefix",
+                f"{count} rows, {_LAYERS_PREFIX} prefix",
                 partial(through, *given, slot_layer),
                 partial(through, *given, slot_layer_reference),
             )
@@ -251,10 +252,13 @@ def _forward_rows(model: str) -> list[KernelRow]:
     pair = [load_target(model, torch.float32, "cpu", native=native) for native in (True, False)]
     caches = [target.new_cache(1, 512) for target in pair]
     for target, cache in zip(pair, caches, strict=True):
-        target.prefill(cache, cache.allocate(), list(range(200)))
+        target.prefill(cache, cache.allocate(), list(range(_LAYERS_PREFIX)))
 
     def forward(which: int, rows: int) -> Call:
         target: TargetModel = pair[which]
         return lambda: target.forward(caches[which], [0], torch.arange(rows)[None])
 
-    return [compare("target forward", f"{rows} rows, 200 prefix", forward(0, rows), forward(1, rows)) for rows in _ROWS]
+    return [
+        compare("target forward", f"{rows} rows, {_LAYERS_PREFIX} prefix", forward(0, rows), forward(1, rows))
+        for rows in _ROWS
+    ]
