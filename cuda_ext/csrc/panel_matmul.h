@@ -9,6 +9,7 @@
 // bits. (Without FMA instructions the chain rounds twice per step; still the same for any number of rows.)
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include "kernels.h"
@@ -17,7 +18,14 @@
 namespace {
 
 using specblock::kPanel;
-constexpr int64_t kTileRows = 6;  // 6 rows x 16 columns are 12 of the 16 vector registers of AVX2
+constexpr int kVectors = kPanel / L;  // of a row of a panel
+// What fits into the registers: sums, beside weights and a value of x. AVX-512 has 32 of them, the others 16.
+constexpr int kTileRows = L == 16 ? 8 : 6, kSums = L == 16 ? 26 : 12;
+constexpr int64_t kTogether = 12;  // panels that stay in the second cache while one tile of rows after the other wants them
+
+// Neighbouring panels for R rows: few rows alone would leave additions waiting for each other.
+template <int R>
+constexpr int kSide = std::clamp(kSums / (R * kVectors), 1, 4);
 
 // One row of a panel, 16 weights in kPanel / L vectors.
 SB_INLINE void load_row(const float* from, Float* to) {
@@ -30,11 +38,11 @@ SB_INLINE void load_row(const uint16_t* from, Float* to) {
   typedef uint32_t Words __attribute__((vector_size(32)));
   Words words;
   std::memcpy(&words, from, sizeof words);
-  const Words low = words << 16, high = words & 0xffff0000u;
-  float both[16];
-  std::memcpy(both, &low, sizeof low);
-  std::memcpy(both + 8, &high, sizeof high);
-  to[0] = load(both);
+  // One vector holds them twice: what is shifted in its lower half stays in its upper one.
+  const Word twice = __builtin_shufflevector(words, words, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+  const Word shift = {16, 16, 16, 16, 16, 16, 16, 16};
+  const Word both = (twice << shift) & 0xffff0000u;
+  std::memcpy(to, &both, sizeof both);
 #else
   constexpr int kHalf = kPanel / L / 2;
   for (int c = 0; c < kHalf; c++) {
@@ -50,52 +58,46 @@ SB_INLINE void load_row(const uint16_t* from, Float* to) {
 // out[R][P * 16] = x[R][K] times P neighbouring panels.
 template <int R, int P, class W>
 SB_INLINE void tile(const float* x, const W* panels, float* out, int64_t out_stride, int64_t K) {
-  constexpr int C = kPanel / L;
-  Float sum[R][P][C] = {};
+  Float sum[R][P][kVectors] = {};
   for (int64_t k = 0; k < K; k++) {
-    Float weight[P][C];
+    Float weight[P][kVectors];
     for (int p = 0; p < P; p++) {
       const W* row = panels + (p * K + k) * kPanel;
-      __builtin_prefetch(row + P * K * kPanel);  // the next panels: memory and arithmetic overlap
+      __builtin_prefetch(row + P * K * kPanel, 0, 2);  // the next panels: memory and arithmetic overlap
       load_row(row, weight[p]);
     }
     for (int r = 0; r < R; r++) {
       const auto value = broadcast(x[r * K + k]);
       for (int p = 0; p < P; p++)
-        for (int c = 0; c < C; c++) sum[r][p][c] += value * weight[p][c];
+        for (int c = 0; c < kVectors; c++) sum[r][p][c] += value * weight[p][c];
     }
   }
   for (int r = 0; r < R; r++)
     for (int p = 0; p < P; p++)
-      for (int c = 0; c < C; c++) store(out + r * out_stride + p * kPanel + c * L, sum[r][p][c]);
+      for (int c = 0; c < kVectors; c++) store(out + r * out_stride + p * kPanel + c * L, sum[r][p][c]);
 }
 
-// All rows times one panel, in tiles of equal height.
+// At most R rows times the panels begin .. end.
+template <int R, class W>
+SB_INLINE void few_rows(int64_t rows, const float* x, const W* packed, float* out, int64_t out_stride, int64_t K,
+                        int64_t begin, int64_t end) {
+  if constexpr (R > 1)
+    if (rows < R) return few_rows<R - 1, W>(rows, x, packed, out, out_stride, K, begin, end);
+  constexpr int P = kSide<R>;
+  for (; begin + P <= end; begin += P)
+    tile<R, P, W>(x, packed + begin * K * kPanel, out + begin * kPanel, out_stride, K);
+  for (; begin < end; begin++) tile<R, 1, W>(x, packed + begin * K * kPanel, out + begin * kPanel, out_stride, K);
+}
+
+// All rows times the panels begin .. end, in tiles of equal height.
 template <class W>
-SB_INLINE void all_rows(const float* x, const W* panel, float* out, int64_t out_stride, int64_t M, int64_t K) {
+SB_INLINE void all_rows(const float* x, const W* packed, float* out, int64_t out_stride, int64_t M, int64_t K,
+                        int64_t begin, int64_t end) {
   for (int64_t m = 0; m < M;) {
     const int64_t left = M - m, tiles = (left + kTileRows - 1) / kTileRows, take = (left + tiles - 1) / tiles;
-    const float* rows = x + m * K;
-    float* to = out + m * out_stride;
-    switch (take) {
-      case 1: tile<1, 1, W>(rows, panel, to, out_stride, K); break;
-      case 2: tile<2, 1, W>(rows, panel, to, out_stride, K); break;
-      case 3: tile<3, 1, W>(rows, panel, to, out_stride, K); break;
-      case 4: tile<4, 1, W>(rows, panel, to, out_stride, K); break;
-      case 5: tile<5, 1, W>(rows, panel, to, out_stride, K); break;
-      default: tile<6, 1, W>(rows, panel, to, out_stride, K); break;
-    }
+    few_rows<kTileRows, W>(take, x + m * K, packed, out + m * out_stride, out_stride, K, begin, end);
     m += take;
   }
-}
-
-// One to three rows leave registers free: several panels at once, or the adds would wait for each other.
-template <int R, int P, class W>
-SB_INLINE int64_t several_panels(const float* x, const W* packed, float* out, int64_t N, int64_t K, int64_t begin,
-                                 int64_t end) {
-  for (; begin + P <= end; begin += P)
-    tile<R, P, W>(x, packed + begin * K * kPanel, out + begin * kPanel, N, K);
-  return begin;
 }
 
 // out[M, N] of the panels begin .. end; the last panel of the matrix may stand for fewer than 16 columns.
@@ -103,13 +105,11 @@ template <class W>
 SB_INLINE void multiply(const float* x, const W* packed, float* out, int64_t M, int64_t K, int64_t N, int64_t begin,
                         int64_t end) {
   const int64_t whole = end * kPanel <= N ? end : end - 1;
-  if (M == 1) begin = several_panels<1, 4, W>(x, packed, out, N, K, begin, whole);
-  if (M == 2) begin = several_panels<2, 3, W>(x, packed, out, N, K, begin, whole);
-  if (M == 3) begin = several_panels<3, 2, W>(x, packed, out, N, K, begin, whole);
-  for (; begin < whole; begin++) all_rows<W>(x, packed + begin * K * kPanel, out + begin * kPanel, N, M, K);
+  for (; begin < whole; begin += kTogether)
+    all_rows<W>(x, packed, out, N, M, K, begin, std::min(begin + kTogether, whole));
   if (whole == end) return;
   std::vector<float> part(M * kPanel);
-  all_rows<W>(x, packed + whole * K * kPanel, part.data(), kPanel, M, K);
+  all_rows<W>(x, packed + whole * K * kPanel, part.data(), kPanel, M, K, 0, 1);
   for (int64_t m = 0; m < M; m++)
     std::memcpy(out + m * N + whole * kPanel, part.data() + m * kPanel, (N - whole * kPanel) * sizeof(float));
 }
