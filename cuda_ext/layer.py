@@ -18,7 +18,7 @@ from specblock.cuda_ext.norm import rms_norm
 class AttentionWeights:
     """What comes before attention: a norm [K] and its eps, three products, norms [D] of query and key heads or None.
 
-    Without the first norm, rows are normalised already.
+    Without the first norm, rows are normalised already. The products are coarse all together or not at all.
     """
 
     norm: Tensor | None
@@ -33,7 +33,7 @@ class AttentionWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RestWeights:
-    """What comes after: the output product, the second norm [K] and its eps, the SwiGLU."""
+    """What comes after: the output product, the second norm [K] and its eps, the SwiGLU; products as before."""
 
     output: PackedWeight
     norm: Tensor
@@ -59,7 +59,7 @@ def attention_inputs(
     w, (cos, sin) = weights, rotary
     query, key, value = torch.ops.specblock.attention_inputs(
         x.contiguous(), w.norm, w.eps, w.query.panels, w.key.panels, w.value.panels, w.query.out_features,
-        w.key.out_features, cos.contiguous(), sin.contiguous(), w.query_norm, w.key_norm, w.head_eps,
+        w.key.out_features, cos.contiguous(), sin.contiguous(), w.query_norm, w.key_norm, w.head_eps, w.query.coarse,
     )  # fmt: skip
     size = cos.shape[-1]
     return _heads(query, size), _heads(key, size), _heads(value, size)
@@ -87,7 +87,7 @@ def layer_rest(x: Tensor, mixed: Tensor, weights: RestWeights) -> Tensor:
     w = weights
     result: Tensor = torch.ops.specblock.layer_rest(
         x.contiguous(), mixed.contiguous(), w.output.panels, w.norm, w.eps, w.gate.panels, w.up.panels, w.down.panels,
-        w.gate.out_features,
+        w.gate.out_features, w.gate.coarse,
     )  # fmt: skip
     return result
 

@@ -9,8 +9,9 @@ Legend: N outputs, K inputs, M rows, J = ceil(N / 16) panels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,16 @@ class PackedWeight:
         panels: [J, K, 16] bfloat16 or float32; the last panel is filled with zeros. In bfloat16 the columns of a row
             are in the order 0, 8, 1, 9, ..., 7, 15: one word then holds columns j and j + 8.
         out_features: N.
+        coarse: round rows to bfloat16 before they are multiplied, where that is faster; see ``rounds_rows``.
     """
 
     panels: Tensor
     out_features: int
+    coarse: bool = False
 
-    def __call__(self, x: Tensor, coarse: bool = False) -> Tensor:
-        """float32 [..., K] -> float32 [..., N]; ``coarse`` rounds x to bfloat16 where that is faster."""
-        result: Tensor = torch.ops.specblock.packed_linear(x.contiguous(), self.panels, self.out_features, coarse)
+    def __call__(self, x: Tensor) -> Tensor:
+        """float32 [..., K] -> float32 [..., N]."""
+        result: Tensor = torch.ops.specblock.packed_linear(x.contiguous(), self.panels, self.out_features, self.coarse)
         return result
 
     def heads(self, x: Tensor, rotary: tuple[Tensor, Tensor], norm: Tensor | None = None, eps: float = 0.0) -> Tensor:
@@ -53,7 +56,7 @@ class PackedWeight:
         batch, rows, _ = x.shape
         cos, sin = (table.expand(batch, rows, -1).reshape(batch * rows, -1).contiguous() for table in rotary)
         flat: Tensor = torch.ops.specblock.rotary_linear(
-            x.contiguous(), self.panels, self.out_features, cos, sin, norm, eps
+            x.contiguous(), self.panels, self.out_features, cos, sin, norm, eps, self.coarse
         )
         return flat.view(batch, rows, -1, cos.shape[-1]).transpose(1, 2)
 
@@ -69,7 +72,7 @@ class PackedWeight:
 def swiglu(x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight) -> Tensor:
     """``down(silu(gate(x)) * up(x))``: float32 [..., K] -> float32 [..., N]."""
     result: Tensor = torch.ops.specblock.swiglu(
-        x.contiguous(), gate.panels, up.panels, down.panels, gate.out_features, down.out_features
+        x.contiguous(), gate.panels, up.panels, down.panels, gate.out_features, down.out_features, gate.coarse
     )
     return result
 
@@ -79,7 +82,16 @@ def can_pack(weight: Tensor) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and native_available()
 
 
-def pack(weight: Tensor) -> PackedWeight:
+@functools.cache
+def rounds_rows() -> bool:
+    """Whether this processor multiplies bfloat16 numbers, so that coarse products are products of rounded rows."""
+    if not native_available():
+        return False
+    one, between = pack(torch.ones(1, 1)), torch.tensor([[1 + 2.0**-12]])  # two neighbours in bfloat16 are 2^-7 apart
+    return not torch.equal(one(between), replace(one, coarse=True)(between))
+
+
+def pack(weight: Tensor, coarse: bool = False) -> PackedWeight:
     """Packs ``weight`` float32 [N, K]; stored as bfloat16 if every value is one."""
     outputs, inputs = weight.shape
     padded = nn.functional.pad(weight.detach(), (0, 0, 0, -outputs % PANEL))
@@ -89,16 +101,16 @@ def pack(weight: Tensor) -> PackedWeight:
     rows = (half if exact else padded).view(-1, PANEL, inputs)
     if exact:
         rows = rows.view(-1, 2, PANEL // 2, inputs).transpose(1, 2).reshape(-1, PANEL, inputs)
-    return PackedWeight(rows.transpose(1, 2).contiguous(), outputs)
+    return PackedWeight(rows.transpose(1, 2).contiguous(), outputs, coarse)
 
 
 class PackedLinear(nn.Module):
     """Takes the place of an ``nn.Linear`` whose weight will not change."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, linear: nn.Linear, coarse: bool = False) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.packed = pack(linear.weight)
+        self.packed = pack(linear.weight, coarse)
         self.bias = linear.bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,11 +119,11 @@ class PackedLinear(nn.Module):
         return result if self.bias is None else result + self.bias
 
 
-def pack_linears(model: nn.Module) -> int:
+def pack_linears(model: nn.Module, coarse: bool = False) -> int:
     """Replaces every ``nn.Linear`` below ``model`` that ``can_pack`` accepts; returns how many."""
 
     def packed(child: nn.Module) -> nn.Module | None:
-        return PackedLinear(child) if type(child) is nn.Linear and can_pack(child.weight) else None
+        return PackedLinear(child, coarse) if type(child) is nn.Linear and can_pack(child.weight) else None
 
     return exchange(model, packed)
 

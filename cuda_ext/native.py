@@ -119,7 +119,9 @@ def _packed_linear_shape(x: Tensor, packed: Tensor, out_features: int, coarse: b
     return x.new_empty(*x.shape[:-1], out_features)
 
 
-def _swiglu_shape(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, inner: int, out_features: int) -> Tensor:
+def _swiglu_shape(
+    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, inner: int, out_features: int, coarse: bool = False
+) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 

@@ -44,7 +44,6 @@ def slot_layer(
     scale: float | None = None,
     residual: Tensor | None = None,
     asking: Tensor | None = None,
-    coarse: bool = False,
 ) -> Tensor:
     """Keys and values of all new rows go to the cache; the rows that ask attend and go through the SwiGLU.
 
@@ -59,7 +58,6 @@ def slot_layer(
         scale: of the scores; None is D^-0.5.
         residual: float32 [B, T, K]; None is ``x``.
         asking: int64 [B, A], numbers of the rows that ask; None is all T.
-        coarse: round what is multiplied to bfloat16 where that is faster.
 
     Returns:
         float32 [B, A or T, K].
@@ -70,7 +68,7 @@ def slot_layer(
         x.contiguous(), stream, b.norm, b.eps, b.query.panels, b.key.panels, b.value.panels, b.query.out_features,
         b.key.out_features, cos.contiguous(), sin.contiguous(), b.query_norm, b.key_norm, b.head_eps, rows.keys,
         rows.values, rows.slots, rows.lengths, rows.visible, asking, cos.shape[-1] ** -0.5 if scale is None else scale,
-        a.output.panels, a.norm, a.eps, a.gate.panels, a.up.panels, a.down.panels, a.gate.out_features, coarse,
+        a.output.panels, a.norm, a.eps, a.gate.panels, a.up.panels, a.down.panels, a.gate.out_features, a.gate.coarse,
     )  # fmt: skip
     return result
 

@@ -22,7 +22,7 @@ from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.engine_host import EngineHost, SwapResult
 from specblock.daemon.feedback import Feedback
 from specblock.daemon.messages import EngineStatus, GenerationRequest, TokenChunk
-from specblock.daemon.models import draft_settings, dtype_of, load_target, serving_drafter
+from specblock.daemon.models import draft_settings, format_of, load_target, serving_drafter
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.trainer import Trainer, Weights
 from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore
@@ -83,7 +83,7 @@ class EngineActor:
         version, weights = serving_version(config)
         target = load_target(
             config.target.source,
-            dtype_of(config),
+            format_of(config),
             config.target.device,
             config.target.revision,
             graphs=config.engine.cuda_graphs,
@@ -182,13 +182,13 @@ class TrainerActor:
         os.nice(_TRAINER_NICENESS)
         torch.set_num_threads(config.trainer.threads)
         # The target is loaded on the CPU, because only its embedding is kept.
-        target = load_target(config.target.source, dtype_of(config), "cpu", config.target.revision)
+        target = load_target(config.target.source, format_of(config), "cpu", config.target.revision)
         self._registry = DrafterRegistry(Path(config.state_dir))
         self._trainer = Trainer(
             target.embedding.to(config.trainer.device, copy=True),
             self._registry,
             draft_settings(config),
-            dtype_of(config),
+            format_of(config),
             config.trainer,
         )
 

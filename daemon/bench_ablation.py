@@ -19,10 +19,11 @@ from specblock.daemon.bench_speed import DOMAINS, SEED, interleaved
 from specblock.daemon.bench_ways import Question, Run, Way, engine_way
 from specblock.daemon.collect import read_prompts
 from specblock.daemon.facts import facts
-from specblock.daemon.models import DTYPES, load_target, serving_dtype
+from specblock.daemon.models import load_target, serving_dtype
 from specblock.daemon.resampling import Interval
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.precision import number_format
 
 BASE = "unchanged"
 _EVERY_LEAF = 28  # block 1 has at most 10 + 3 * 6 nodes
@@ -79,7 +80,7 @@ def run(settings: AblationSettings, as_json: bool, say: Callable[[str], None]) -
     """Measures and prints; returns the exit code."""
     torch.set_num_threads(1)
     dtype = serving_dtype(settings.dtype, "cpu")
-    target = load_target(settings.target, DTYPES[dtype], "cpu")
+    target = load_target(settings.target, number_format(dtype, "cpu"), "cpu")
     network = rivals.networks(target)["specblock"]
     rivals.warm(target)
     ways: dict[WayName, Way] = {

@@ -22,7 +22,7 @@ from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.engine_host import EngineHost
 from specblock.daemon.errors import ConfigError, DependencyError
 from specblock.daemon.messages import RequestStats
-from specblock.daemon.models import draft_settings, dtype_of, load_target, serving_drafter, settle_dtype
+from specblock.daemon.models import draft_settings, format_of, load_target, serving_drafter, settle_dtype
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.trainer import Trainer, limits_of, usual_sizes
 from specblock.daemon.windows import WindowLimits, WindowStore
@@ -93,7 +93,7 @@ class Stage:
         """Loads everything; ``state`` is an empty directory for the registry."""
         assert config.drafter.path is not None
         self.config, self.policy, self.sizes = config, policy, sizes
-        self.target = load_target(config.target.source, dtype_of(config), config.target.device, config.target.revision)
+        self.target = load_target(config.target.source, format_of(config), config.target.device, config.target.revision)
         registry = DrafterRegistry(state)
         self.base = registry.import_base(Path(config.drafter.path))
         drafter = serving_drafter(config, self.target, registry.path(self.base))
@@ -101,7 +101,7 @@ class Stage:
         self.drafter = drafter
         self.settings = draft_settings(config)
         embedding = self.target.embedding.to(config.trainer.device, copy=True)
-        self.trainer = Trainer(embedding, registry, self.settings, dtype_of(config), config.trainer)
+        self.trainer = Trainer(embedding, registry, self.settings, format_of(config), config.trainer)
         slots = EngineSettings(slots=config.engine.slots, capacity_tokens=config.target.max_context_tokens)
         engine = Engine(self.target, drafter, slots, time.perf_counter, drafter_version=self.base)
         store = WindowStore(WindowLimits(budget_bytes=config.windows.budget_bytes), time.time)

@@ -33,6 +33,7 @@ from specblock.daemon.cost_profile import stand_in_tree
 from specblock.daemon.facts import facts
 from specblock.daemon.models import load_target
 from specblock.drafter.expand import expand_chain, expand_vectorised, root_leaf
+from specblock.drafter.precision import NumberFormat
 from specblock.drafter.proposals import Proposals
 from specblock.verifier.accept import accept, accept_reference
 from specblock.verifier.history import ChoiceState
@@ -249,7 +250,7 @@ def _layer_rows() -> list[KernelRow]:
 
 def _forward_rows(model: str) -> list[KernelRow]:
     """The target's whole forward behind 200 tokens, against the same model with transformers' own layers."""
-    pair = [load_target(model, torch.float32, "cpu", native=native) for native in (True, False)]
+    pair = [load_target(model, NumberFormat(torch.float32), "cpu", native=native) for native in (True, False)]
     caches = [target.new_cache(1, 512) for target in pair]
     for target, cache in zip(pair, caches, strict=True):
         target.prefill(cache, cache.allocate(), list(range(_LAYERS_PREFIX)))

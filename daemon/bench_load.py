@@ -25,12 +25,13 @@ from specblock.daemon.cost_profile import profiled_planner
 from specblock.daemon.engine import Clock, Engine, EngineSettings
 from specblock.daemon.facts import facts
 from specblock.daemon.messages import GenerationRequest, RequestStats
-from specblock.daemon.models import DTYPES, load_network, load_target, serving_dtype
+from specblock.daemon.models import load_network, load_target, serving_dtype
 from specblock.daemon.resampling import Interval, interval_95, resampled
 from specblock.daemon.tree_planner import TreePlanner
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.interface import AnyDrafter
+from specblock.drafter.precision import number_format
 from specblock.verifier.model import TargetModel
 
 PLAIN, CHOSEN = "plain", "cost_chosen"
@@ -107,7 +108,7 @@ def run(settings: LoadSettings, as_json: bool, say: Callable[[str], None]) -> in
     """Measures and prints; returns the exit code."""
     torch.set_num_threads(1)
     dtype = serving_dtype(settings.dtype, "cpu")
-    target = load_target(settings.target, DTYPES[dtype], "cpu")
+    target = load_target(settings.target, number_format(dtype, "cpu"), "cpu")
     warm(target)
     usual = tuned_settings().get("specblock", DraftSettings())
     largest = LARGEST["specblock"]

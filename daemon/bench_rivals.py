@@ -19,6 +19,7 @@ from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.precision import NumberFormat
 from specblock.drafter.weight_bytes import weight_bytes_per_cycle
 from specblock.verifier.model import TargetModel
 
@@ -92,8 +93,8 @@ def ways(target: TargetModel, untouched: TargetModel, found: dict[str, DraftNetw
 
 def untouched_target(target: TargetModel) -> TargetModel:
     """transformers' own layers, in the format in which they decode fastest here: its users would run it so."""
-    formats = (torch.float32, torch.bfloat16)
-    loaded = [load_target(target.model_name, dtype, str(target.device), native=False) for dtype in formats]
+    formats = (NumberFormat(torch.float32), NumberFormat(torch.bfloat16))
+    loaded = [load_target(target.model_name, one, str(target.device), native=False) for one in formats]
     ways = [transformers_way(one) for one in loaded]
     prompt, how = Prompt("", _TRIAL_TEXT), Question(temperature=0.0, top_p=1.0, new_tokens=_TRIAL_TOKENS)
     # In turns, so that a drift of the machine hits both.

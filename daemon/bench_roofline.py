@@ -25,10 +25,11 @@ from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.bench_rivals import DEMO_DRAFTER, warm
 from specblock.daemon.cost_profile import DraftCycle, stand_in_tree
 from specblock.daemon.facts import facts
-from specblock.daemon.models import DTYPES, load_network, load_target, serving_dtype
+from specblock.daemon.models import load_network, load_target, serving_dtype
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.plan import DraftPlan
+from specblock.drafter.precision import number_format
 from specblock.verifier.history import ChoiceState
 from specblock.verifier.model import TargetModel
 from specblock.verifier.verify import verify
@@ -151,7 +152,7 @@ def run(model: str, dtype: str, out: Path | None, as_json: bool, say: Callable[[
     """Measures and prints; returns the exit code."""
     torch.set_num_threads(1)
     found = serving_dtype(dtype, "cpu")
-    target = load_target(model, DTYPES[found], "cpu")
+    target = load_target(model, number_format(found, "cpu"), "cpu")
     warm(target)
     drafter = BlockDrafter(load_network(target, DEMO_DRAFTER), DraftSettings(blocks=2, leaf_cap=_LEAVES, node_budget=7))
     with torch.inference_mode():

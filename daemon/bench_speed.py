@@ -22,7 +22,8 @@ from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, Row, WayName, make_
 from specblock.daemon.bench_ways import Question, Run, Way
 from specblock.daemon.collect import Prompt, read_prompts
 from specblock.daemon.facts import facts
-from specblock.daemon.models import DTYPES, load_target, serving_dtype
+from specblock.daemon.models import load_target, serving_dtype
+from specblock.drafter.precision import number_format
 
 DOMAINS = ("python", "cpp", "javascript", "manual")
 ALL = "all"
@@ -61,7 +62,7 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
     """Measures and prints; returns the exit code."""
     torch.set_num_threads(1)
     dtype = serving_dtype(settings.dtype, "cpu")
-    target = load_target(settings.target, DTYPES[dtype], "cpu")
+    target = load_target(settings.target, number_format(dtype, "cpu"), "cpu")
     found = rivals.networks(target)
     rivals.warm(target)
     untouched = rivals.untouched_target(target)

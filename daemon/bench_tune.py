@@ -21,10 +21,11 @@ from specblock.daemon.bench_speed import interleaved
 from specblock.daemon.bench_ways import Question, engine_way
 from specblock.daemon.collect import Prompt, read_prompts
 from specblock.daemon.facts import facts
-from specblock.daemon.models import DTYPES, load_target, serving_dtype
+from specblock.daemon.models import load_target, serving_dtype
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.precision import number_format
 from specblock.verifier.model import TargetModel
 
 _START = {
@@ -67,7 +68,7 @@ def run(settings: TuneSettings, say: Callable[[str], None]) -> int:
     """Searches, prints every step and writes the result beside the drafters."""
     torch.set_num_threads(1)
     dtype = serving_dtype(settings.dtype, "cpu")
-    target = load_target(settings.target, DTYPES[dtype], "cpu")
+    target = load_target(settings.target, number_format(dtype, "cpu"), "cpu")
     rivals.warm(target)
     how = Question(temperature=1.0, top_p=0.95, new_tokens=settings.new_tokens)
     files = [read_prompts(settings.prompts / f"{domain}.train.jsonl") for domain in settings.domains]

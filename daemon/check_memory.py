@@ -37,7 +37,7 @@ def needs_bytes(
     Returns:
         Device ("cpu", "cuda:0") to bytes.
     """
-    width = DTYPE_BYTES[config.target.dtype]
+    width = _width_bytes(config)
     drafter_elements = _elements(drafter_tensors)
     engine = _elements(target_tensors) * width + kv_bytes(config, target) + graph_bytes(config, target)
     engine += drafter_elements * width * _RESIDENT_DRAFTERS
@@ -61,7 +61,7 @@ def kv_bytes(config: DaemonConfig, target: Mapping[str, Any]) -> int:
     rows = config.target.max_context_tokens + config.drafter.node_budget + 1
     rows += MOST_ROWS if config.target.device.startswith("cuda") else 0  # where batches are filled up
     layers = int(target["num_hidden_layers"])
-    return 2 * layers * config.engine.slots * heads * head_dim * rows * DTYPE_BYTES[config.target.dtype]
+    return 2 * layers * config.engine.slots * heads * head_dim * rows * _width_bytes(config)
 
 
 def graph_bytes(config: DaemonConfig, target: Mapping[str, Any]) -> int:
@@ -69,7 +69,7 @@ def graph_bytes(config: DaemonConfig, target: Mapping[str, Any]) -> int:
     if not config.engine.cuda_graphs or not config.target.device.startswith("cuda"):
         return 0
     row = int(target["vocab_size"]) + 3 * int(target["hidden_size"])
-    return 2 * config.engine.slots * MOST_ROWS * row * DTYPE_BYTES[config.target.dtype]
+    return 2 * config.engine.slots * MOST_ROWS * row * _width_bytes(config)
 
 
 def free_bytes(device: str) -> int:
@@ -99,6 +99,12 @@ def _free_gpu_bytes(device: str) -> int:
     if found.returncode != 0 or not found.stdout.strip().isdecimal():
         raise DeviceError(f"{device}: {(found.stderr or found.stdout).strip() or 'nvidia-smi gives no answer'}")
     return int(found.stdout) * _MIB
+
+
+def _width_bytes(config: DaemonConfig) -> int:
+    """Bytes per number. On CPUs bfloat16 may be what is multiplied, while tensors are float32."""
+    name = config.target.dtype
+    return DTYPE_BYTES["float32" if name == "bfloat16" and _device(config.target.device) == "cpu" else name]
 
 
 def _device(name: str) -> str:

@@ -12,7 +12,7 @@ import typer
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.errors import ConfigError, ExitCode
-from specblock.daemon.models import dtype_of, load_target, serving_drafter, settle_dtype
+from specblock.daemon.models import format_of, load_target, serving_drafter, settle_dtype
 from specblock.daemon.oneshot import complete
 
 
@@ -39,7 +39,7 @@ def generate(config: DaemonConfig, prompt: str, settings: Settings, as_json: boo
     seed = secrets.randbits(63) if settings.seed is None else settings.seed
     try:
         sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, seed=seed)
-        target = load_target(config.target.source, dtype_of(config), config.target.device, config.target.revision)
+        target = load_target(config.target.source, format_of(config), config.target.device, config.target.revision)
         drafter = serving_drafter(config, target, config.drafter.path) if settings.speculation else None
         show = (lambda text: None) if as_json else (lambda text: typer.echo(text, nl=False))
         answer = complete(target, drafter, prompt, sampling, settings.max_tokens, show)

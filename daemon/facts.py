@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from specblock.cuda_ext.linear import rounds_rows
 from specblock.cuda_ext.native import cuda_native_available, native_available
 
 _BF16_UNITS = ("amx_bf16", "avx512_bf16")
@@ -26,7 +27,8 @@ def facts(device: str = "cpu", *, dtype: str, **settings: str | float) -> dict[s
     commit = subprocess.run(here, capture_output=True, text=True, check=False).stdout.strip()
     known = torch.cpu.get_capabilities()
     on_gpu = device.startswith("cuda")
-    native = cuda_native_available("slot_attention") if on_gpu else dtype == "float32" and native_available()
+    served = dtype == "float32" or (dtype == "bfloat16" and rounds_rows())
+    native = cuda_native_available("slot_attention") if on_gpu else served and native_available()
     own = "slot_attention" if on_gpu else "specblock_tree"
     units = "+".join(unit for unit in _BF16_UNITS if known.get(unit)) or "none"
     return {

@@ -19,18 +19,16 @@ from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.interface import AnyDrafter
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
-from specblock.drafter.precision import serves_faster_in_bfloat16
+from specblock.drafter.precision import NumberFormat, number_format, serves_faster_in_bfloat16
 from specblock.verifier.model import TargetModel
 
 if TYPE_CHECKING:
     from specblock.daemon.config import DaemonConfig
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
-
-def dtype_of(config: DaemonConfig) -> torch.dtype:
-    """The type both models run in; the configuration must be settled."""
-    return DTYPES[config.target.dtype]
+def format_of(config: DaemonConfig) -> NumberFormat:
+    """The format both models run in; the configuration must be settled."""
+    return number_format(config.target.dtype, config.target.device)
 
 
 def serving_dtype(asked: str, device: str) -> str:
@@ -69,7 +67,7 @@ def draft_settings(config: DaemonConfig) -> DraftSettings:
 
 def load_target(
     model: str,
-    dtype: torch.dtype,
+    numbers: NumberFormat,
     device: str,
     revision: str | None = None,
     native: bool = True,
@@ -85,14 +83,16 @@ def load_target(
     try:
         if revision is not None and not Path(model).is_dir():
             model = snapshot_download(model, revision=revision)
-        return TargetModel.load(model, dtype=dtype, device=device, native=native, graphs=graphs)
+        return TargetModel.load(
+            model, dtype=numbers.dtype, device=device, native=native, graphs=graphs, coarse=numbers.coarse
+        )
     except (ValueError, OSError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]  # the hub's advice goes over several lines
         raise IncompatibleError(reason) from None
 
 
 def load_network(target: TargetModel, directory: Path) -> DraftNetwork:
-    """A drafter's network, checked against the target, in the target's type and on its device.
+    """A drafter's network, checked against the target, in the target's format and on its device.
 
     Raises:
         IncompatibleError: it does not fit.
@@ -108,7 +108,7 @@ def load_network(target: TargetModel, directory: Path) -> DraftNetwork:
         )
     except ValueError as error:
         raise IncompatibleError(str(error)) from None
-    return model.eval()
+    return model.round_rows(target.coarse).eval()
 
 
 def serving_drafter(config: DaemonConfig, target: TargetModel, directory: Path | None) -> AnyDrafter:
@@ -132,5 +132,5 @@ def load_pair(
     Raises:
         IncompatibleError: one of them is missing or they do not fit.
     """
-    target = load_target(model, DTYPES[dtype], device, revision)
+    target = load_target(model, number_format(dtype, device), device, revision)
     return target, None if drafter is None else BlockDrafter(load_network(target, drafter), settings)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from specblock.daemon.collect import CollectSettings, Prompt, read_prompts
-from specblock.daemon.models import DTYPES, load_target, serving_dtype
+from specblock.daemon.models import load_target, serving_dtype
 from specblock.daemon.train_curve import CurvePoint, append_point, plot_curve, read_points
 from specblock.daemon.train_data import generate_shards
 from specblock.drafter.checkpoint import load_drafter, save_drafter
@@ -20,6 +20,7 @@ from specblock.drafter.dataset import load_windows
 from specblock.drafter.initialise import config_for_target, frequent_tokens, initialise_from_target
 from specblock.drafter.kinds import loss_settings, new_network, training_blocks
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.precision import number_format
 from specblock.drafter.train import TrainRun, TrainSettings, heldout_acceptance, train_to_deadline
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
@@ -75,9 +76,9 @@ def main(argv: Sequence[str]) -> int:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     name = serving_dtype(options.dtype, options.device)
-    dtype = DTYPES[name]
+    numbers = number_format(name, options.device)
     _say(f"target in {name}")
-    target = load_target(options.target, dtype, options.device)
+    target = load_target(options.target, numbers, options.device)
     train, heldout = _conversations(target, options)
     train = _near(train, options.device)
     model = _started(options.start, target, options.kind) if options.start else _new(target, train, options)
@@ -97,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     begin, curve = time.monotonic(), options.work / "heldout.jsonl"
 
     def evaluate() -> dict[str, float]:
-        found = heldout_acceptance(model, heldout, DraftSettings(), dtype) if heldout else {}
+        found = heldout_acceptance(model, heldout, DraftSettings(), numbers.dtype) if heldout else {}
         append_point(curve, CurvePoint(step=run.done, positions=run.positions, acceptance_length=found))
         return found
 

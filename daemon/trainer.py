@@ -23,6 +23,7 @@ from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.kinds import loss_settings, new_network, training_blocks
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.plan import DraftPlan, Limits, PlannedLimits
+from specblock.drafter.precision import NumberFormat
 from specblock.drafter.replay import Replay, replay
 from specblock.drafter.train import TrainSettings
 from specblock.drafter.update import UpdateRun, update_run
@@ -50,7 +51,7 @@ class Trainer:
         embedding: the target's input embedding [V, H]; drafters train and are replayed where it is.
         registry: versions on disk; this process is its only writer.
         settings: tree settings of the serving engines, so that replay proposes the same trees.
-        serving_dtype: type the engines run drafters in.
+        numbers: format the engines run drafters in.
         config: conversations per optimiser step, versions kept.
     """
 
@@ -59,14 +60,14 @@ class Trainer:
         embedding: Tensor,
         registry: DrafterRegistry,
         settings: DraftSettings,
-        serving_dtype: torch.dtype,
+        numbers: NumberFormat,
         config: TrainerConfig,
     ) -> None:
         self._embedding, self.registry, self._settings = embedding, registry, settings
-        self._dtype, self._config = serving_dtype, config
+        self._numbers, self._config = numbers, config
         # Weights that are bfloat16 numbers are what native products read at half the bytes, in float32 too: a version
         # stored in float32 would draft more slowly than the one it replaces.
-        self._stored = torch.bfloat16 if serving_dtype == torch.float32 else serving_dtype
+        self._stored = torch.bfloat16 if numbers.dtype == torch.float32 else numbers.dtype
         self._candidates: dict[str, _Candidate] = {}
 
     def train(
@@ -242,11 +243,12 @@ class Trainer:
         candidate = self._candidates.get(version)
         if candidate is None:
             path = self.registry.path(version)
-            return load_drafter(path, self._embedding, dtype=self._dtype, device=self._embedding.device)
+            model = load_drafter(path, self._embedding, dtype=self._numbers.dtype, device=self._embedding.device)
+            return model.round_rows(self._numbers.coarse)
         trained = candidate.run.model
         model = new_network(trained.config, self._embedding)
         load_weights(model, stored(trained, self._stored), version)  # what is judged is what will serve
-        return model.to(self._embedding.device, self._dtype)
+        return model.to(self._embedding.device, self._numbers.dtype).round_rows(self._numbers.coarse)
 
 
 def _served_with(window: Window, sizes: tuple[int, ...]) -> bool:

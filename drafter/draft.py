@@ -119,7 +119,7 @@ class BlockDrafter:
     def refresh(self, cache: DrafterCache, slots: list[int], new: NewPositions) -> Tensor:
         """Appends the rows of new positions, every one computed from true target features.
 
-        They are context: on CPUs with a matrix unit they are computed in bfloat16, unlike those of a cycle.
+        They are context: on CPUs that multiply bfloat16 numbers their rows are rounded, whatever those of a cycle are.
 
         Returns:
             u [B, 1, K, H] of each request's newest position (of padding, if it has none: finite and meaningless).

@@ -6,7 +6,7 @@ Legend: B batch, T rows, A rows that look for something, K slots, H hidden, D he
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Linear(nn.Linear):
     """A linear map without bias, as every one in the drafter.
 
-    While ``coarse`` is set, the native product may round its input to bfloat16 (see ``DraftNetwork.coarsely``).
+    While ``coarse`` is set, the native product may round its input to bfloat16 (see ``DraftNetwork.round_rows``).
 
     Its input may be a concatenation of ``parts`` equally long pieces, each of which can be multiplied on its own:
     ``W [a; b] = part(0, a) + part(1, b)``. After ``pack`` the native product serves; a weight that was written to,
@@ -38,7 +38,7 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
         self._parts = parts
         self.coarse = False
-        self._packed: tuple[PackedWeight, ...] = ()
+        self._packed: dict[bool, tuple[PackedWeight, ...]] = {}  # by whether products are coarse; they share panels
         self._packed_state = (-1, -1)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -52,25 +52,27 @@ class Linear(nn.Linear):
         if not pieces:
             return F.linear(x, self.weight)
         if len(pieces) == 1:
-            return pieces[0](x, self.coarse)
+            return pieces[0](x)
         inputs = x.chunk(len(pieces), dim=-1)
-        return torch.stack([piece(taken, self.coarse) for piece, taken in zip(pieces, inputs, strict=True)]).sum(dim=0)
+        return torch.stack([piece(taken) for piece, taken in zip(pieces, inputs, strict=True)]).sum(dim=0)
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """The contribution of one piece of the input: [..., in / parts] -> [..., out]."""
         pieces = self._current()
-        return pieces[index](x, self.coarse) if pieces else F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
+        return pieces[index](x) if pieces else F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
 
     def pack(self) -> None:
         """From here on, outside of training, the native product serves where it can."""
-        fits = can_pack(self.weight)
-        self._packed = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1)) if fits else ()
+        self._packed = {}
+        if can_pack(self.weight):
+            exact = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1))
+            self._packed = {False: exact, True: tuple(replace(piece, coarse=True) for piece in exact)}
         self._packed_state = written(self.weight)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that one product reads."""
-        stored = [piece.panels for piece in self._packed] or [self.weight]
+        stored = [piece.panels for piece in self._packed.get(False, ())] or [self.weight]
         return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
     def packed_weight(self) -> PackedWeight | None:
@@ -83,7 +85,7 @@ class Linear(nn.Linear):
             return ()
         if self._packed_state != written(self.weight):  # new weights were loaded
             self.pack()
-        return self._packed
+        return self._packed.get(self.coarse, ())
 
 
 def written(weight: Tensor) -> tuple[int, int]:
@@ -221,11 +223,11 @@ def whole_layer(
     rows = attend.rows(layer) if isinstance(attend, SlotAttend) else None
     if rows is None:
         return None
-    attention, coarse = block.attention, block.attention.o_proj.coarse
+    attention = block.attention
     before, after = attention.weights(block.before), rest_weights(attention.o_proj, block.after, block.mlp)
     assert before is not None and after is not None, "whole layers are asked for where all weights are packed"
     tables = rotary[0][:, 0], rotary[1][:, 0]
-    return slot_layer(x_BTI, before, after, tables, rows, residual=residual, asking=asking, coarse=coarse)
+    return slot_layer(x_BTI, before, after, tables, rows, residual=residual, asking=asking)
 
 
 def rest_weights(output: Linear, norm: RMSNorm, mlp: MLP) -> RestWeights | None:

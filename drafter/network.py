@@ -137,17 +137,21 @@ class DraftNetwork(nn.Module, ABC):
     def _linears(self) -> list[Linear]:
         return [module for module in self.modules() if isinstance(module, Linear)]
 
+    def round_rows(self, rounds: bool = True) -> DraftNetwork:
+        """From here on native products round what they multiply to bfloat16, where that is faster; or no longer."""
+        for linear in self._linears():
+            linear.coarse = rounds
+        return self
+
     @contextmanager
     def coarsely(self) -> Iterator[None]:
-        """Inside, native products may round what they multiply to bfloat16: for rows that are only context."""
-        linears = self._linears()
-        for linear in linears:
-            linear.coarse = True
+        """Inside it rounds rows in any case: for those that are only context."""
+        before = self._linears()[0].coarse
+        self.round_rows()
         try:
             yield
         finally:
-            for linear in linears:
-                linear.coarse = False
+            self.round_rows(before)
 
     @property
     def packs(self) -> bool:

@@ -1,18 +1,45 @@
-"""Which number format a device is fast in."""
+"""Number formats: what a name of one means on a device, and which is fast there."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
 from torch.nn import functional as F
 
-from specblock.cuda_ext.linear import pack
+from specblock.cuda_ext.linear import pack, rounds_rows
 from specblock.cuda_ext.native import native_available
 
 _OUTPUTS, _INPUTS = 1408, 512
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@dataclass(frozen=True, slots=True)
+class NumberFormat:
+    """How models compute.
+
+    Attributes:
+        dtype: of tensors.
+        coarse: weights are bfloat16 numbers and rows are rounded to such before they are multiplied; sums and all
+            else are ``dtype``.
+    """
+
+    dtype: torch.dtype
+    coarse: bool = False
+
+
+def number_format(name: str, device: torch.device | str) -> NumberFormat:
+    """What "float32", "bfloat16" or "float64" means on a device.
+
+    On a CPU that multiplies bfloat16 numbers, "bfloat16" is native products with float32 sums; on other CPUs it is
+    PyTorch's.
+    """
+    if name == "bfloat16" and torch.device(device).type == "cpu" and rounds_rows():
+        return NumberFormat(torch.float32, coarse=True)
+    return NumberFormat(_DTYPES[name])
 
 
 @cache
@@ -33,14 +60,19 @@ def fast_bfloat16(device: torch.device) -> bool:
 def serves_faster_in_bfloat16(device: torch.device) -> bool:
     """Whether decode cycles, a few rows at a time, are faster in bfloat16 than in float32.
 
-    On CPUs native operations serve float32: if they are there, their product of 16 rows is held against PyTorch's in
-    bfloat16, once; with a weight of bfloat16 numbers, as most published checkpoints have.
+    On CPUs with native operations their product of 16 float32 rows is held against one of bfloat16, once: the native,
+    where there is one, or PyTorch's; with a weight of bfloat16 numbers, as most published checkpoints have.
     """
     if device.type != "cpu" or not native_available():
         return fast_bfloat16(device)
     rows, weight = torch.ones(16, _INPUTS), torch.ones(_OUTPUTS, _INPUTS)
-    half_rows, half_weight, packed = rows.bfloat16(), weight.bfloat16(), pack(weight)
-    return shortest_s(lambda: F.linear(half_rows, half_weight)) < shortest_s(lambda: packed(rows))
+    packed = pack(weight)
+    exact_s = shortest_s(lambda: packed(rows))
+    if rounds_rows():
+        coarse = replace(packed, coarse=True)
+        return shortest_s(lambda: coarse(rows)) < exact_s
+    half_rows, half_weight = rows.bfloat16(), weight.bfloat16()
+    return shortest_s(lambda: F.linear(half_rows, half_weight)) < exact_s
 
 
 def shortest_s(action: Callable[[], object]) -> float:

@@ -97,7 +97,7 @@ class SlotBlocks:
         return self._run(cache, ("first", most), body, inputs, ranking)
 
     def absorb(self, cache: DrafterCache, slots: Sequence[int], new: NewPositions) -> Tensor:
-        """Block 1 of any number of positions, as context: coarsely, and without proposing anything. Whole layers only.
+        """Block 1 of any number of positions, as context: rows rounded, nothing proposed. Whole layers only.
 
         Returns:
             u [B, 1, K, H] of each newest position; zeros for requests without any.

@@ -152,9 +152,10 @@ def score(options: argparse.Namespace) -> None:
     from specblock.daemon.models import load_network, load_target
     from specblock.daemon.train_command import heldout_windows
     from specblock.drafter.config import DraftSettings
+    from specblock.drafter.precision import NumberFormat
     from specblock.drafter.train import heldout_acceptance
 
-    target = load_target(options.target, torch.float32, "cpu")
+    target = load_target(options.target, NumberFormat(torch.float32), "cpu")
     held = heldout_windows(target, options.prompts, options.out, options.seed)
     model = load_network(target, options.drafter)
     found = heldout_acceptance(model, held, DraftSettings(), torch.float32)

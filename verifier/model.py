@@ -64,11 +64,16 @@ class TargetModel:
         native: bool,
         graphs: bool = True,
         by_slot: bool | None = None,
+        coarse: bool = False,
     ) -> None:
         loading.check_model(model)
         self._model = model.eval().requires_grad_(False)
+        if coarse:
+            loading.round_weights(model)
         expected = self._own_logits()
-        self.native = native and use_native_layers(model)
+        self.native = native and use_native_layers(model, coarse)
+        self.coarse = self.native and coarse
+        """Whether rows are rounded to bfloat16 before they are multiplied."""
         self._fused = FusedLayers(model) if native and not self.native and can_fuse(model) else None
         self._decoder = model.model
         self._head = model.get_output_embeddings()
@@ -108,6 +113,7 @@ class TargetModel:
         local_files_only: bool = False,
         native: bool = True,
         graphs: bool = True,
+        coarse: bool = False,
     ) -> TargetModel:
         """Opens a target from a Hugging Face directory or hub id.
 
@@ -120,6 +126,9 @@ class TargetModel:
             native: put native layers in place where there are some (float32 on a CPU; fused ones on CUDA devices);
                 False keeps ``transformers_model`` as transformers runs it.
             graphs: record the forwards of decode cycles as CUDA graphs, on a CUDA device.
+            coarse: with native layers on a CPU and ``dtype`` float32: weights are rounded to bfloat16 numbers, and rows
+                are before they are multiplied; sums and everything else are float32. Faster where
+                ``cuda_ext.linear.rounds_rows``; elsewhere rows keep their bits.
 
         Raises:
             ValueError: directory missing, architecture incompatible, or feature layers invalid.
@@ -127,7 +136,7 @@ class TargetModel:
         model, tokenizer = loading.open_pretrained(
             path_or_id, dtype=dtype, device=device, local_files_only=local_files_only
         )
-        target = cls(model, tokenizer, feature_layers, path_or_id, native, graphs)
+        target = cls(model, tokenizer, feature_layers, path_or_id, native, graphs, coarse=coarse)
         if len(tokenizer) > target.vocab_size:
             raise ValueError(
                 f"target model {path_or_id}: the tokenizer has {len(tokenizer)} tokens, the model {target.vocab_size}"
@@ -144,6 +153,7 @@ class TargetModel:
         *,
         graphs: bool = True,
         by_slot: bool | None = None,
+        coarse: bool = False,
     ) -> TargetModel:
         """Wraps a transformers causal language model that is already in memory.
 
@@ -154,9 +164,10 @@ class TargetModel:
             native: see ``load``.
             graphs: see ``load``.
             by_slot: run decode cycles through ``SlotForward``; None does so on CUDA devices and with native layers.
+            coarse: see ``load``.
         """
         name = model.config.name_or_path or type(model).__name__
-        return cls(model, tokenizer, feature_layers, name, native, graphs, by_slot)
+        return cls(model, tokenizer, feature_layers, name, native, graphs, by_slot, coarse)
 
     @property
     def fused(self) -> bool:
@@ -172,6 +183,11 @@ class TargetModel:
     def dtype(self) -> torch.dtype:
         """Precision of weights and features."""
         return self.embedding.dtype
+
+    @property
+    def _half(self) -> bool:
+        """Whether it computes in half precision."""
+        return self.coarse or self.dtype.itemsize < 4
 
     @property
     def device(self) -> torch.device:
@@ -374,7 +390,7 @@ class TargetModel:
     def _check_forward(self, expected: Tensor) -> None:
         """Holds our forward to the model's own, so a family that scales logits or masks differently is refused."""
         logits = self.forward(self.new_cache(1, _CHECK_TOKENS), [0], self._check_tokens()).logits.float()
-        if not _agree(logits, expected, self.dtype):
+        if not _agree(logits, expected, self._half):
             name = type(self._model).__name__
             raise ValueError(f"incompatible architecture: {name} computes its logits in a way the verifier does not")
 
@@ -421,7 +437,7 @@ class TargetModel:
             cache = self.new_cache(2, _CHECK_TOKENS)
             self.prefill(cache, 1, tokens[0, :prefix])
             logits = self.forward(cache, [1], tokens[:, prefix:]).logits.float()
-            return "" if _agree(logits, expected[:, prefix:], self.dtype) else "its logits differ"
+            return "" if _agree(logits, expected[:, prefix:], self._half) else "its logits differ"
         except (ValueError, TypeError, RuntimeError) as error:
             return str(error).splitlines()[0]
         finally:
@@ -429,9 +445,9 @@ class TargetModel:
             self._model.config._attn_implementation = before
 
 
-def _agree(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def _agree(logits: Tensor, expected: Tensor, half: bool) -> bool:
     """Two attention kernels round differently, more so in half precision; a wrong scale or mask is far outside this."""
-    bound = 0.02 if dtype.itemsize >= 4 else 0.04
+    bound = 0.04 if half else 0.02
     return torch.allclose(logits, expected, rtol=bound, atol=bound * float(expected.abs().max()))
 
 

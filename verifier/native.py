@@ -47,9 +47,9 @@ class NativeNorm(nn.Module):
 class NativeMLP(nn.Module):
     """Takes the place of a SwiGLU whose linear maps are packed."""
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: Any, coarse: bool = False) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = (PackedLinear(p) for p in _gated(mlp))
+        self.gate_proj, self.up_proj, self.down_proj = (PackedLinear(p, coarse) for p in _gated(mlp))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., K]."""
@@ -59,9 +59,9 @@ class NativeMLP(nn.Module):
 class NativeAttention(nn.Module):
     """Takes the place of a transformers attention layer with rotary embedding and grouped queries, without biases."""
 
-    def __init__(self, attention: Any) -> None:
+    def __init__(self, attention: Any, coarse: bool = False) -> None:
         super().__init__()
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (PackedLinear(p) for p in _projections(attention))
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (PackedLinear(p, coarse) for p in _projections(attention))
         self.q_norm, self.k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         self.layer_idx, self.head_dim, self.scaling = attention.layer_idx, attention.head_dim, attention.scaling
         self.num_key_value_groups, self.is_causal = attention.num_key_value_groups, True  # what SDPA asks for
@@ -95,11 +95,11 @@ class NativeAttention(nn.Module):
 class NativeLayer(nn.Module):
     """Takes the place of a whole decoder layer whose attention, MLP and norms are native."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, coarse: bool = False) -> None:
         super().__init__()
         # Under their own names, so that the model looks as it did.
-        self.self_attn = attention = NativeAttention(layer.self_attn)
-        self.mlp = mlp = NativeMLP(layer.mlp)
+        self.self_attn = attention = NativeAttention(layer.self_attn, coarse)
+        self.mlp = mlp = NativeMLP(layer.mlp, coarse)
         self.input_layernorm = before = NativeNorm(layer.input_layernorm)
         self.post_attention_layernorm = after = NativeNorm(layer.post_attention_layernorm)
         query_norm, key_norm = attention.q_norm, attention.k_norm
@@ -171,15 +171,15 @@ def is_plain_norm(child: Any) -> bool:
     return type(child).__name__ in _PLAIN_NORMS
 
 
-def _native_decoder(child: nn.Module) -> nn.Module | None:
+def _native_decoder(child: nn.Module, coarse: bool) -> nn.Module | None:
     packed = is_plain_decoder(child) and _is_native_attention(child.self_attn) and _is_native_mlp(child.mlp)
-    return NativeLayer(child) if packed else None
+    return NativeLayer(child, coarse) if packed else None
 
 
-def _native_layer(child: nn.Module) -> nn.Module | None:
+def _native_layer(child: nn.Module, coarse: bool) -> nn.Module | None:
     if _is_native_attention(child):
-        return NativeAttention(child)
-    return NativeMLP(child) if _is_native_mlp(child) else None
+        return NativeAttention(child, coarse)
+    return NativeMLP(child, coarse) if _is_native_mlp(child) else None
 
 
 def _is_plain_attention(child: Any) -> bool:
@@ -203,18 +203,20 @@ def _plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear and linear.bias is None
 
 
-def use_native_layers(model: Any) -> bool:
+def use_native_layers(model: Any, coarse: bool = False) -> bool:
     """Replaces what has a native counterpart; False if nothing has (another type or device, no library).
+
+    With ``coarse``, rows are rounded to bfloat16 before they are multiplied, where that is faster.
 
     There is no way back: packed layers keep no ``nn.Linear`` weight, so the model can be neither trained nor saved.
     The caller must hold the result to the model's own forward.
     """
     if not can_pack(model.get_input_embeddings().weight):
         return False
-    exchange(model, _native_decoder)
-    exchange(model, _native_layer)
+    exchange(model, lambda child: _native_decoder(child, coarse))
+    exchange(model, lambda child: _native_layer(child, coarse))
     exchange(model, lambda child: NativeNorm(child) if is_plain_norm(child) else None)
-    pack_linears(model)
+    pack_linears(model, coarse)
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for the model's own forward, padding and chunks included
     model.config._attn_implementation = ATTENTION

@@ -55,13 +55,16 @@ extern const Kernels kBaseline;
 #if defined(__x86_64__)
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bf16;
 extern const Kernels kAmx;
+bool has_bfloat16_products();
 bool has_matrix_unit();  // asks the system for it
 #endif
 
 inline const Kernels& widest_kernels() {
 #if defined(__x86_64__)
   if (has_matrix_unit()) return kAmx;
+  if (has_bfloat16_products()) return kAvx512Bf16;
   if (__builtin_cpu_supports("avx512f")) return kAvx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return kAvx2;
 #endif

@@ -58,7 +58,7 @@ struct Rest {
   bool coarse;  // see kernels.h
 
   Rest(const Tensor& output, const Tensor& norm, double eps, const Tensor& gate, const Tensor& up, const Tensor& down,
-       int64_t inner, int64_t inputs, int64_t K, bool coarse = false)
+       int64_t inner, int64_t inputs, int64_t K, bool coarse)
       : output(output), norm(norm_of(norm, K)), eps(static_cast<float>(eps)), gate(gate), up(up), down(down), inner(inner), K(K), coarse(coarse) {
     check_packed(output, inputs, K);
     check_packed(gate, K, inner);

@@ -31,19 +31,20 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t out_features
 }
 
 // silu(x times gate) * (x times up), times down: [..., K] -> [..., out_features].
-Tensor swiglu(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t inner, int64_t out_features) {
-  Tensor middle = packed_linear(x, gate, inner, false);
-  const Tensor other = packed_linear(x, up, inner, false);
+Tensor swiglu(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down, int64_t inner, int64_t out_features,
+              bool coarse) {
+  Tensor middle = packed_linear(x, gate, inner, coarse);
+  const Tensor other = packed_linear(x, up, inner, coarse);
   specblock::gate_with(static_cast<float*>(middle.mutable_data_ptr()), static_cast<const float*>(other.const_data_ptr()),
                        middle.numel());
-  return packed_linear(middle, down, out_features, false);
+  return packed_linear(middle, down, out_features, coarse);
 }
 
 // x times packed, every head of `head_dim` outputs normalised (with a norm) and rotated by cos and sin float32 [M, head_dim]
 // in the half-split layout: [..., K] -> [..., out_features].
 Tensor rotary_linear(const Tensor& x, const Tensor& packed, int64_t out_features, const Tensor& cos, const Tensor& sin,
-                     std::optional<Tensor> norm, double eps) {
-  Tensor out = packed_linear(x, packed, out_features, false);
+                     std::optional<Tensor> norm, double eps, bool coarse) {
+  Tensor out = packed_linear(x, packed, out_features, coarse);
   const int64_t D = cos.dim() == 2 ? cos.size(1) : 0, M = out_features > 0 ? out.numel() / out_features : 0;
   STD_TORCH_CHECK(D > 0 && D % 2 == 0 && out_features % D == 0, "rotary_linear: heads do not fit the outputs");
   for (const Tensor* t : {&cos, &sin})
@@ -152,8 +153,9 @@ STABLE_TORCH_LIBRARY(specblock, m) {
   m.def("packed_linear(Tensor x, Tensor packed, int out_features, bool coarse=False) -> Tensor");
   m.def("tree_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor");
   m.def("philox_uniform(Tensor seed, Tensor choice, Tensor position, int vocab_size) -> Tensor");
-  m.def("swiglu(Tensor x, Tensor gate, Tensor up, Tensor down, int inner, int out_features) -> Tensor");
-  m.def("rotary_linear(Tensor x, Tensor packed, int out_features, Tensor cos, Tensor sin, Tensor? norm, float eps) -> Tensor");
+  m.def("swiglu(Tensor x, Tensor gate, Tensor up, Tensor down, int inner, int out_features, bool coarse=False) -> Tensor");
+  m.def("rotary_linear(Tensor x, Tensor packed, int out_features, Tensor cos, Tensor sin, Tensor? norm, float eps, "
+        "bool coarse=False) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
 }
 

@@ -77,44 +77,61 @@ SB_INLINE void tile(const float* x, const W* panels, float* out, int64_t out_str
       for (int c = 0; c < kVectors; c++) store(out + r * out_stride + p * kPanel + c * L, sum[r][p][c]);
 }
 
-// At most R rows times the panels begin .. end.
-template <int R, class W>
-SB_INLINE void few_rows(int64_t rows, const float* x, const W* packed, float* out, int64_t out_stride, int64_t K,
-                        int64_t begin, int64_t end) {
+// Rows as they are.
+struct WholeTiles {
+  const float* rows;
+
+  template <int R, int P, class W>
+  SB_INLINE void tile(int64_t first, const W* panels, float* out, int64_t out_stride, int64_t K) const {
+    ::tile<R, P, W>(rows + first * K, panels, out, out_stride, K);
+  }
+};
+
+// At most R rows, from `first` on, times the panels begin .. end.
+template <int R, class T, class W>
+SB_INLINE void few_rows(int64_t rows, const T& tiles, int64_t first, const W* packed, float* out, int64_t out_stride,
+                        int64_t K, int64_t begin, int64_t end) {
   if constexpr (R > 1)
-    if (rows < R) return few_rows<R - 1, W>(rows, x, packed, out, out_stride, K, begin, end);
+    if (rows < R) return few_rows<R - 1>(rows, tiles, first, packed, out, out_stride, K, begin, end);
   constexpr int P = kSide<R>;
   for (; begin + P <= end; begin += P)
-    tile<R, P, W>(x, packed + begin * K * kPanel, out + begin * kPanel, out_stride, K);
-  for (; begin < end; begin++) tile<R, 1, W>(x, packed + begin * K * kPanel, out + begin * kPanel, out_stride, K);
+    tiles.template tile<R, P>(first, packed + begin * K * kPanel, out + begin * kPanel, out_stride, K);
+  for (; begin < end; begin++)
+    tiles.template tile<R, 1>(first, packed + begin * K * kPanel, out + begin * kPanel, out_stride, K);
 }
 
 // All rows times the panels begin .. end, in tiles of equal height.
-template <class W>
-SB_INLINE void all_rows(const float* x, const W* packed, float* out, int64_t out_stride, int64_t M, int64_t K,
+template <class T, class W>
+SB_INLINE void all_rows(const T& tiles, const W* packed, float* out, int64_t out_stride, int64_t M, int64_t K,
                         int64_t begin, int64_t end) {
   for (int64_t m = 0; m < M;) {
-    const int64_t left = M - m, tiles = (left + kTileRows - 1) / kTileRows, take = (left + tiles - 1) / tiles;
-    few_rows<kTileRows, W>(take, x + m * K, packed, out + m * out_stride, out_stride, K, begin, end);
+    const int64_t left = M - m, count = (left + kTileRows - 1) / kTileRows, take = (left + count - 1) / count;
+    few_rows<kTileRows>(take, tiles, m, packed, out + m * out_stride, out_stride, K, begin, end);
     m += take;
   }
 }
 
 // out[M, N] of the panels begin .. end; the last panel of the matrix may stand for fewer than 16 columns.
-template <class W>
-SB_INLINE void multiply(const float* x, const W* packed, float* out, int64_t M, int64_t K, int64_t N, int64_t begin,
-                        int64_t end) {
+template <class T, class W>
+SB_INLINE void multiply_by_tiles(const T& tiles, const W* packed, float* out, int64_t M, int64_t K, int64_t N,
+                                 int64_t begin, int64_t end) {
   const int64_t whole = end * kPanel <= N ? end : end - 1;
   for (; begin < whole; begin += kTogether)
-    all_rows<W>(x, packed, out, N, M, K, begin, std::min(begin + kTogether, whole));
+    all_rows(tiles, packed, out, N, M, K, begin, std::min(begin + kTogether, whole));
   if (whole == end) return;
   std::vector<float> part(M * kPanel);
-  all_rows<W>(x, packed + whole * K * kPanel, part.data(), kPanel, M, K, 0, 1);
+  all_rows(tiles, packed + whole * K * kPanel, part.data(), kPanel, M, K, 0, 1);
   for (int64_t m = 0; m < M; m++)
     std::memcpy(out + m * N + whole * kPanel, part.data() + m * kPanel, (N - whole * kPanel) * sizeof(float));
 }
 
-// Without a matrix unit there is nothing to gain by rounding x.
+template <class W>
+SB_INLINE void multiply(const float* x, const W* packed, float* out, int64_t M, int64_t K, int64_t N, int64_t begin,
+                        int64_t end) {
+  multiply_by_tiles(WholeTiles{x}, packed, out, M, K, N, begin, end);
+}
+
+// Without products of bfloat16 numbers there is nothing to gain by rounding x.
 inline void multiply_half(const float* x, const uint16_t* packed, float* out, int64_t M, int64_t K, int64_t N,
                           int64_t begin, int64_t end, bool /*coarse*/) {
   multiply<uint16_t>(x, packed, out, M, K, N, begin, end);

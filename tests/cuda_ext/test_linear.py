@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from specblock.cuda_ext.linear import PackedLinear, can_pack, pack, pack_linears, swiglu
+from specblock.cuda_ext.linear import PackedLinear, can_pack, pack, pack_linears, rounds_rows, swiglu
 from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.norm import reference_norm
 
@@ -198,9 +198,23 @@ def test_a_coarse_product_is_that_of_rounded_rows(rows: int) -> None:
     torch.manual_seed(rows)
     weight, x = torch.randn(40, 50).bfloat16().float(), torch.randn(rows, 50)
     x[0, :4] = torch.tensor([1e-3, -3e30, 0.0, 1.00390625])  # the last lies between two bfloat16 numbers
-    packed = pack(weight)
-    coarse = packed(x, coarse=True)
-    rounds = not torch.equal(coarse, packed(x))  # only a matrix unit gains by it
-    assert torch.equal(coarse, packed(x.bfloat16().float() if rounds else x))
+    packed, coarse = pack(weight), pack(weight, coarse=True)
+    assert torch.equal(packed.panels, coarse.panels)
+    rounded = x.bfloat16() if rounds_rows() else x
+    wanted, size = rounded.double() @ weight.double().T, rounded.double().abs() @ weight.double().abs().T
+    found = coarse(x)
+    assert ((found - wanted).abs() <= 1e-6 * size).all()
+    for row in {0, rows // 2, rows - 1}:
+        assert torch.equal(coarse(x[row : row + 1])[0], found[row])
     x[rows // 2, 3] = float("nan")
-    assert packed(x, coarse=True)[rows // 2].isnan().all()
+    assert coarse(x)[rows // 2].isnan().all() and not coarse(x)[: rows // 2].isnan().any()
+
+
+@needs_native
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 1), (17, 33), (5, 96), (208, 31)])
+def test_coarse_products_of_odd_shapes(outputs: int, inputs: int) -> None:
+    """Neither inputs without a neighbour nor panels that are not full read or write anything else."""
+    torch.manual_seed(outputs)
+    weight, x = torch.randn(outputs, inputs).bfloat16().float(), torch.randn(11, inputs).bfloat16().float()
+    found = pack(weight, coarse=True)(x)
+    torch.testing.assert_close(found, x @ weight.T, rtol=1e-5, atol=1e-5)

@@ -18,11 +18,10 @@ pytestmark = pytest.mark.skipif(not native_available(), reason="native operation
 HEADS, KEY_HEADS, INNER, CAPACITY = 4, 2, 40, 40
 
 
-def packed(outputs: int, inputs: int) -> PackedWeight:
-    return pack((torch.randn(outputs, inputs) / inputs**0.5).to(torch.bfloat16).float())
+def weights(hidden: int, inputs: int, size: int, *, norm: bool, head_norms: bool, coarse: bool = False) -> Any:
+    def packed(outputs: int, inputs: int) -> PackedWeight:
+        return pack((torch.randn(outputs, inputs) / inputs**0.5).to(torch.bfloat16).float(), coarse)
 
-
-def weights(hidden: int, inputs: int, size: int, *, norm: bool, head_norms: bool) -> Any:
     own = (torch.rand(size) + 0.5, torch.rand(size) + 0.5) if head_norms else (None, None)
     before = AttentionWeights(
         norm=torch.rand(inputs) + 0.5 if norm else None, eps=1e-5, query=packed(HEADS * size, inputs),
@@ -52,16 +51,16 @@ def copied(rows: CacheRows) -> CacheRows:
 @given(
     seed=st.integers(0, 10**6), batch=st.integers(1, 4), count=st.integers(1, 9), more=st.integers(0, 6),
     shared=st.booleans(), head_norms=st.booleans(), residual=st.booleans(), asked=st.integers(0, 4),
-    size=st.sampled_from([16, 32]), hidden=st.sampled_from([48, 64]),
+    size=st.sampled_from([16, 32]), hidden=st.sampled_from([48, 64]), coarse=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=120, deadline=None)
 def test_the_layer_is_its_parts(
     seed: int, batch: int, count: int, more: int, shared: bool, head_norms: bool, residual: bool, asked: int, size: int,
-    hidden: int,
+    hidden: int, coarse: bool,
 ) -> None:  # fmt: skip
     torch.manual_seed(seed)
     inputs = 2 * hidden if residual else hidden
-    before, after = weights(hidden, inputs, size, norm=not residual, head_norms=head_norms)
+    before, after = weights(hidden, inputs, size, norm=not residual, head_norms=head_norms, coarse=coarse)
     rows = cache_rows(batch, count, count + more, size, seed)
     again = copied(rows)
     x, angle = torch.randn(batch, count, inputs), torch.randn(1 if shared else batch, count, size)
@@ -74,13 +73,16 @@ def test_the_layer_is_its_parts(
         got = slot_layer(x, before, after, (angle.cos(), angle.sin()), rows, **options)
         wanted = slot_layer_reference(x, before, after, (angle.cos(), angle.sin()), again, **options)
     assert got.shape == (batch, asked or count, hidden)
-    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    # The attention of the two rounds differently, and what lies between two bfloat16 numbers goes either way.
+    tolerance = {"rtol": 0.02, "atol": 0.02} if coarse else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(got, wanted, **tolerance)
     assert torch.equal(rows.keys, again.keys) and torch.equal(rows.values, again.values)
 
 
-def test_a_row_has_the_same_bits_alone_and_among_others() -> None:
+@pytest.mark.parametrize("coarse", [False, True])
+def test_a_row_has_the_same_bits_alone_and_among_others(coarse: bool) -> None:
     torch.manual_seed(3)
-    before, after = weights(64, 64, 32, norm=True, head_norms=True)
+    before, after = weights(64, 64, 32, norm=True, head_norms=True, coarse=coarse)
     rows = cache_rows(4, 5, 5, 32, 3)
     x, angle = torch.randn(4, 5, 64), torch.randn(4, 5, 32)
     with torch.inference_mode():

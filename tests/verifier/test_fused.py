@@ -22,7 +22,7 @@ FAMILIES = ["llama", "qwen3"]
 @pytest.fixture(autouse=True)
 def fused_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_module, "can_fuse", lambda model: True)
-    monkeypatch.setattr(model_module, "use_native_layers", lambda model: False)
+    monkeypatch.setattr(model_module, "use_native_layers", lambda model, coarse: False)
 
 
 def hf_model(family: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -17,9 +17,12 @@ BOTH = pytest.mark.parametrize("family", ["llama", "qwen3"])
 VOCAB = 96
 
 
-def native_target(family: str, **changes) -> TargetModel:
+COARSE = pytest.mark.parametrize("coarse", [False, True])
+
+
+def native_target(family: str, coarse: bool = False, **changes) -> TargetModel:
     model = tiny_hf_model(family, torch.float32, head_dim=16, **changes)
-    return TargetModel.from_model(model, native=True)
+    return TargetModel.from_model(model, native=True, coarse=coarse)
 
 
 def with_uneven_norms(model):
@@ -74,8 +77,9 @@ def test_whole_layers_over_slots_are_the_layers_under_masks(family):
 
 
 @BOTH
-def test_a_row_has_the_same_bits_alone_in_a_tree_and_in_a_batch(family):
-    target = native_target(family)
+@COARSE
+def test_a_row_has_the_same_bits_alone_in_a_tree_and_in_a_batch(family, coarse):
+    target = native_target(family, coarse)
     cache = target.new_cache(3, 64)
     for slot in range(3):
         target.prefill(cache, cache.allocate(), list(range(slot, slot + 20 + slot)))
@@ -93,8 +97,9 @@ def test_a_row_has_the_same_bits_alone_in_a_tree_and_in_a_batch(family):
 
 
 @BOTH
-def test_float32_text_is_the_same_with_any_trees_and_any_batch(family):
-    target = native_target(family)
+@COARSE
+def test_text_is_the_same_with_any_trees_and_any_batch(family, coarse):
+    target = native_target(family, coarse)
     requests = random_requests(11, 24, VOCAB)
     expected = decode(target, requests, 40).tokens
     for trees in (random_trees(12, VOCAB), random_trees(13, VOCAB, truth=expected)):
@@ -132,6 +137,20 @@ def test_trees_of_every_size_leave_the_roots_bits_alone(nodes):
     tokens[0, 0] = 7
     tree = target.forward(cache, [0], tokens, tree_mask=mask[None], depth=torch.tensor([[0] + [1] * nodes]))
     assert torch.equal(tree.logits[:, :1], alone.logits)
+
+
+@BOTH
+def test_coarse_products_are_the_model_in_bfloat16_numbers(family):
+    exact, coarse = (native_target(family, coarse) for coarse in (False, True))
+    half = tiny_hf_model(family, torch.float32, head_dim=16).to(torch.bfloat16)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = half(input_ids=tokens).logits.float()
+    found, precise = (target.forward(target.new_cache(1, 64), [0], tokens).logits for target in (coarse, exact))
+    assert coarse.coarse and coarse.dtype == torch.float32 and not exact.coarse
+    spread = (wanted - precise).abs().max()
+    assert 0 < (found - precise).abs().max() <= 2 * spread, "no further from float32 than all of bfloat16 is"
+    assert torch.equal(coarse.embedding, coarse.embedding.bfloat16().float())
 
 
 def test_other_types_keep_their_own_layers():
