@@ -44,6 +44,7 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("attention_inputs", _attention_inputs_shape),
         ("layer_rest", _layer_rest_shape),
         ("slot_layer", _slot_layer_shape),
+        ("slot_layers", _slot_layers_shape),
         ("slot_attention", _slot_attention_shape),
         ("add_rms_norm", _add_rms_norm_shape),
         ("rotary_store", _rotary_store_shape),
@@ -193,6 +194,10 @@ def _layer_rest_shape(x: Tensor, *others: Any) -> Tensor:
 def _slot_layer_shape(x: Tensor, residual: Tensor | None, *others: Any) -> Tensor:
     asking, stream = others[17], x if residual is None else residual
     return torch.empty_like(stream) if asking is None else stream.new_empty(*asking.shape, stream.shape[-1])
+
+
+def _slot_layers_shape(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(*x.shape[:-1], len(others[-1]) * x.shape[-1])
 
 
 def _add_rms_norm_shape(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
-"""A whole Llama-like decoder layer over the slots of a cache, for the few rows of a cycle: one native call on a CPU.
+"""Llama-like decoder layers over the slots of a cache, for the few rows of a cycle: one native call on a CPU.
 
-Legend: B requests, T new rows per request, A of them that ask for something, W rows behind a request's prefix of which
+Legend: L layers, B requests, T new rows per request, A of them that ask for something, W rows behind a prefix of which
 the new ones are the last, K size of the residual stream, S slots, G key/value heads, C capacity of a slot, D head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,6 +72,75 @@ def slot_layer(
         a.output.panels, a.norm, a.eps, a.gate.panels, a.up.panels, a.down.panels, a.gate.out_features, a.gate.coarse,
     )  # fmt: skip
     return result
+
+
+class LayerStack:
+    """The layers of a model, all of one shape, as one native call.
+
+    Args:
+        layers: weights before and after the attention of each; norms and packed products everywhere, head norms in all
+            layers or in none.
+        scale: of the scores.
+    """
+
+    def __init__(self, layers: Sequence[tuple[AttentionWeights, RestWeights]], scale: float) -> None:
+        self._layers, self._scale = tuple(layers), scale
+        self._weights = [tensor for before, after in layers for tensor in _tensors(before, after)]
+
+    @staticmethod
+    def fits(layers: Sequence[tuple[AttentionWeights, RestWeights]]) -> bool:
+        """Whether these layers have what a stack needs, and the same of everything that is no tensor."""
+        complete = all(before.norm is not None for before, _ in layers)
+        return complete and len({_numbers(before, after) for before, after in layers}) == 1
+
+    def __call__(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], rows: CacheRows, kept: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """``slot_layer`` of one layer after the other, with the same bits.
+
+        Args:
+            x: float32 [B, T, K] on the CPU.
+            rotary: cos and sin, float32 [B or 1, T, D].
+            rows: the cache; ``keys`` and ``values`` are [L, S, G, C, D].
+            kept: layers after which the residual stream is kept.
+
+        Returns:
+            float32 [B, T, K] after the last layer, and [B, T, len(kept) * K].
+        """
+        (before, after), (cos, sin) = self._layers[0], rotary
+        result: tuple[Tensor, Tensor] = torch.ops.specblock.slot_layers.default(
+            x.contiguous(), self._weights, before.query_norm is not None, before.eps, before.query.out_features,
+            before.key.out_features, cos.contiguous(), sin.contiguous(), before.head_eps, rows.keys, rows.values,
+            rows.slots, rows.lengths, rows.visible, self._scale, after.eps, after.gate.out_features,
+            after.gate.coarse, kept,
+        )  # fmt: skip
+        return result
+
+    def reference(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], rows: CacheRows, kept: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """``__call__`` of its layers."""
+        streams: list[Tensor] = []
+        for (before, after), keys, values in zip(self._layers, rows.keys, rows.values, strict=True):
+            own = CacheRows(keys, values, rows.slots, rows.lengths, rows.visible)
+            x = slot_layer(x, before, after, rotary, own, scale=self._scale)
+            streams.append(x)
+        return x, torch.cat([streams[layer] for layer in kept], dim=-1)
+
+
+def _tensors(before: AttentionWeights, after: RestWeights) -> list[Tensor]:
+    """In the order of the native call."""
+    products = (before.query, before.key, before.value)
+    found = [before.norm, *(w.panels for w in products), before.query_norm, before.key_norm, after.output.panels,
+             after.norm, after.gate.panels, after.up.panels, after.down.panels]  # fmt: skip
+    return [tensor for tensor in found if tensor is not None]
+
+
+def _numbers(before: AttentionWeights, after: RestWeights) -> tuple[object, ...]:
+    """What all layers of a stack have in common."""
+    shapes = tuple(tuple(tensor.shape) for tensor in _tensors(before, after))
+    outputs = before.query.out_features, before.key.out_features, after.gate.out_features, after.gate.coarse
+    return shapes, outputs, before.eps, before.head_eps, before.query_norm is None, before.key_norm is None, after.eps
 
 
 def slot_layer_reference(

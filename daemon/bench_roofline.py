@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -73,7 +73,7 @@ class Work(TorchDispatchMode):
         if name in ("packed_linear", "rotary_linear"):
             self._product(args[0], args[1], args[2])
         elif name == "swiglu":
-            x, gate, up, down, inner, outputs = args
+            x, gate, up, down, inner, outputs = args[:6]
             self._product(x, gate, inner)
             self._product(x, up, inner)
             self._count(down, x.numel() // x.shape[-1] * inner * outputs)
@@ -86,15 +86,16 @@ class Work(TorchDispatchMode):
             mixed, output, gate, up, down, inner = args[1], args[2], *args[5:9]
             self._rest(mixed.numel() // mixed.shape[-1], output, gate, up, down, inner)
         elif name == "slot_layer":
-            x, (query, key, value, query_out, key_out), (lengths, visible) = args[0], args[4:9], args[17:19]
-            asking = result.numel() // result.shape[-1]
-            self._product(x, key, key_out)
-            self._product(x, value, key_out)
-            self._count(query, asking * x.shape[-1] * query_out)
-            seen = int(lengths.sum()) + lengths.numel() * visible.shape[2]
-            self.cache_bytes += 2 * seen * key_out * args[14].element_size()
-            self.operations += 4 * query_out * (asking // lengths.numel()) * seen
-            self._rest(asking, args[21], *args[24:28])
+            self._slot_layer(args[0], result.numel() // result.shape[-1], args[4:9], args[17:19])
+            self._rest(result.numel() // result.shape[-1], args[21], *args[24:28])
+        elif name == "slot_layers":
+            x, weights, head_norms, _, *outputs = args[:6]
+            rows, each = x.numel() // x.shape[-1], 11 if head_norms else 9
+            for first in range(0, len(weights), each):
+                layer = weights[first : first + each]
+                self._slot_layer(x, rows, (*layer[1:4], *outputs), args[12:14])
+                output, _, gate, up, down = layer[-5:]
+                self._rest(rows, output, gate, up, down, args[16])
         elif name == "tree_attention" or "scaled_dot_product" in name:
             self._attention(*args[:3])
         elif name == "linear":
@@ -103,6 +104,16 @@ class Work(TorchDispatchMode):
             left, right = args[-2:]
             self._count(right, left.shape[0] * right.numel())
         return result
+
+    def _slot_layer(self, x: Tensor, asking: int, products: Sequence[Any], seen_by: Sequence[Tensor]) -> None:
+        """A layer over slots up to its attention, of whose rows so many ask."""
+        (query, key, value, query_out, key_out), (lengths, visible) = products, seen_by
+        self._product(x, key, key_out)
+        self._product(x, value, key_out)
+        self._count(query, asking * x.shape[-1] * query_out)
+        seen = int(lengths.sum()) + lengths.numel() * visible.shape[2]
+        self.cache_bytes += 2 * seen * key_out * x.element_size()
+        self.operations += 4 * query_out * (asking // lengths.numel()) * seen
 
     def _product(self, x: Tensor, weight: Tensor, outputs: int) -> None:
         self._count(weight, x.numel() * outputs)
@@ -125,7 +136,7 @@ class Work(TorchDispatchMode):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ceilings:
-    """What one thread of this machine can do: bytes a second from memory, operations a second in float32."""
+    """What one thread of this machine can do: bytes a second from memory, operations a second."""
 
     bytes_per_s: float
     operations_per_s: float
@@ -156,7 +167,7 @@ def run(model: str, dtype: str, out: Path | None, as_json: bool, say: Callable[[
     warm(target)
     drafter = BlockDrafter(load_network(target, DEMO_DRAFTER), DraftSettings(blocks=2, leaf_cap=_LEAVES, node_budget=7))
     with torch.inference_mode():
-        ceilings = measured_ceilings()
+        ceilings = measured_ceilings(torch.bfloat16 if target.coarse else target.dtype)
         rows = measure(phases(target, drafter), ceilings)
     known = facts(dtype=found, prefix_tokens=_PREFIX_TOKENS, rounds=_ROUNDS)
     result = {"facts": known, "ceilings": asdict(ceilings), "rows": [asdict(one) for one in rows]}
@@ -167,10 +178,10 @@ def run(model: str, dtype: str, out: Path | None, as_json: bool, say: Callable[[
     return 0
 
 
-def measured_ceilings() -> Ceilings:
-    """The best of several: other work on the machine only ever takes away."""
+def measured_ceilings(multiplied: torch.dtype = torch.float32) -> Ceilings:
+    """The best of several: other work on the machine only ever takes away. Operations are of numbers of one type."""
     memory = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32)
-    left, right = torch.randn(_SQUARE, _SQUARE), torch.randn(_SQUARE, _SQUARE)
+    left, right = torch.randn(2, _SQUARE, _SQUARE).to(multiplied)
     reading_s = min(_seconds(memory.sum) for _ in range(7))
     product_s = min(_seconds(lambda: left @ right) for _ in range(50))
     return Ceilings(bytes_per_s=_BANDWIDTH_BYTES / reading_s, operations_per_s=2 * _SQUARE**3 / product_s)

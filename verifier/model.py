@@ -20,6 +20,7 @@ from specblock.verifier import loading
 from specblock.verifier.fused import FusedLayers, can_fuse
 from specblock.verifier.kv_cache import TargetCache, host_list
 from specblock.verifier.native import takes_slots, use_native_layers
+from specblock.verifier.native_stack import NativeStack, can_stack
 from specblock.verifier.slots import MOST_ROWS, SlotForward, use_slot_attention
 
 _CHECK_TOKENS = 4
@@ -420,7 +421,12 @@ class TargetModel:
             )
             return None
         self._attend_by_slot()
-        return SlotForward(self._run, self._head, self.device, graphs)
+        return self._slot_forward(graphs)
+
+    def _slot_forward(self, graphs: bool) -> SlotForward:
+        stacks = self.native and can_stack(self._model)
+        stack = NativeStack(self._decoder, self.feature_layers) if stacks else None
+        return SlotForward(self._run, self._head, self.device, graphs, stack)
 
     def _attend_by_slot(self) -> None:
         if not self.native:  # native layers do so by themselves
@@ -431,7 +437,7 @@ class TargetModel:
         """Why this model cannot attend by slot; empty if it can. Leaves everything as it was."""
         before = self._model.config._attn_implementation
         self._attend_by_slot()
-        self.by_slot = SlotForward(self._run, self._head, self.device, False)
+        self.by_slot = self._slot_forward(False)
         try:
             tokens, prefix = self._check_tokens(), _CHECK_TOKENS // 2
             cache = self.new_cache(2, _CHECK_TOKENS)

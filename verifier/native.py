@@ -122,6 +122,11 @@ class NativeLayer(nn.Module):
             down=mlp.down_proj.packed,
         )
 
+    @property
+    def weights(self) -> tuple[AttentionWeights, RestWeights]:
+        """Packed, before and after its attention."""
+        return self._before, self._after
+
     def forward(
         self,
         hidden_states: Tensor,

@@ -24,6 +24,7 @@ from specblock.cuda_ext.transfer import on_device
 from specblock.verifier.graphs import ROW_BUCKETS, ForwardGraphs
 from specblock.verifier.kv_cache import TargetCache
 from specblock.verifier.loading import SLOT_ATTENTION
+from specblock.verifier.native_stack import NativeStack
 
 MOST_ROWS = ROW_BUCKETS[-1]
 """Rows per request up to which a forward goes this way; longer ones are chunks of prompts."""
@@ -70,15 +71,18 @@ class SlotForward:
         graphs: whether to record; may be changed at any time.
     """
 
-    def __init__(self, decoder: Decoder, head: nn.Module, device: torch.device, graphs: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, head: nn.Module, device: torch.device, graphs: bool, stack: NativeStack | None = None
+    ) -> None:
         """Args:
         decoder: runs the decoder layers under ``use_slot_attention``.
         head: output head.
         device: of the model.
         graphs: record forwards, if the device is a CUDA device.
+        stack: runs them instead, where there is one.
         """
         self.graphs = graphs and device.type == "cuda"
-        self._decoder, self._head, self._device = decoder, head, device
+        self._decoder, self._head, self._device, self._stack = decoder, head, device, stack
         # A 4-D mask passes through transformers as it is: this one stands for "do not build any".
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self._recorded: weakref.WeakKeyDictionary[TargetCache, ForwardGraphs] = weakref.WeakKeyDictionary()
@@ -128,13 +132,16 @@ class SlotForward:
             self._recorded[cache] = ForwardGraphs(self._device, cache.num_slots, cache.capacity_tokens)
 
     def _forward(self, cache: TargetCache, rows: SlotRows) -> tuple[Tensor, Tensor]:
-        order_R = torch.arange(rows.tokens.shape[1], device=self._device)
-        cache.stage_on_device(rows.slots, rows.numbers[2][:, None] + order_R)
-        hidden, features = self._decoder(
-            rows.tokens, self._no_mask, rows.lengths[:, None] + rows.depth, cache.as_transformers, slot_rows=rows
-        )
+        hidden, features = self._decoded(cache, rows) if self._stack is None else self._stack(cache, rows)
         logits: Tensor = self._head(hidden)
         return logits, features
+
+    def _decoded(self, cache: TargetCache, rows: SlotRows) -> tuple[Tensor, Tensor]:
+        order_R = torch.arange(rows.tokens.shape[1], device=self._device)
+        cache.stage_on_device(rows.slots, rows.numbers[2][:, None] + order_R)
+        return self._decoder(
+            rows.tokens, self._no_mask, rows.lengths[:, None] + rows.depth, cache.as_transformers, slot_rows=rows
+        )
 
 
 def use_slot_attention(model: Any) -> None:

@@ -1,94 +1,20 @@
-// Registers a whole decoder layer over the slots of a cache: norm, products, rotary embedding, writing keys and values,
-// attention and SwiGLU. A cycle runs a dozen of these over a few rows, and each operation less is time that is no work.
+// Registers decoder layers over the slots of a cache: norm, products, rotary embedding, writing keys and values, attention
+// and SwiGLU of one, or of all layers of a model. A cycle runs a dozen over a few rows, and each operation less is time that
+// is no work.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <memory>
 #include <optional>
+#include <tuple>
 #include <vector>
 
-#include "layer_parts.h"
+#include "slot_rows.h"
 
 namespace {
 
 using namespace specblock;
-
-// One layer of the cache, [S, G, C, D], and where the rows of B requests go: behind the `length` of each, as the last T
-// of W rows, of which visible [B, T, W] says what each of them sees beside the whole prefix.
-struct Slots {
-  Tensor& keys;
-  Tensor& values;
-  const int64_t *slot, *length;
-  const bool* visible;
-  int64_t B, T, W, G, D;
-
-  Slots(Tensor& keys, Tensor& values, const Tensor& slots, const Tensor& lengths, const Tensor& visible, int64_t B,
-        int64_t T, int64_t key_out, int64_t D)
-      : keys(keys), values(values), B(B), T(T), G(key_out / D), D(D) {
-    for (const Tensor* t : {&keys, &values}) {
-      STD_TORCH_CHECK(t->is_cpu() && t->dim() == 4 && t->scalar_type() == ScalarType::Float && t->stride(3) == 1,
-                      "slot_layer: keys and values must be float32 [slots, heads, capacity, D] on the CPU");
-      STD_TORCH_CHECK(t->size(0) == keys.size(0) && t->size(1) == G && t->size(2) == keys.size(2) && t->size(3) == D,
-                      "slot_layer: keys and values do not fit the products");
-    }
-    check(slots, ScalarType::Long, 1, "slots");
-    check(lengths, ScalarType::Long, 1, "lengths");
-    check(visible, ScalarType::Bool, 3, "visible");
-    STD_TORCH_CHECK(slots.size(0) == B && lengths.size(0) == B, "slot_layer: one slot and length per request expected");
-    STD_TORCH_CHECK(visible.size(0) == B && visible.size(1) == T && visible.size(2) >= T, "slot_layer: visible does not fit");
-    W = visible.size(2);
-    slot = read<int64_t>(slots);
-    length = read<int64_t>(lengths);
-    this->visible = read<bool>(visible);
-    for (int64_t b = 0; b < B; b++)
-      STD_TORCH_CHECK(slot[b] >= 0 && slot[b] < keys.size(0) && length[b] >= 0 && length[b] + W <= keys.size(2),
-                      "slot_layer: slot or length out of range");
-  }
-
-  // Rows [B, T, G, D] of new keys and values into the storage.
-  void store(const float* key, const float* value) {
-    auto *k = write<float>(keys), *v = write<float>(values);
-    for (int64_t b = 0; b < B; b++)
-      for (int64_t t = 0; t < T; t++)
-        for (int64_t g = 0; g < G; g++) {
-          const int64_t from = ((b * T + t) * G + g) * D, at = length[b] + W - T + t;
-          std::copy_n(key + from, D, k + slot[b] * keys.stride(0) + g * keys.stride(1) + at * keys.stride(2));
-          std::copy_n(value + from, D, v + slot[b] * values.stride(0) + g * values.stride(1) + at * values.stride(2));
-        }
-  }
-
-  // out[B, A, heads, D] of query [B, A, heads, D], asked by the rows `asking` [B, A] of T.
-  void attend(const float* query, const std::vector<int64_t>& asking, int64_t heads, float scale, float* out) const {
-    const int64_t A = B > 0 ? static_cast<int64_t>(asking.size()) / B : 0;
-    std::vector<std::unique_ptr<bool[]>> seen(B);
-    for (int64_t b = 0; b < B; b++) {
-      const int64_t total = length[b] + W;
-      seen[b] = std::make_unique_for_overwrite<bool[]>(A * total);
-      for (int64_t a = 0; a < A; a++) {
-        std::fill_n(seen[b].get() + a * total, length[b], true);
-        std::copy_n(visible + (b * T + asking[b * A + a]) * W, W, seen[b].get() + a * total + length[b]);
-      }
-    }
-    const auto *k = read<float>(keys), *v = read<float>(values);
-    const int64_t most = B > 0 ? *std::max_element(length, length + B) + W : 1, group = heads / G;
-    const int64_t grain = kMultiplyAddsPerThread / (2 * group * std::max<int64_t>(A, 1) * most * D) + 1;
-    torch::stable::parallel_for(0, B * G, grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; i++) {
-        const int64_t b = i / G, g = i % G, at = b * A * heads * D + g * group * D;
-        kernels().attend({
-            .query = query + at, .query_head = D, .query_row = heads * D,
-            .key = k + slot[b] * keys.stride(0) + g * keys.stride(1), .key_row = keys.stride(2),
-            .value = v + slot[b] * values.stride(0) + g * values.stride(1), .value_row = values.stride(2),
-            .mask = seen[b].get(), .mask_row = length[b] + W,
-            .out = out + at, .out_row = heads * D, .out_head = D,
-            .heads = group, .rows = A, .T = length[b] + W, .D = D, .scale = scale,
-        });
-      }
-    });
-  }
-};
 
 // The rows of x [B, T, ...] that ask, as numbers in their own request and in all of x; without `asking` all do.
 struct Asking {
@@ -107,13 +33,25 @@ struct Asking {
       whole.push_back(i / A * T + row);
     }
   }
-
-  std::vector<float> rows(const float* x, int64_t size) const {
-    std::vector<float> taken(whole.size() * size);
-    for (size_t i = 0; i < whole.size(); i++) std::copy_n(x + whole[i] * size, size, taken.data() + i * size);
-    return taken;
-  }
 };
+
+// The storage of layers [..., S, G, C, D], which has one or no dimension before these.
+SlotStorage storage_of(Tensor& keys, Tensor& values, int64_t key_out, int64_t D) {
+  const int64_t more = keys.dim() - 4;
+  for (const Tensor* t : {&keys, &values}) {
+    STD_TORCH_CHECK(t->is_cpu() && t->dim() == keys.dim() && t->scalar_type() == ScalarType::Float && t->stride(more + 3) == 1,
+                    "keys and values must be float32 [slots, heads, capacity, D] on the CPU");
+    for (int64_t i = 0; i < t->dim(); i++)
+      STD_TORCH_CHECK(t->size(i) == keys.size(i) && t->stride(i) == keys.stride(i), "keys and values do not fit each other");
+  }
+  const int64_t G = key_out / D;
+  STD_TORCH_CHECK(keys.size(more + 1) == G && keys.size(more + 3) == D, "keys and values do not fit the products");
+  return {write<float>(keys), write<float>(values), keys.stride(more), keys.stride(more + 1), keys.stride(more + 2), G, D};
+}
+
+void check_heads(const Tensor& cos, int64_t query_out, int64_t key_out) {
+  STD_TORCH_CHECK(cos.size(2) % 16 == 0 && key_out > 0 && query_out % key_out == 0, "heads do not fit each other");
+}
 
 // x float32 [B, T, inputs], residual [B, T, K] (absent: x), asking [B, A] (absent: all rows) -> [B, A or T, K].
 Tensor slot_layer(const Tensor& x, std::optional<Tensor> residual, std::optional<Tensor> norm, double eps,
@@ -126,44 +64,84 @@ Tensor slot_layer(const Tensor& x, std::optional<Tensor> residual, std::optional
   check(x, ScalarType::Float, 3, "x");
   const Tensor& stream = residual ? *residual : x;
   check(stream, ScalarType::Float, 3, "residual");
-  const int64_t B = x.size(0), T = x.size(1), inputs = x.size(2), K = stream.size(2), rows = B * T;
+  const int64_t B = x.size(0), T = x.size(1), inputs = x.size(2), K = stream.size(2);
   STD_TORCH_CHECK(stream.size(0) == B && stream.size(1) == T, "slot_layer: the residual stream does not fit x");
-  check_packed(query, inputs, query_out);
-  check_packed(key, inputs, key_out);
-  check_packed(value, inputs, key_out);
   check_tables(cos, sin, B, T, query_out, key_out);
+  check_heads(cos, query_out, key_out);
   const int64_t D = cos.size(2);
-  STD_TORCH_CHECK(D % 16 == 0 && key_out > 0 && query_out % key_out == 0, "slot_layer: heads do not fit each other");
-  Slots cache(keys, values, slots, lengths, visible, B, T, key_out, D);
+  const auto head_norm = [&](const std::optional<Tensor>& own) { return own ? norm_of(*own, D) : nullptr; };
+  const Before before{norm ? norm_of(*norm, inputs) : nullptr, static_cast<float>(eps), query, key, value, query_out, key_out,
+                      head_norm(query_norm), head_norm(key_norm), static_cast<float>(head_eps), coarse};
+  before.check_inputs(inputs);
+  STD_TORCH_CHECK(keys.dim() == 4, "slot_layer: keys must be [slots, heads, capacity, D]");
+  const SlotStorage storage = storage_of(keys, values, key_out, D);
+  const SlotPlaces at(slots, lengths, visible, B, T, keys.size(0), keys.size(2));
   const Asking who(asking, B, T);
   const Rest rest(output, after, after_eps, gate, up, down, inner, query_out, K, coarse);
-  const int64_t count = static_cast<int64_t>(who.whole.size());
   Tensor out = torch::stable::empty({B, asking ? asking->size(1) : T, K}, ScalarType::Float);
-  if (rows == 0) return out;
-
-  std::vector<float> normed, q(count * query_out), k(rows * key_out), v(rows * key_out), mixed(count * query_out);
-  const float* from = read<float>(x);
-  if (norm) {
-    normed.resize(rows * inputs);
-    kernels().normalise(from, norm_of(*norm, inputs), normed.data(), rows, inputs, static_cast<float>(eps));
-    from = normed.data();
+  if (B * T == 0) return out;
+  std::vector<float> stays;
+  if (asking) {
+    stays.resize(who.whole.size() * K);
+    for (size_t i = 0; i < who.whole.size(); i++) std::copy_n(read<float>(stream) + who.whole[i] * K, K, stays.data() + i * K);
   }
-  multiply(from, rows, key, k.data(), key_out, coarse);
-  multiply(from, rows, value, v.data(), key_out, coarse);
-  const std::vector<float> taken = asking ? who.rows(from, inputs) : std::vector<float>();
-  multiply(asking ? taken.data() : from, count, query, q.data(), query_out, coarse);
-  const std::vector<int64_t> place = table_rows(cos, rows);
-  std::vector<int64_t> asked(count);
-  for (int64_t i = 0; i < count; i++) asked[i] = place[who.whole[i]];
-  const float *cosine = read<float>(cos), *sine = read<float>(sin);
-  const auto head_norm = [&](const std::optional<Tensor>& own) { return own ? norm_of(*own, D) : nullptr; };
-  turn(q.data(), count, query_out, D, head_norm(query_norm), static_cast<float>(head_eps), cosine, sine, asked);
-  turn(k.data(), rows, key_out, D, head_norm(key_norm), static_cast<float>(head_eps), cosine, sine, place);
-  cache.store(k.data(), v.data());
-  cache.attend(q.data(), who.own, query_out / D, static_cast<float>(scale), mixed.data());
-  const std::vector<float> stays = asking ? who.rows(read<float>(stream), K) : std::vector<float>();
-  rest(asking ? stays.data() : read<float>(stream), mixed.data(), count, write<float>(out));
+  run_layer(before, rest, at, storage, Seen(at, who.own), Turns(cos, sin, B * T, who.whole),
+            asking ? who.whole : std::vector<int64_t>(), static_cast<float>(scale), read<float>(x), inputs,
+            asking ? stays.data() : read<float>(stream), write<float>(out));
   return out;
+}
+
+// All layers of a model, x float32 [B, T, K] -> [B, T, K], and the streams after the layers `kept` side by side,
+// [B, T, kept * K]. `weights` are those of one layer after the other: norm, query, key, value, the norms of query and key
+// heads if there are any, output, second norm, gate, up, down. Keys and values are [layers, S, G, C, D].
+std::tuple<Tensor, Tensor> slot_layers(const Tensor& x, std::vector<Tensor> weights, bool head_norms, double eps,
+                                       int64_t query_out, int64_t key_out, const Tensor& cos, const Tensor& sin,
+                                       double head_eps, Tensor keys, Tensor values, const Tensor& slots,
+                                       const Tensor& lengths, const Tensor& visible, double scale, double after_eps,
+                                       int64_t inner, bool coarse, std::vector<int64_t> kept) {
+  check(x, ScalarType::Float, 3, "x");
+  const int64_t B = x.size(0), T = x.size(1), K = x.size(2), each = head_norms ? 11 : 9;
+  STD_TORCH_CHECK(keys.dim() == 5, "slot_layers: keys must be [layers, slots, heads, capacity, D]");
+  const int64_t layers = keys.size(0);
+  STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == layers * each, "slot_layers: the weights do not fit the layers of the cache");
+  for (size_t i = 0; i < kept.size(); i++)
+    STD_TORCH_CHECK(kept[i] >= 0 && kept[i] < layers, "slot_layers: a layer to keep is out of range");
+  check_tables(cos, sin, B, T, query_out, key_out);
+  check_heads(cos, query_out, key_out);
+  const int64_t D = cos.size(2);
+  SlotStorage storage = storage_of(keys, values, key_out, D);
+  const SlotPlaces at(slots, lengths, visible, B, T, keys.size(1), keys.size(3));
+  const int64_t num_kept = static_cast<int64_t>(kept.size());
+  Tensor out = torch::stable::empty({B, T, K}, ScalarType::Float);
+  Tensor features = torch::stable::empty({B, T, num_kept * K}, ScalarType::Float);
+  const auto narrow = [](double value) { return static_cast<float>(value); };
+  std::vector<Before> before;
+  std::vector<Rest> rest;  // all are checked before anything is written
+  for (int64_t layer = 0; layer < layers; layer++) {
+    const Tensor* w = weights.data() + layer * each;
+    const Tensor* own = w + 4 + (head_norms ? 2 : 0);
+    before.push_back({norm_of(w[0], K), narrow(eps), w[1], w[2], w[3], query_out, key_out, head_norms ? norm_of(w[4], D) : nullptr,
+                      head_norms ? norm_of(w[5], D) : nullptr, narrow(head_eps), coarse});
+    before.back().check_inputs(K);
+    rest.emplace_back(own[0], own[1], after_eps, own[2], own[3], own[4], inner, query_out, K, coarse);
+  }
+  if (B * T == 0) return {out, features};
+  const Asking who(std::nullopt, B, T);
+  const Seen seen(at, who.own);
+  const Turns turns(cos, sin, B * T, who.whole);
+  std::vector<float> stream(read<float>(x), read<float>(x) + B * T * K), next(B * T * K);
+  for (int64_t layer = 0; layer < layers; layer++) {
+    run_layer(before[layer], rest[layer], at, storage, seen, turns, {}, narrow(scale), stream.data(), K, stream.data(), next.data());
+    stream.swap(next);
+    for (int64_t i = 0; i < num_kept; i++)
+      if (kept[i] == layer)
+        for (int64_t row = 0; row < B * T; row++)
+          std::copy_n(stream.data() + row * K, K, write<float>(features) + (row * num_kept + i) * K);
+    storage.keys += keys.stride(0);
+    storage.values += values.stride(0);
+  }
+  std::copy_n(stream.data(), B * T * K, write<float>(out));
+  return {out, features};
 }
 
 }  // namespace
@@ -173,6 +151,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specblock, m) {
         "int query_out, int key_out, Tensor cos, Tensor sin, Tensor? query_norm, Tensor? key_norm, float head_eps, "
         "Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor lengths, Tensor visible, Tensor? asking, float scale, "
         "Tensor output, Tensor after, float after_eps, Tensor gate, Tensor up, Tensor down, int inner, bool coarse=False) -> Tensor");
+  m.def("slot_layers(Tensor x, Tensor[] weights, bool head_norms, float eps, int query_out, int key_out, Tensor cos, "
+        "Tensor sin, float head_eps, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor lengths, Tensor visible, "
+        "float scale, float after_eps, int inner, bool coarse, int[] kept) -> (Tensor, Tensor)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) { m.impl("slot_layer", TORCH_BOX(&slot_layer)); }
+STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) {
+  m.impl("slot_layer", TORCH_BOX(&slot_layer));
+  m.impl("slot_layers", TORCH_BOX(&slot_layers));
+}

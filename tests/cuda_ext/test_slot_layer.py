@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from specblock.cuda_ext.layer import AttentionWeights, RestWeights
 from specblock.cuda_ext.linear import PackedWeight, pack
 from specblock.cuda_ext.native import native_available
-from specblock.cuda_ext.slot_layer import CacheRows, slot_layer, slot_layer_reference
+from specblock.cuda_ext.slot_layer import CacheRows, LayerStack, slot_layer, slot_layer_reference
 
 pytestmark = pytest.mark.skipif(not native_available(), reason="native operations were not built")
 HEADS, KEY_HEADS, INNER, CAPACITY = 4, 2, 40, 40
@@ -77,6 +78,53 @@ def test_the_layer_is_its_parts(
     tolerance = {"rtol": 0.02, "atol": 0.02} if coarse else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(got, wanted, **tolerance)
     assert torch.equal(rows.keys, again.keys) and torch.equal(rows.values, again.values)
+
+
+@given(
+    seed=st.integers(0, 10**6), batch=st.integers(1, 4), count=st.integers(1, 9), num_layers=st.integers(1, 3),
+    head_norms=st.booleans(), coarse=st.booleans(), kept=st.lists(st.integers(0, 2), max_size=3),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_stack_is_its_layers_bit_for_bit(
+    seed: int, batch: int, count: int, num_layers: int, head_norms: bool, coarse: bool, kept: list[int]
+) -> None:
+    torch.manual_seed(seed)
+    layers = [weights(64, 64, 32, norm=True, head_norms=head_norms, coarse=coarse) for _ in range(num_layers)]
+    # Numbers that are no tensors are one layer's for all; so must these be.
+    assert LayerStack.fits(layers)
+    stack, kept = LayerStack(layers, 0.2), [layer for layer in kept if layer < num_layers] or [0]
+    one = cache_rows(batch, count, count, 32, seed)
+    keys, values = torch.randn(2, num_layers, *one.keys.shape)
+    both = [CacheRows(keys.clone(), values.clone(), one.slots, one.lengths, one.visible) for _ in range(2)]
+    x, angle = torch.randn(batch, count, 64), torch.randn(batch, count, 32)
+    rotary = (angle.cos(), angle.sin())
+    with torch.inference_mode():
+        got, wanted = stack(x, rotary, both[0], kept), stack.reference(x, rotary, both[1], kept)
+    assert torch.equal(got[0], wanted[0]) and torch.equal(got[1], wanted[1])
+    assert torch.equal(both[0].keys, both[1].keys) and torch.equal(both[0].values, both[1].values)
+
+
+def test_a_stack_refuses_layers_and_caches_that_do_not_fit() -> None:
+    torch.manual_seed(6)
+    layers = [weights(64, 64, 32, norm=True, head_norms=False) for _ in range(2)]
+    assert not LayerStack.fits([layers[0], weights(64, 64, 32, norm=True, head_norms=True)])
+    assert not LayerStack.fits([weights(64, 64, 32, norm=False, head_norms=False)])
+    assert not LayerStack.fits([layers[0], (replace(layers[0][0], eps=1e-6), layers[0][1])])
+    stack, one = LayerStack(layers, 0.2), cache_rows(1, 3, 3, 32, 6)
+    keys, values = torch.zeros(2, 3, *one.keys.shape)
+    x, angle = torch.randn(1, 3, 64), torch.randn(1, 3, 32)
+    rotary = (angle.cos(), angle.sin())
+    with torch.inference_mode():
+        for layer_count, kept, lengths in ((3, [0], one.lengths), (2, [2], one.lengths), (2, [0], one.lengths + 100)):
+            rows = CacheRows(keys[:layer_count], values[:layer_count], one.slots, lengths, one.visible)
+            with pytest.raises(RuntimeError):
+                stack(x, rotary, rows, kept)
+        # Of the last layer only: what was checked before it may not have been written.
+        spoiled = replace(layers[1][1], down=layers[1][1].up)
+        rows = CacheRows(keys[:2], values[:2], one.slots, one.lengths, one.visible)
+        with pytest.raises(RuntimeError):
+            LayerStack([layers[0], (layers[1][0], spoiled)], 0.2)(x, rotary, rows, [0])
+    assert not keys.any() and not values.any()
 
 
 @pytest.mark.parametrize("coarse", [False, True])
@@ -152,3 +200,6 @@ def test_a_fake_call_has_the_shape() -> None:
         assert slot_layer(fake, before, after, (table, table), rows).shape == (2, 3, 64)
         asked = slot_layer(fake, before, after, (table, table), rows, asking=torch.zeros(2, 1, dtype=torch.int64))
         assert asked.shape == (2, 1, 64)
+        stacked = CacheRows(rows.keys[None], rows.values[None], rows.slots, rows.lengths, rows.visible)
+        last, kept = LayerStack([(before, after)], 0.2)(fake, (table, table), stacked, [0, 0])
+        assert last.shape == (2, 3, 64) and kept.shape == (2, 3, 128)

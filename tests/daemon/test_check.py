@@ -225,24 +225,25 @@ def test_a_gpu_that_reports_its_memory(tmp_path: Path, monkeypatch: pytest.Monke
 def test_memory_is_counted_where_it_is_used(folder: Path) -> None:
     tensors = {"w": TensorInfo((10,), "BF16")}
     base = config(folder, "drafter.node_budget=31", "engine.slots=2", "target.dtype=bfloat16")
-    # 2 (keys, values) x 2 layers x 2 slots x 1 head x 4 per head x (128 + 32) rows x 2 bytes
-    assert kv_bytes(base, TARGET) == 2 * 2 * 2 * 1 * 4 * 160 * 2
-    engine = 10 * 2 + kv_bytes(base, TARGET) + 10 * 2 * 2
+    # 2 (keys, values) x 2 layers x 2 slots x 1 head x 4 per head x (128 + 32) rows x 4 bytes
+    assert kv_bytes(base, TARGET) == 2 * 2 * 2 * 1 * 4 * 160 * 4
+    engine = 10 * 4 + kv_bytes(base, TARGET) + 10 * 4 * 2
     host = base.windows.budget_bytes + base.ray.object_store_memory_bytes + base.redis.maxmemory_bytes
     assert needs_bytes(base, TARGET, tensors, tensors) == {"cpu": host + engine + 10 * 16}
-    assert kv_bytes(base.with_dtype("float32"), TARGET) == 2 * kv_bytes(base, TARGET)
+    assert kv_bytes(base.with_dtype("float32"), TARGET) == kv_bytes(base, TARGET), "what is multiplied is rounded"
+    assert kv_bytes(base.with_dtype("float64"), TARGET) == 2 * kv_bytes(base, TARGET)
     on_gpu = ("target.device=cuda", "ray.engine_gpus=1", "adaptation.enabled=false", "target.dtype=bfloat16")
     gpu = config(folder, "engine.slots=2", *on_gpu)
     rows = check_memory.MOST_ROWS
     assert rows == ROW_BUCKETS[-1]
-    assert kv_bytes(gpu, TARGET) - kv_bytes(base, TARGET) == 2 * 2 * 2 * 1 * 4 * rows * 2, "where batches are filled up"
+    assert kv_bytes(gpu, TARGET) == kv_bytes(base, TARGET) // 2 + 2 * 2 * 2 * 1 * 4 * rows * 2, "batches are filled up"
     results = 2 * 2 * rows * (int(TARGET["vocab_size"]) + 3 * int(TARGET["hidden_size"])) * 2
-    engine += kv_bytes(gpu, TARGET) - kv_bytes(base, TARGET)
+    engine = 10 * 2 + kv_bytes(gpu, TARGET) + 10 * 2 * 2
     assert needs_bytes(gpu, TARGET, tensors, tensors) == {"cpu": host, "cuda:0": engine + results}
     without = config(folder, "engine.slots=2", "engine.cuda_graphs=false", *on_gpu)
     assert needs_bytes(without, TARGET, tensors, tensors) == {"cpu": host, "cuda:0": engine}
     lookup = config(folder, "engine.slots=2", "target.dtype=bfloat16", *LOOKUP)
-    weightless = 10 * 2 + kv_bytes(lookup, TARGET) + lookup.ray.object_store_memory_bytes + lookup.redis.maxmemory_bytes
+    weightless = 10 * 4 + kv_bytes(lookup, TARGET) + lookup.ray.object_store_memory_bytes + lookup.redis.maxmemory_bytes
     assert needs_bytes(lookup, TARGET, tensors, {}) == {"cpu": weightless}, "no windows, no trainer"
     assert free_bytes("cpu") > 0 and check_memory.DTYPE_BYTES["bfloat16"] == 2
 

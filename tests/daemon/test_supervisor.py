@@ -17,7 +17,8 @@ from specblock.daemon.config import DaemonConfig
 from specblock.daemon.config_loader import parse_config
 from specblock.daemon.errors import ExitCode, FailedCheckError, SpecblockError
 from specblock.daemon.state_lock import own_state_dir
-from specblock.drafter.precision import fast_bfloat16, serves_faster_in_bfloat16
+from specblock.drafter import precision
+from specblock.drafter.precision import NumberFormat, fast_bfloat16, number_format, serves_faster_in_bfloat16
 
 TARGET, DRAFTER = Path("models/demo-target"), Path("models/demo-drafter")
 
@@ -123,9 +124,9 @@ def test_the_reason_an_actor_did_not_start() -> None:
     assert other.exit_code == ExitCode.DEPENDENCY
 
 
-@pytest.mark.parametrize(("fast", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+@pytest.mark.parametrize(("fast", "dtype"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_settled_once_before_anything_is_built(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fast: bool, dtype: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fast: bool, dtype: str
 ) -> None:
     measured: list[torch.device] = []
     received: list[DaemonConfig] = []
@@ -150,7 +151,8 @@ def test_auto_is_settled_once_before_anything_is_built(
     with caplog.at_level("INFO"):
         assert supervisor.serve(asked) == 0
     assert measured == [torch.device("cpu")] and len(received) == 2
-    assert {models.dtype_of(each) for each in received} == {dtype}
+    assert {each.target.dtype for each in received} == {dtype}
+    assert {models.format_of(each) for each in received} == {number_format(dtype, "cpu")}
     assert f"{received[0].target.dtype} on cpu (target.dtype: auto)" in caplog.text
 
 
@@ -158,6 +160,14 @@ def test_auto_on_a_gpu_and_a_named_format_need_no_measurement(monkeypatch: pytes
     assert models.serving_dtype("auto", "cuda:1") == "bfloat16"
     monkeypatch.setattr(models, "serves_faster_in_bfloat16", lambda device: pytest.fail("measured"))
     assert models.serving_dtype("float64", "cpu") == "float64"
+
+
+def test_bfloat16_on_a_cpu_is_native_products_where_it_multiplies_such_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for rounds, cpu in ((True, NumberFormat(torch.float32, coarse=True)), (False, NumberFormat(torch.bfloat16))):
+        monkeypatch.setattr(precision, "rounds_rows", lambda rounds=rounds: rounds)
+        assert number_format("bfloat16", "cpu") == cpu
+        assert number_format("bfloat16", "cuda:0") == NumberFormat(torch.bfloat16)
+        assert number_format("float32", "cpu") == NumberFormat(torch.float32)
 
 
 def test_the_measurement_leaves_the_thread_count_alone() -> None:

@@ -27,6 +27,7 @@ from specblock.drafter.checkpoint import save_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.kinds import new_network
+from specblock.drafter.precision import NumberFormat
 from specblock.drafter.token_bias import domain_key
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
@@ -132,7 +133,7 @@ def trainer(tmp_path: Path) -> Trainer:
     registry = DrafterRegistry(tmp_path / "state", lambda: 1.0)
     registry.import_base(tmp_path / "base")
     config = TrainerConfig(batch_windows=2, keep_versions=2)
-    return Trainer(model.embedding.clone(), registry, DraftSettings(), torch.float32, config)
+    return Trainer(model.embedding.clone(), registry, DraftSettings(), NumberFormat(torch.float32), config)
 
 
 FULL = Arm(name="full", patterns=("*",), steps=10, learning_rate=1e-3)
