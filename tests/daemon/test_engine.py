@@ -26,6 +26,7 @@ from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.replay import replay
 from specblock.drafter.window import Window
+from specblock.verifier.loading import round_weights
 from specblock.verifier.model import TargetModel
 
 VOCAB = 64
@@ -36,13 +37,15 @@ SHAPE = {
 }  # fmt: skip
 
 
-def target_of(family: str, dtype: torch.dtype, head_dim: int = 8, native: bool = False) -> TargetModel:
+def target_of(
+    family: str, dtype: torch.dtype, head_dim: int = 8, native: bool = False, coarse: bool = False
+) -> TargetModel:
     torch.manual_seed(5)
     shape = SHAPE | {"head_dim": head_dim}
     model = LlamaForCausalLM(LlamaConfig(**shape)) if family == "llama" else Qwen3ForCausalLM(Qwen3Config(**shape))
     with torch.no_grad():
         model.lm_head.weight.mul_(8)  # peaked enough that drafts are accepted sometimes
-    return TargetModel.from_model(model.to(dtype).eval(), native=native)
+    return TargetModel.from_model(model.to(dtype).eval(), native=native, coarse=coarse)
 
 
 def drafter_of(target: TargetModel, kind: str = "specblock", **settings: object) -> BlockDrafter:
@@ -53,6 +56,9 @@ def drafter_of(target: TargetModel, kind: str = "specblock", **settings: object)
         head_dim=target.config.head_dim, vocab_size=VOCAB, draft_vocab_size=VOCAB, feature_layers=target.feature_layers,
     )  # fmt: skip
     model = new_network(config, target.embedding).to(target.dtype).eval()
+    if target.coarse:
+        round_weights(model)
+        model.round_rows()
     return BlockDrafter(model, DraftSettings(**{"node_budget": 24, "noise_scale": 4.0} | settings))  # type: ignore[arg-type]
 
 
@@ -279,8 +285,11 @@ def test_replay_of_the_serving_version_equals_live_cycle_by_cycle(settings: dict
 @pytest.mark.skipif(not native_available(), reason="native operations were not built")
 @pytest.mark.parametrize("kind", ["specblock", "eagle3"])
 @pytest.mark.parametrize("settings", [{}, {"published_refresh": True}])
-def test_whole_native_layers_keep_the_text_and_replay_equals_live(kind: str, settings: dict[str, object]) -> None:
-    target = target_of("qwen3", torch.float32, head_dim=16, native=True)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_whole_native_layers_keep_the_text_and_replay_equals_live(
+    kind: str, settings: dict[str, object], coarse: bool
+) -> None:
+    target = target_of("qwen3", torch.float32, head_dim=16, native=True, coarse=coarse)
     drafter = drafter_of(target, kind, **settings)
     assert target.by_slot is not None and drafter.by_slot is not None and drafter.by_slot.whole_layers
     requests = random_requests(24, seed=9)
