@@ -7,6 +7,7 @@ the request's seed, so the noise of one (seed, choice, position, token) never de
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -147,3 +148,12 @@ class NoiseWindow:
         """Noise rows for ``slots`` and ``positions`` (int64, broadcastable), flattened."""
         index = slots * self._width + positions % self._width
         return NoiseRows(self._rows.flatten(0, 1), index.flatten())
+
+    def rows_from(self, slots: Sequence[int], first: Sequence[int], count: int) -> NoiseRows:
+        """``rows`` of ``count`` positions from ``first[b]`` on for each of ``slots``, known on the host: [B * count]."""
+        index = [
+            slot * self._width + (start + step) % self._width
+            for slot, start in zip(slots, first, strict=True)
+            for step in range(count)
+        ]
+        return NoiseRows(self._rows.flatten(0, 1), on_device(index, self._rows.device))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.cuda_ext.transfer import on_device
 from specblock.daemon.drafting import Drafted, Drafting
 from specblock.daemon.messages import GenerationRequest, TokenChunk
@@ -85,6 +85,8 @@ class Engine:
         self.waiting: deque[RequestState] = deque()
         self.running: list[RequestState] = []
         self._pending_swap: Callable[[], bool] | None = None
+        self._sampled: list[SamplingParams] = []
+        self._as_tensors = SamplingBatch.of([], target.device)
 
     @property
     def speculation(self) -> bool:
@@ -157,7 +159,7 @@ class Engine:
     def _cycle(self, states: list[RequestState]) -> list[TokenChunk]:
         """Draft (which first refreshes the drafter), verify and accept, commit, feedback, emit."""
         begin_s = self._clock()
-        sampling = SamplingBatch.of([s.request.sampling for s in states], self.target.device)
+        sampling = self._sampling([s.request.sampling for s in states])
         drafted = self._drafting.draft(states, sampling)
         drafted_s = self._clock()
         result = verify(
@@ -180,6 +182,12 @@ class Engine:
                 counts.spend(*(s / len(states) for s in seconds))
         self._drafting.learn(drafted, result, seconds, [len(k.tokens) for k in kept])
         return self._emit(states, kept)
+
+    def _sampling(self, params: list[SamplingParams]) -> SamplingBatch:
+        """As tensors; from one cycle to the next they are mostly the same."""
+        if params != self._sampled:
+            self._sampled, self._as_tensors = params, SamplingBatch.of(params, self.target.device)
+        return self._as_tensors
 
     def _commit(self, states: list[RequestState], drafted: Drafted, result: VerifyResult) -> list[Kept]:
         """Takes what belongs to each completion out of its accepted path, with all that is remembered about it."""

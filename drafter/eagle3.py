@@ -38,6 +38,7 @@ class Eagle3Layer(nn.Module):
         self.self_attn = Attention(config, 2 * hidden)
         self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.mlp = MLP(config)
+        self._block = DecoderBlock(None, self.self_attn, self.post_attention_layernorm, self.mlp)
 
     def forward(
         self, x_BT2H: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
@@ -45,11 +46,10 @@ class Eagle3Layer(nn.Module):
         """[B, T, 2H] (embedding, hidden) -> [B, T, H], or [B, A, H] of the rows ``asking`` [B, A]."""
         token, hidden = x_BT2H.chunk(2, dim=-1)
         both = torch.cat([self.input_layernorm(token), self.hidden_norm(hidden)], dim=-1)
-        attention, norm = self.self_attn, self.post_attention_layernorm
-        block = DecoderBlock(None, attention, norm, self.mlp)
-        whole = whole_layer(both, 0, rotary, attend, asking, block, residual=hidden)
+        whole = whole_layer(both, 0, rotary, attend, asking, self._block, residual=hidden)
         if whole is not None:
             return whole
+        attention, norm = self.self_attn, self.post_attention_layernorm
         mixed = attention(both, 0, rotary, attend, asking)
         hidden = hidden if asking is None else take_rows(hidden, asking)
         return rest_of_layer(hidden, mixed, attention.o_proj, norm, self.mlp)

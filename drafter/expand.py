@@ -181,6 +181,8 @@ def extendable(nodes: Candidates, num_parents: int, width_k: int) -> Tensor:
 
 def concatenate(parts: list[Candidates]) -> Candidates:
     """One set of candidates from those of several blocks, in order."""
+    if len(parts) == 1:
+        return parts[0]
     names = Candidates.__dataclass_fields__
     return Candidates(**{name: torch.cat([getattr(part, name) for part in parts], dim=1) for name in names})
 

@@ -75,6 +75,11 @@ class Linear(nn.Linear):
         stored = [piece.panels for piece in self._packed.get(False, ())] or [self.weight]
         return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
+    @property
+    def state(self) -> tuple[bool, int, int]:
+        """Changes with everything that ``packed_weight`` depends on."""
+        return (self.coarse, *written(self.weight))
+
     def packed_weight(self) -> PackedWeight | None:
         """The whole weight for the native product; None where PyTorch's serves."""
         pieces = self._current()
@@ -192,14 +197,33 @@ class MLP(nn.Module):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
-@dataclass(frozen=True, slots=True)
 class DecoderBlock:
-    """The modules of a decoder layer: a norm (None: rows come normalised), attention, another norm, the MLP."""
+    """What a decoder layer is made of, as one native call wants it: gathered once, and again when a weight changes."""
 
-    before: RMSNorm | None
-    attention: Attention
-    after: RMSNorm
-    mlp: MLP
+    def __init__(self, before: RMSNorm | None, attention: Attention, after: RMSNorm, mlp: MLP) -> None:
+        """Args:
+        before: norm of what attention is given; None: rows come normalised.
+        attention: looks at other rows.
+        after: norm of what the MLP is given.
+        mlp: the rest.
+        """
+        self._before, self._attention, self._after, self._mlp = before, attention, after, mlp
+        self._linears = (
+            attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
+            mlp.down_proj,
+        )  # fmt: skip
+        self._state: tuple[object, ...] = ()
+        self._weights: tuple[AttentionWeights, RestWeights] | None = None
+
+    def weights(self) -> tuple[AttentionWeights, RestWeights]:
+        """Packed; all of it must be."""
+        state = tuple(linear.state for linear in self._linears)
+        if self._weights is None or state != self._state:
+            before = self._attention.weights(self._before)
+            after = rest_weights(self._attention.o_proj, self._after, self._mlp)
+            assert before is not None and after is not None, "whole layers are asked for where all weights are packed"
+            self._state, self._weights = state, (before, after)
+        return self._weights
 
 
 def whole_layer(
@@ -217,15 +241,13 @@ def whole_layer(
         x_BTI: rows, to be normalised by the block's first norm if it has one.
         layer: its number in the cache.
         rotary, attend, asking: as of a layer's ``forward``.
-        block: the layer's modules.
+        block: what the layer is made of.
         residual: [B, T, H], what the layer adds to; None is ``x_BTI``.
     """
     rows = attend.rows(layer) if isinstance(attend, SlotAttend) else None
     if rows is None:
         return None
-    attention = block.attention
-    before, after = attention.weights(block.before), rest_weights(attention.o_proj, block.after, block.mlp)
-    assert before is not None and after is not None, "whole layers are asked for where all weights are packed"
+    before, after = block.weights()
     tables = rotary[0][:, 0], rotary[1][:, 0]
     return slot_layer(x_BTI, before, after, tables, rows, residual=residual, asking=asking)
 

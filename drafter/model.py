@@ -77,16 +77,16 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self._block = DecoderBlock(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
 
     def forward(
         self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
     ) -> Tensor:
         """[B, T, H] -> [B, T, H], or [B, A, H] of the rows ``asking`` [B, A]."""
-        attention, norm = self.self_attn, self.input_layernorm
-        block = DecoderBlock(norm, attention, self.post_attention_layernorm, self.mlp)
-        whole = whole_layer(x_BTH, layer, rotary, attend, asking, block)
+        whole = whole_layer(x_BTH, layer, rotary, attend, asking, self._block)
         if whole is not None:
             return whole
+        attention, norm = self.self_attn, self.input_layernorm
         mixed = attention.of_normed(x_BTH, norm, layer, rotary, attend, asking)
         x_BTH = x_BTH if asking is None else take_rows(x_BTH, asking)
         return rest_of_layer(x_BTH, mixed, attention.o_proj, self.post_attention_layernorm, self.mlp)

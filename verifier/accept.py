@@ -116,9 +116,7 @@ def accept(
     if not served or any(state.adjusts for state in states):
         return accept_reference(logits_BRV, tree, states, noise, slots, first_position, sampling)
     sampling = SamplingBatch.of([state.params for state in states], device) if sampling is None else sampling
-    level_W = torch.arange(min(noise.width, tree.num_rows), device=device)
-    slot_B1, first_B1 = on_device([slots, first_position], device)[..., None]
-    rows_at = noise.rows(slot_B1, first_B1 + level_W)
+    rows_at = noise.rows_from(slots, first_position, min(noise.width, tree.num_rows))
     tokens, rows, counts = torch.ops.specblock.accept_walk(
         logits_BRV.contiguous(),
         tree.token.contiguous(),
