@@ -150,7 +150,7 @@ class NoiseWindow:
         return NoiseRows(self._rows.flatten(0, 1), index.flatten())
 
     def rows_from(self, slots: Sequence[int], first: Sequence[int], count: int) -> NoiseRows:
-        """``rows`` of ``count`` positions from ``first[b]`` on for each of ``slots``, known on the host: [B * count]."""
+        """``rows`` of ``count`` positions from ``first[b]`` on for each of ``slots``, B * count in all."""
         index = [
             slot * self._width + (start + step) % self._width
             for slot, start in zip(slots, first, strict=True)

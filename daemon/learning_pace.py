@@ -1,13 +1,19 @@
-"""Which cycles the planner learns from: all of a new kind of batch, then every so many.
+"""What the planner need not do in every cycle.
 
-Learning what a cycle says about survival takes the host time, and from one cycle to the next little of it is news.
-Sizes are chosen in every cycle all the same: whether a leaf is worth another block depends on how sure the drafter is
-right there.
+Learning what a cycle says about survival takes the host time, and from one cycle to the next little of it is news: all
+of a new kind of batch is learned from, then every so many cycles. Whether a leaf is worth another block depends on how
+sure the drafter is right there, so that is asked in every cycle, except where the answer has always been no by far.
 """
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 _MOST_KINDS = 64
+_FEW = 16  # answers that say nothing about the next one
+_RATE = 0.05
+_FAR_SD, _LEAST_SD = 4.0, 0.05
 
 
 class LearningPace:
@@ -33,3 +39,44 @@ class LearningPace:
     def begin_anew(self) -> None:
         """Everything is new again."""
         self._cycles.clear()
+
+
+@dataclass(slots=True)
+class _Answers:
+    seen: int = 0
+    mean: float = 0.0
+    variance: float = 0.0
+
+
+class BlockProspects:
+    """How far another block has been from paying, by kind of batch and block."""
+
+    def __init__(self) -> None:
+        self._answers: dict[tuple[int, int, int], _Answers] = {}
+
+    def hopeless(self, kind: tuple[int, int], block: int) -> bool:
+        """Whether no answer within four standard deviations would be yes.
+
+        Args:
+            kind: requests, those that draft.
+            block: after which another one would come.
+        """
+        answers = self._answers.get((*kind, block))
+        if answers is None or answers.seen < _FEW:
+            return False
+        return answers.mean + _FAR_SD * max(math.sqrt(answers.variance), _LEAST_SD) < 0
+
+    def answered(self, kind: tuple[int, int], block: int, best_ratio: float) -> None:
+        """Notes an answer: tokens per second with the best other block over those without any."""
+        answers = self._answers.setdefault((*kind, block), _Answers())
+        if len(self._answers) > _MOST_KINDS:
+            del self._answers[next(iter(self._answers))]
+        answers.seen += 1
+        rate = max(1 / answers.seen, _RATE)
+        off = math.log(best_ratio) - answers.mean
+        answers.mean += rate * off
+        answers.variance = (1 - rate) * (answers.variance + rate * off * off)
+
+    def begin_anew(self) -> None:
+        """Everything is new again."""
+        self._answers.clear()

@@ -19,7 +19,8 @@ class PlannerSettings:
     """How the planner explores.
 
     Attributes:
-        explore_share: cycles that make another choice of leaves than the best one.
+        explore_share: of cycles that are learned from, those that make another choice of leaves than the best one; more
+            of them while few have, none at all if 0.
         plain_share: cycles without speculation while it is on, to keep the price of plain decoding known; more of them
             while little of it is known, none at all if 0.
         settle_cycles: cycles with drafts of a new drafter, or of another number of requests, that are all learned from.
@@ -99,7 +100,7 @@ class Cycle:
     positions: int
     probing: bool
     look: Look | None
-    explore_block: int
+    explores: bool
     learns: bool
     begin_s: float
     growth: Growth = field(default_factory=Growth)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
-from specblock.daemon.learning_pace import LearningPace
+from specblock.daemon.learning_pace import BlockProspects, LearningPace
 from specblock.daemon.plain_price import PlainLooks
 from specblock.daemon.planner_types import Cycle, CycleResult, PlannerSettings, PlannerStatus
 from specblock.daemon.speculation import Participant, SpeculationGate
@@ -33,6 +33,7 @@ Clock = Callable[[], float]
 _LEAF_CHOICES = (4, 8, 16)
 _STATUS_HALF_LIFE_CYCLES = 500.0
 _SURPLUS_HALF_LIFE, _SURPLUS_PRIOR_CYCLES, _MOST_SURPLUS = 200.0, 30.0, 8.0
+_EAGER_SHARE, _ENOUGH_EXPLORED = 0.2, 12  # of learned cycles; until so many of them made another choice
 _KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
 
 
@@ -65,7 +66,8 @@ class TreePlanner:
         self._cycle: Cycle | None = None
         self._looks = PlainLooks(self._planner.plain_share)
         self._pace = LearningPace(self._planner.settle_cycles, self._planner.learn_every)
-        self._explored = 0
+        self._prospects = BlockProspects()
+        self._explored = self._explored_since_change = 0
         self._every_count = np.arange(settings.node_budget + 1)
         # Real over modelled seconds: what the curves do not know, the learning itself among it.
         self._surplus, self._plain_surplus = ForgettingRatio(_SURPLUS_HALF_LIFE), ForgettingRatio(_SURPLUS_HALF_LIFE)
@@ -91,7 +93,7 @@ class TreePlanner:
         if look is not None:
             speculate = (False,) * batch
         due = any(speculate) and self._pace.due((batch, sum(speculate)))
-        explores = due and self._settings.blocks > 1 and explore < self._planner.explore_share
+        explores = due and self._settings.blocks > 1 and explore < self._explore_share
         behind = [count for count, yes in zip(new_positions, speculate, strict=False) if yes]
         self._cycle = Cycle(
             participants=tuple(participants),
@@ -99,26 +101,39 @@ class TreePlanner:
             positions=max([1, *behind]),
             probing=probing,
             look=look,
-            explore_block=self._generator.randrange(self._settings.blocks - 1) if explores else -1,
+            explores=explores,
             learns=due or probing,
             begin_s=self.clock(),
         )
         self._cycle.last_s = self._cycle.begin_s
         return speculate
 
+    def more(self, block: int) -> bool:
+        """See Limits."""
+        cycle = self._under_way()
+        if block + 1 >= self._settings.blocks:
+            return False
+        return cycle.learns or not self._prospects.hopeless((cycle.batch, cycle.drafting), block)
+
     def leaves(self, block: int, score_Bm: Tensor) -> int:
         """See Limits."""
         cycle = self._under_way()
-        if block + 1 >= self._settings.blocks or score_Bm.shape[1] == 0:
+        if score_Bm.shape[1] == 0:
             return 0
         scores = _on_host(score_Bm)
         self._tick(cycle)
         stop = self.outlook.stop(cycle.growth, block, scores)
         values, predicted = self._outcomes(cycle, block, stop)
         choice = max(values, key=lambda leaves: (values[leaves], -leaves))
-        if block == cycle.explore_block and len(values) > 1:
+        if len(values) > 1:
+            best = max(value for leaves, value in values.items() if leaves)
+            self._prospects.answered((cycle.batch, cycle.drafting), block, best / values[0])
+        # One decision of a cycle is another than the best, at the latest the one to stop: none would come after it.
+        if cycle.explores and len(values) > 1 and (choice == 0 or self._generator.random() < 0.5):
             choice = self._other(choice, list(values))
+            cycle.explores = False
             self._explored += 1
+            self._explored_since_change += 1
         cycle.growth.predicted_tokens = predicted[choice]
         if choice:
             cycle.growth.leaf_caps.append(choice)
@@ -192,6 +207,8 @@ class TreePlanner:
         self.gain.fade(_KEEP_ON_CHANGE)
         self.gate.drafter_changed()
         self._pace.begin_anew()
+        self._explored_since_change = 0
+        self._prospects.begin_anew()
         self._surplus = ForgettingRatio(_SURPLUS_HALF_LIFE)
 
     def speculates(self, domain: str) -> bool:
@@ -215,6 +232,11 @@ class TreePlanner:
             explored_cycles=self._explored,
             speed_by_domain=self.gate.speeds(),
         )
+
+    @property
+    def _explore_share(self) -> float:
+        share = self._planner.explore_share
+        return max(share, _EAGER_SHARE) if share and self._explored_since_change < _ENOUGH_EXPLORED else share
 
     def _extra(self, cycle: Cycle, result: CycleResult) -> list[float]:
         """Accepted drafts that each later block has brought."""

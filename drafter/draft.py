@@ -166,6 +166,8 @@ class BlockDrafter:
         leaf_caps: list[int] = []
         for block in range(self.num_blocks):
             if block > 0:
+                if not limits.more(block - 1):
+                    break
                 score = extendable(parts[-1], hidden_BnKH.shape[1], self.model.config.num_slots)
                 count = min(limits.leaves(block - 1, score), self.settings.leaf_cap)
                 if count == 0:

@@ -6,7 +6,7 @@ Legend: B batch, T rows, A rows that look for something, K slots, H hidden, D he
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn

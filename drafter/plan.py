@@ -47,6 +47,9 @@ NO_SPECULATION = DraftPlan((), 0)
 class Limits(Protocol):
     """Chooses the sizes of a cycle while it is drafted."""
 
+    def more(self, block: int) -> bool:
+        """Whether a block after ``block`` (0-based) is considered; asked before what it could extend is known."""
+
     def leaves(self, block: int, score_Bm: Tensor) -> int:
         """Leaves that the block after ``block`` (0-based) extends; 0 drafts no further block.
 
@@ -65,6 +68,10 @@ class FixedLimits:
     def __init__(self, settings: DraftSettings) -> None:
         self._leaf_cap, self._node_budget = settings.leaf_cap, settings.node_budget
 
+    def more(self, block: int) -> bool:
+        """See Limits."""
+        return True
+
     def leaves(self, block: int, score_Bm: Tensor) -> int:
         """See Limits."""
         return self._leaf_cap
@@ -80,9 +87,13 @@ class PlannedLimits:
     def __init__(self, plan: DraftPlan) -> None:
         self._plan = plan
 
+    def more(self, block: int) -> bool:
+        """See Limits."""
+        return block < len(self._plan.leaf_caps)
+
     def leaves(self, block: int, score_Bm: Tensor) -> int:
         """See Limits."""
-        return self._plan.leaf_caps[block] if block < len(self._plan.leaf_caps) else 0
+        return self._plan.leaf_caps[block] if self.more(block) else 0
 
     def nodes(self, score_BM: Tensor) -> int:
         """See Limits."""

@@ -164,6 +164,9 @@ class _TimedLimits:
         self._planner, self._clock, self._costs, self._drafting = planner, clock, costs, drafting
         self._next_s = costs.draft_s(0, 1, drafting)
 
+    def more(self, block: int) -> bool:
+        return self._planner.more(block)
+
     def leaves(self, block: int, score_Bm: Tensor) -> int:
         self._clock.now_s += self._next_s
         count = self._planner.leaves(block, score_Bm)

@@ -233,6 +233,9 @@ class Pauses:
         self.cycles += 1
         return tuple(p.request_id == "always" or self.cycles > self.until for p in participants)
 
+    def more(self, block: int) -> bool:
+        return True
+
     def leaves(self, block: int, score: torch.Tensor) -> int:
         return 4
 

@@ -1,8 +1,10 @@
-"""Which cycles are learned from."""
+"""Which cycles are learned from, and which are asked about another block."""
 
 from __future__ import annotations
 
-from specblock.daemon.learning_pace import LearningPace
+from random import Random
+
+from specblock.daemon.learning_pace import BlockProspects, LearningPace
 
 
 def test_every_cycle_until_settled_and_then_every_so_many() -> None:
@@ -19,3 +21,30 @@ def test_kinds_of_batches_that_take_turns_settle_each_for_itself() -> None:
     for number in range(64):
         pace.due((1000 + number, 1))
     assert all(pace.due((8, 8)) for _ in range(20)), "what was not seen for long is forgotten"
+
+
+def test_what_has_always_been_far_from_paying_is_not_asked_about() -> None:
+    prospects, draws = BlockProspects(), Random(1)
+    for number in range(200):
+        assert prospects.hopeless((1, 1), 0) == (number >= 16), number
+        prospects.answered((1, 1), 0, 0.7 + 0.05 * draws.random())
+    assert not prospects.hopeless((2, 2), 0) and not prospects.hopeless((1, 1), 1)
+    prospects.begin_anew()
+    assert not prospects.hopeless((1, 1), 0)
+
+
+def test_what_sometimes_pays_is_asked_about_always() -> None:
+    prospects, draws = BlockProspects(), Random(2)
+    for _ in range(400):
+        prospects.answered((1, 1), 0, 1.05 if draws.random() < 0.1 else 0.85)
+        assert not prospects.hopeless((1, 1), 0)
+
+
+def test_two_answers_of_another_kind_are_enough_to_ask_again() -> None:
+    prospects = BlockProspects()
+    for number in range(500):
+        prospects.answered((1, 1), 0, 0.72 + 0.02 * (number % 3))
+    assert prospects.hopeless((1, 1), 0)
+    for _ in range(2):
+        prospects.answered((1, 1), 0, 1.1)
+    assert not prospects.hopeless((1, 1), 0)

@@ -60,7 +60,7 @@ def test_sizes_stay_within_the_settings(seed: int, batch: int, width: int, share
     later = scores.new_full((batch, 3 * leaves), -2.0)
     nodes = planner.nodes(torch.cat([scores, later], dim=1))
     assert 1 <= nodes <= BUDGET
-    assert planner.leaves(1, later) == 0  # no block beyond the settings'
+    assert not planner.more(1), "no block beyond the settings'"
 
 
 def test_node_budget_is_the_optimum_over_all_budgets() -> None:
@@ -104,11 +104,13 @@ def test_dearer_rows_never_mean_more_nodes() -> None:
 def test_it_comes_within_3_percent_of_the_best_fixed_plan(costs: CostCurve, boast: float, batch: int) -> None:
     world = World(cycles=1300, boast=boast)
     rates = world.fixed_rates(costs, batch)
-    clock = Clock()
-    planner = planner_of(costs, clock, seed=1)
-    run(planner, clock, world, costs, batch, range(400))
-    ledger = run(planner, clock, world, costs, batch)
-    assert ledger.rate > 0.97 * max(rates.values())
+    reached = []
+    for seed in range(3):  # what it explores is chance, and one seed may be lucky
+        clock = Clock()
+        planner = planner_of(costs, clock, seed=seed)
+        run(planner, clock, world, costs, batch, range(400))
+        reached.append(run(planner, clock, world, costs, batch).rate / max(rates.values()))
+    assert sum(reached) / len(reached) > 0.975 and min(reached) > 0.95
     status = planner.status()
     assert status.explored_cycles > 0 and status.plain_share < 0.05
     best = max(rates, key=lambda plan: rates[plan])
