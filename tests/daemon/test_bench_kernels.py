@@ -36,7 +36,7 @@ def test_the_whole_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run("models/demo-target", True, said.append) == 0
     found = json.loads(said[-1])
     assert {row["operation"] for row in found["rows"]} >= {
-        "tree attention", "norm", "target forward", "best drafts", "expansion", "the target's choice",
+        "tree attention", "norm", "target forward, float32", "best drafts", "expansion", "the target's choice",
         "acceptance walk", "KV commit", "1 layers",
     }  # fmt: skip
     assert found["facts"]["native_kernels"]

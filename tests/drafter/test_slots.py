@@ -105,7 +105,11 @@ def test_whole_native_layers_draft_the_same(kind: str, noisy: bool, monkeypatch:
 
 
 @pytest.mark.skipif(not native_available(), reason="native operations were not built")
-@pytest.mark.parametrize("written", ["input_layer.position_queries", "input_layer.query_norm", "input_layer.fuse", ""])
+@pytest.mark.parametrize(
+    "written",
+    ["input_layer.position_queries", "input_layer.query_norm", "input_layer.fuse", "layers.1.mlp.up_proj",
+     "layers.0.input_layernorm", ""],
+)  # fmt: skip
 def test_weights_that_are_written_to_are_noticed(written: str) -> None:
     _, used = pair("specblock", None, dtype=torch.float32, head_dim=16)
     cycles((used, used), noisy=True)
@@ -116,6 +120,25 @@ def test_weights_that_are_written_to_are_noticed(written: str) -> None:
     fresh = tiny_model(dtype=torch.float32, head_dim=16, **KINDS["specblock"])
     fresh.load_state_dict(used.model.state_dict())
     cycles((BlockDrafter(fresh, used.settings, by_slot=False), used), noisy=True, seed=1)
+
+
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+def test_rounding_rows_holds_from_the_next_block_on_and_can_be_taken_back() -> None:
+    masks, slots = pair("specblock", None, dtype=torch.float32, head_dim=16)
+    with torch.no_grad():
+        for weight in slots.model.parameters():  # both drafters have it; only such weights are multiplied in bfloat16
+            weight.copy_(weight.bfloat16())
+    cycles((masks, slots), noisy=True)
+    layer = slots.model.layers[0]._block
+    slots.model.round_rows()
+    assert layer.weights()[1].up.coarse and layer.weights() is layer.weights()
+    cycles((masks, slots), noisy=True, seed=1)
+    with slots.model.coarsely():
+        pass
+    assert all(linear.coarse for linear in slots.model._linears())
+    slots.model.round_rows(False)
+    cycles((masks, slots), noisy=True, seed=2)
+    assert not layer.weights()[1].up.coarse
 
 
 def test_a_network_that_was_cast_goes_on_without_whole_layers() -> None:
