@@ -69,7 +69,7 @@ def slot_layer(
         x.contiguous(), stream, b.norm, b.eps, b.query.panels, b.key.panels, b.value.panels, b.query.out_features,
         b.key.out_features, cos.contiguous(), sin.contiguous(), b.query_norm, b.key_norm, b.head_eps, rows.keys,
         rows.values, rows.slots, rows.lengths, rows.visible, asking, cos.shape[-1] ** -0.5 if scale is None else scale,
-        a.output.panels, a.norm, a.eps, a.gate.panels, a.up.panels, a.down.panels, a.gate.out_features, a.gate.coarse,
+        a.output.panels, a.norm, a.eps, a.gate.panels, a.up.panels, a.down.panels, a.gate.out_features, _coarse(b, a),
     )  # fmt: skip
     return result
 
@@ -112,7 +112,7 @@ class LayerStack:
             x.contiguous(), self._weights, before.query_norm is not None, before.eps, before.query.out_features,
             before.key.out_features, cos.contiguous(), sin.contiguous(), before.head_eps, rows.keys, rows.values,
             rows.slots, rows.lengths, rows.visible, self._scale, after.eps, after.gate.out_features,
-            after.gate.coarse, kept,
+            _coarse(before, after), kept,
         )  # fmt: skip
         return result
 
@@ -136,10 +136,16 @@ def _tensors(before: AttentionWeights, after: RestWeights) -> list[Tensor]:
     return [tensor for tensor in found if tensor is not None]
 
 
+def _coarse(before: AttentionWeights, after: RestWeights) -> bool:
+    """Of all products, which are coarse together or not at all."""
+    assert before.query.coarse == before.value.coarse == after.output.coarse == after.down.coarse, "mixed products"
+    return after.down.coarse
+
+
 def _numbers(before: AttentionWeights, after: RestWeights) -> tuple[object, ...]:
     """What all layers of a stack have in common."""
     shapes = tuple(tuple(tensor.shape) for tensor in _tensors(before, after))
-    outputs = before.query.out_features, before.key.out_features, after.gate.out_features, after.gate.coarse
+    outputs = before.query.out_features, before.key.out_features, after.gate.out_features, _coarse(before, after)
     return shapes, outputs, before.eps, before.head_eps, before.query_norm is None, before.key_norm is None, after.eps
 
 

@@ -146,18 +146,17 @@ class Drafting:
         drafting = [states[i] for i in rows]
         for state in drafting:
             self._catch_up(state)
-        everyone = len(rows) == len(states)
-        index = roots if everyone else on_device(rows, self._target.device)
+        index = None if len(rows) == len(states) else on_device(rows, self._target.device)
         draft = self._drafter.draft(
             self._cache,
             [s.slot for s in drafting],
             self._new_positions(drafting, keep=0),
-            roots if everyone else roots[index],
-            sampling if everyone else sampling.rows(index),
+            roots if index is None else roots[index],
+            sampling if index is None else sampling.rows(index),
             self._shared_noise(drafting),
             self._planner,
         )
-        tree = draft.tree if everyone else place_rows(draft.tree, index, roots)
+        tree = draft.tree if index is None else place_rows(draft.tree, index, roots)
         return Drafted(tree, draft.max_depth, draft.plan, speculate, draft.offers)
 
     def learn(

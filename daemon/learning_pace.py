@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_MOST_KINDS = 64
+_MOST_KINDS, _MOST_BLOCKS = 64, 8
 _FEW = 16  # answers that say nothing about the next one
 _RATE = 0.05
 _FAR_SD, _LEAST_SD = 4.0, 0.05
@@ -68,8 +68,9 @@ class BlockProspects:
 
     def answered(self, kind: tuple[int, int], block: int, best_ratio: float) -> None:
         """Notes an answer: tokens per second with the best other block over those without any."""
-        answers = self._answers.setdefault((*kind, block), _Answers())
-        if len(self._answers) > _MOST_KINDS:
+        answers = self._answers.pop((*kind, block), _Answers())
+        self._answers[(*kind, block)] = answers  # used last is at the end
+        if len(self._answers) > _MOST_KINDS * _MOST_BLOCKS:
             del self._answers[next(iter(self._answers))]
         answers.seen += 1
         rate = max(1 / answers.seen, _RATE)

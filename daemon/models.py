@@ -108,7 +108,7 @@ def load_network(target: TargetModel, directory: Path) -> DraftNetwork:
         )
     except ValueError as error:
         raise IncompatibleError(str(error)) from None
-    return model.round_rows(target.coarse).eval()
+    return model.serve_in(NumberFormat(target.dtype, target.coarse)).eval()
 
 
 def serving_drafter(config: DaemonConfig, target: TargetModel, directory: Path | None) -> AnyDrafter:

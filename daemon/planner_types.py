@@ -103,6 +103,7 @@ class Cycle:
     explores: bool
     learns: bool
     begin_s: float
+    explored: bool = False
     growth: Growth = field(default_factory=Growth)
     block_s: list[float] = field(default_factory=list)
     last_s: float = 0.0

@@ -98,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
     begin, curve = time.monotonic(), options.work / "heldout.jsonl"
 
     def evaluate() -> dict[str, float]:
-        found = heldout_acceptance(model, heldout, DraftSettings(), numbers.dtype) if heldout else {}
+        found = heldout_acceptance(model, heldout, DraftSettings(), numbers) if heldout else {}
         append_point(curve, CurvePoint(step=run.done, positions=run.positions, acceptance_length=found))
         return found
 

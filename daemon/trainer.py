@@ -244,11 +244,11 @@ class Trainer:
         if candidate is None:
             path = self.registry.path(version)
             model = load_drafter(path, self._embedding, dtype=self._numbers.dtype, device=self._embedding.device)
-            return model.round_rows(self._numbers.coarse)
+            return model.serve_in(self._numbers)
         trained = candidate.run.model
         model = new_network(trained.config, self._embedding)
         load_weights(model, stored(trained, self._stored), version)  # what is judged is what will serve
-        return model.to(self._embedding.device, self._numbers.dtype).round_rows(self._numbers.coarse)
+        return model.to(self._embedding.device).serve_in(self._numbers)
 
 
 def _served_with(window: Window, sizes: tuple[int, ...]) -> bool:

@@ -93,7 +93,7 @@ class TreePlanner:
         if look is not None:
             speculate = (False,) * batch
         due = any(speculate) and self._pace.due((batch, sum(speculate)))
-        explores = due and self._settings.blocks > 1 and explore < self._explore_share
+        explores = due and not probing and self._settings.blocks > 1 and explore < self._explore_share
         behind = [count for count, yes in zip(new_positions, speculate, strict=False) if yes]
         self._cycle = Cycle(
             participants=tuple(participants),
@@ -125,13 +125,14 @@ class TreePlanner:
         stop = self.outlook.stop(cycle.growth, block, scores)
         values, predicted = self._outcomes(cycle, block, stop)
         choice = max(values, key=lambda leaves: (values[leaves], -leaves))
-        if len(values) > 1:
+        if len(values) > 1 and not cycle.probing:  # a probe's values are those of another batch
             best = max(value for leaves, value in values.items() if leaves)
             self._prospects.answered((cycle.batch, cycle.drafting), block, best / values[0])
-        # One decision of a cycle is another than the best, at the latest the one to stop: none would come after it.
-        if cycle.explores and len(values) > 1 and (choice == 0 or self._generator.random() < 0.5):
+        # One decision of a cycle is another than the best, at the latest the last that there can be.
+        last = choice == 0 or block + 2 >= self._settings.blocks
+        if cycle.explores and not cycle.explored and len(values) > 1 and (last or self._generator.random() < 0.5):
             choice = self._other(choice, list(values))
-            cycle.explores = False
+            cycle.explored = True
             self._explored += 1
             self._explored_since_change += 1
         cycle.growth.predicted_tokens = predicted[choice]
@@ -193,6 +194,9 @@ class TreePlanner:
             prior = (1.0, _SURPLUS_PRIOR_CYCLES)
             usual_s = modelled_s * self._surplus.value(*prior) / self._plain_surplus.value(*prior)
         self._plain.add(result.tree is None)
+        if cycle.explored:  # chosen to be worse: it says what it cost, not what drafting is worth
+            self.gate.budget.spend(seconds, probing=False)
+            return
         self.gate.record(
             cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cost.plain_s(batch)
         )

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from specblock.cuda_ext.linear import can_pack
 from specblock.drafter.config import DrafterConfig
 from specblock.drafter.layers import Attend, Linear, RMSNorm
+from specblock.drafter.precision import NumberFormat
 from specblock.drafter.token_bias import TokenBias
 
 
@@ -137,6 +138,15 @@ class DraftNetwork(nn.Module, ABC):
     def _linears(self) -> list[Linear]:
         return [module for module in self.modules() if isinstance(module, Linear)]
 
+    def serve_in(self, numbers: NumberFormat) -> DraftNetwork:
+        """Takes the format that engines run it in; its weights become numbers of that format."""
+        self.to(numbers.dtype)
+        if numbers.coarse:
+            with torch.no_grad():
+                for weight in self.parameters():
+                    weight.copy_(weight.to(torch.bfloat16))
+        return self.round_rows(numbers.coarse)
+
     def round_rows(self, rounds: bool = True) -> DraftNetwork:
         """From here on native products round what they multiply to bfloat16, where that is faster; or no longer."""
         for linear in self._linears():
@@ -146,12 +156,15 @@ class DraftNetwork(nn.Module, ABC):
     @contextmanager
     def coarsely(self) -> Iterator[None]:
         """Inside it rounds rows in any case: for those that are only context."""
-        before = self._linears()[0].coarse
-        self.round_rows()
+        linears = self._linears()
+        before = linears[0].coarse
+        for linear in linears:
+            linear.coarse = True
         try:
             yield
         finally:
-            self.round_rows(before)
+            for linear in linears:
+                linear.coarse = before
 
     @property
     def packs(self) -> bool:

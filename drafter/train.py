@@ -25,7 +25,7 @@ from specblock.drafter.kinds import new_network
 from specblock.drafter.loss import LossReport, LossSettings, training_loss
 from specblock.drafter.muon import Muon
 from specblock.drafter.network import DraftNetwork
-from specblock.drafter.precision import fast_bfloat16
+from specblock.drafter.precision import NumberFormat, fast_bfloat16
 from specblock.drafter.replay import acceptance_length, replay
 from specblock.drafter.window import Window, collate
 
@@ -176,13 +176,13 @@ class TrainRun:
 
 
 def heldout_acceptance(
-    model: DraftNetwork, windows: Sequence[Window], settings: DraftSettings, dtype: torch.dtype
+    model: DraftNetwork, windows: Sequence[Window], settings: DraftSettings, numbers: NumberFormat
 ) -> dict[str, float]:
-    """Acceptance length per domain by exact replay of ``model``, cast to the serving type ``dtype``."""
+    """Acceptance length per domain by exact replay of ``model``, as engines would run it in ``numbers``."""
     serving = new_network(model.config, model.embedding)
     serving.load_state_dict(model.state_dict())
     serving.refresh_vocabulary()
-    drafter = BlockDrafter(serving.to(dtype).eval(), settings)
+    drafter = BlockDrafter(serving.serve_in(numbers).eval(), settings)
     domains = sorted({w.domain for w in windows})
     return {d: acceptance_length(replay(drafter, [w for w in windows if w.domain == d])) for d in domains}
 

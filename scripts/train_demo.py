@@ -158,7 +158,7 @@ def score(options: argparse.Namespace) -> None:
     target = load_target(options.target, NumberFormat(torch.float32), "cpu")
     held = heldout_windows(target, options.prompts, options.out, options.seed)
     model = load_network(target, options.drafter)
-    found = heldout_acceptance(model, held, DraftSettings(), torch.float32)
+    found = heldout_acceptance(model, held, DraftSettings(), NumberFormat(torch.float32))
     print(options.drafter, json.dumps({domain: round(length, 3) for domain, length in found.items()}), flush=True)
 
 

@@ -69,7 +69,7 @@ class TargetModel:
     ) -> None:
         loading.check_model(model)
         self._model = model.eval().requires_grad_(False)
-        if coarse:
+        if coarse and native:
             loading.round_weights(model)
         expected = self._own_logits()
         self.native = native and use_native_layers(model, coarse)

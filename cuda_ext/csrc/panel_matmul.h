@@ -19,9 +19,15 @@ namespace {
 
 using specblock::kPanel;
 constexpr int kVectors = kPanel / L;  // of a row of a panel
-// What fits into the registers: sums, beside weights and a value of x. AVX-512 has 32 of them, the others 16.
-constexpr int kTileRows = L == 16 ? 8 : 6, kSums = L == 16 ? 26 : 12;
-constexpr int64_t kTogether = 12;  // panels that stay in the second cache while one tile of rows after the other wants them
+// What fits into the registers: sums, beside weights and a value of x. AVX-512 and ARM have 32 of them, the others 16.
+#if defined(__aarch64__)
+constexpr bool kManyRegisters = true;
+#else
+constexpr bool kManyRegisters = L == 16;
+#endif
+constexpr int kTileRows = L == 16 ? 8 : 6, kSums = kManyRegisters ? 26 : 12;
+// Panels that stay in the second cache while one tile of rows after the other wants them; a multiple of every kSide.
+constexpr int64_t kSides = 12, kTogetherBytes = 1 << 19;
 
 // Neighbouring panels for R rows: few rows alone would leave additions waiting for each other.
 template <int R>
@@ -39,7 +45,10 @@ SB_INLINE void load_row(const uint16_t* from, Float* to) {
   Words words;
   std::memcpy(&words, from, sizeof words);
   // One vector holds them twice: what is shifted in its lower half stays in its upper one.
-  const Word twice = __builtin_shufflevector(words, words, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+  Word twice = {};
+  std::memcpy(&twice, &words, sizeof words);
+  const Word halves = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+  twice = __builtin_shuffle(twice, halves);
   const Word shift = {16, 16, 16, 16, 16, 16, 16, 16};
   const Word both = (twice << shift) & 0xffff0000u;
   std::memcpy(to, &both, sizeof both);
@@ -115,9 +124,10 @@ SB_INLINE void all_rows(const T& tiles, const W* packed, float* out, int64_t out
 template <class T, class W>
 SB_INLINE void multiply_by_tiles(const T& tiles, const W* packed, float* out, int64_t M, int64_t K, int64_t N,
                                  int64_t begin, int64_t end) {
-  const int64_t whole = end * kPanel <= N ? end : end - 1;
-  for (; begin < whole; begin += kTogether)
-    all_rows(tiles, packed, out, N, M, K, begin, std::min(begin + kTogether, whole));
+  const int64_t whole = end * kPanel <= N ? end : end - 1, fitting = kTogetherBytes / (K * kPanel * sizeof(W));
+  const int64_t together = M <= kTileRows ? end : std::clamp<int64_t>(fitting / kSides * kSides, kSide<kTileRows>, kSides);
+  for (; begin < whole; begin += together)
+    all_rows(tiles, packed, out, N, M, K, begin, std::min(begin + together, whole));
   if (whole == end) return;
   std::vector<float> part(M * kPanel);
   all_rows(tiles, packed + whole * K * kPanel, part.data(), kPanel, M, K, 0, 1);

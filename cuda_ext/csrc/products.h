@@ -24,7 +24,7 @@ inline void check_packed(const Tensor& packed, int64_t inputs, int64_t outputs) 
 }
 
 // out[rows, outputs] = x[rows, K] times a packed weight that was checked; `coarse`: see kernels.h.
-inline void multiply(const float* x, int64_t rows, const Tensor& packed, float* out, int64_t outputs, bool coarse = false) {
+inline void multiply(const float* x, int64_t rows, const Tensor& packed, float* out, int64_t outputs, bool coarse) {
   if (rows == 0) return;
   const int64_t inputs = packed.size(1), grain = kMultiplyAddsPerThread / (rows * inputs * kPanel) + 1;
   const bool narrow = packed.scalar_type() == ScalarType::BFloat16;

@@ -84,6 +84,8 @@ class World:
         parts: list[Candidates] = []
         for block in range(BLOCKS):
             if block:
+                if not limits.more(block - 1):
+                    break
                 score = extendable(parts[-1], hidden.shape[1], SLOTS)
                 count = limits.leaves(block - 1, score)
                 if not count:

@@ -24,9 +24,9 @@ from specblock.drafter.interface import AnyDrafter, NewPositions
 from specblock.drafter.kinds import new_network
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.lookup import LookupDrafter
+from specblock.drafter.precision import NumberFormat
 from specblock.drafter.replay import replay
 from specblock.drafter.window import Window
-from specblock.verifier.loading import round_weights
 from specblock.verifier.model import TargetModel
 
 VOCAB = 64
@@ -55,10 +55,7 @@ def drafter_of(target: TargetModel, kind: str = "specblock", **settings: object)
         hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
         head_dim=target.config.head_dim, vocab_size=VOCAB, draft_vocab_size=VOCAB, feature_layers=target.feature_layers,
     )  # fmt: skip
-    model = new_network(config, target.embedding).to(target.dtype).eval()
-    if target.coarse:
-        round_weights(model)
-        model.round_rows()
+    model = new_network(config, target.embedding).serve_in(NumberFormat(target.dtype, target.coarse)).eval()
     return BlockDrafter(model, DraftSettings(**{"node_budget": 24, "noise_scale": 4.0} | settings))  # type: ignore[arg-type]
 
 

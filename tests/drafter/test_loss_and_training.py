@@ -12,6 +12,7 @@ from specblock.drafter.checkpoint import load_drafter, load_weights, save_drafte
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.dataset import load_windows, save_windows
 from specblock.drafter.loss import LossSettings, later_positions, train_blocks, training_loss
+from specblock.drafter.precision import NumberFormat
 from specblock.drafter.train import TrainRun, TrainSettings, heldout_acceptance, train_to_deadline
 from specblock.drafter.window import collate
 from tests.drafter.helpers import VOCAB, random_window, tiny_model
@@ -110,14 +111,14 @@ def test_training_learns_a_predictable_stream(prefix: str) -> None:
         w.top_ids[:, 1:] = (w.tokens[4:, None] + 1 + torch.arange(7)) % VOCAB
         w.top_log_probs[:] = torch.tensor([-0.01] + [-8.0] * 7)
         windows.append(w)
-    before = heldout_acceptance(model, windows, DraftSettings(), torch.float32)
+    before = heldout_acceptance(model, windows, DraftSettings(), NumberFormat(torch.float32))
     run = TrainRun(
         model,
         TrainSettings(steps=150, batch_windows=4, learning_rate=3e-3, autocast=False, loss=LossSettings(prefix=prefix)),
     )
     for batch, _ in zip(run.batches(windows), range(150), strict=False):
         run.step(batch)
-    after = heldout_acceptance(model, windows, DraftSettings(), torch.float32)
+    after = heldout_acceptance(model, windows, DraftSettings(), NumberFormat(torch.float32))
     assert all(after[d] > before[d] + 1.5 for d in after), (before, after)
 
 

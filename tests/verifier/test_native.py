@@ -148,8 +148,7 @@ def test_coarse_products_are_the_model_in_bfloat16_numbers(family):
         wanted = half(input_ids=tokens).logits.float()
     found, precise = (target.forward(target.new_cache(1, 64), [0], tokens).logits for target in (coarse, exact))
     assert coarse.coarse and coarse.dtype == torch.float32 and not exact.coarse
-    spread = (wanted - precise).abs().max()
-    assert 0 < (found - precise).abs().max() <= 2 * spread, "no further from float32 than all of bfloat16 is"
+    assert 0 < (found - precise).square().mean() < (wanted - precise).square().mean(), "bfloat16 everywhere is further"
     assert torch.equal(coarse.embedding, coarse.embedding.bfloat16().float())
 
 
