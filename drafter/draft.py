@@ -207,9 +207,13 @@ class BlockDrafter:
             found = self.by_slot.absorb(cache, slots, new)
         else:
             found = self._masks.first(cache, slots, new)
+        self._advance(cache, slots, new)
+        return found
+
+    @staticmethod
+    def _advance(cache: DrafterCache, slots: list[int], new: NewPositions) -> None:
         for slot, count in zip(slots, new.counts, strict=True):
             cache.advance(slot, count)
-        return found
 
     def _first_block(
         self, cache: DrafterCache, slots: list[int], new: NewPositions, ranking: Ranking
@@ -217,11 +221,11 @@ class BlockDrafter:
         """Refresh and block 1: u [B, 1, K, H] of each newest position and what it proposes."""
         new = self.paired(cache, slots, new)
         if self.by_slot is None or new.tokens.shape[1] > POSITIONS[-1]:
-            hidden = self._absorb(cache, slots, new)
+            hidden = self._masks.first(cache, slots, new)  # of these something is drafted: not as context
+            self._advance(cache, slots, new)
             return hidden, propose(self.model, self.settings, self._fan_out, hidden, ranking, first=True)
         found = self.by_slot.first(cache, slots, new, ranking)
-        for slot, count in zip(slots, new.counts, strict=True):
-            cache.advance(slot, count)
+        self._advance(cache, slots, new)
         return found
 
     def _scratch_start(self, block: int) -> int:

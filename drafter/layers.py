@@ -40,6 +40,7 @@ class Linear(nn.Linear):
         self.coarse = False
         self._packed: dict[bool, tuple[PackedWeight, ...]] = {}  # by whether products are coarse; they share panels
         self._packed_state = (-1, -1)
+        self._times_packed = 0
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]; the typed face of ``nn.Module.__call__``."""
@@ -68,6 +69,7 @@ class Linear(nn.Linear):
             exact = tuple(pack(piece) for piece in self.weight.chunk(self._parts, dim=1))
             self._packed = {False: exact, True: tuple(replace(piece, coarse=True) for piece in exact)}
         self._packed_state = written(self.weight)
+        self._times_packed += 1
 
     @property
     def num_bytes(self) -> int:
@@ -76,9 +78,9 @@ class Linear(nn.Linear):
         return sum(tensor.numel() * tensor.element_size() for tensor in stored)
 
     @property
-    def state(self) -> tuple[bool, int, int]:
+    def state(self) -> tuple[bool, int, int, int]:
         """Changes with everything that ``packed_weight`` depends on."""
-        return (self.coarse, *written(self.weight))
+        return (self.coarse, self._times_packed, *written(self.weight))
 
     def packed_weight(self) -> PackedWeight | None:
         """The whole weight for the native product; None where PyTorch's serves."""

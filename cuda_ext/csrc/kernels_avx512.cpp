@@ -1,6 +1,8 @@
 // Kernels for processors with AVX-512.
 #if defined(__x86_64__)
 // Standard headers come before the instruction set is chosen: what they define is shared with other files.
+#include <immintrin.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -14,6 +14,9 @@
 
 #include "kernels.h"
 #include "vector.h"
+#if SB_LANES == 16
+#include <immintrin.h>  // included before the instruction set was chosen
+#endif
 
 namespace {
 
@@ -41,16 +44,11 @@ SB_INLINE void load_row(const float* from, Float* to) {
 // In bfloat16 the columns j and j + 8 share a word, low and high half: two vectors for one load, a shift and a mask.
 SB_INLINE void load_row(const uint16_t* from, Float* to) {
 #if SB_LANES == 16
-  typedef uint32_t Words __attribute__((vector_size(32)));
-  Words words;
-  std::memcpy(&words, from, sizeof words);
-  // One vector holds them twice: what is shifted in its lower half stays in its upper one.
-  Word twice = {};
-  std::memcpy(&twice, &words, sizeof words);
-  const Word halves = {0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
-  twice = __builtin_shuffle(twice, halves);
-  const Word shift = {16, 16, 16, 16, 16, 16, 16, 16};
-  const Word both = (twice << shift) & 0xffff0000u;
+  // One vector holds the words twice: what is shifted in its lower half stays in its upper one. (Intrinsics: what compilers
+  // make of their own vector types here goes through memory.)
+  const __m512i twice = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  const __m512i shift = _mm512_setr_epi32(16, 16, 16, 16, 16, 16, 16, 16, 0, 0, 0, 0, 0, 0, 0, 0);
+  const __m512i both = _mm512_and_si512(_mm512_sllv_epi32(twice, shift), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
   std::memcpy(to, &both, sizeof both);
 #else
   constexpr int kHalf = kPanel / L / 2;

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from specblock.cuda_ext.linear import rounds_rows
 from specblock.daemon import models, supervisor
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.config_loader import parse_config
@@ -152,7 +153,8 @@ def test_auto_is_settled_once_before_anything_is_built(
         assert supervisor.serve(asked) == 0
     assert measured == [torch.device("cpu")] and len(received) == 2
     assert {each.target.dtype for each in received} == {dtype}
-    assert {models.format_of(each) for each in received} == {number_format(dtype, "cpu")}
+    half = NumberFormat(torch.float32, coarse=True) if rounds_rows() else NumberFormat(torch.bfloat16)
+    assert {models.format_of(each) for each in received} == {half if fast else NumberFormat(torch.float32)}
     assert f"{received[0].target.dtype} on cpu (target.dtype: auto)" in caplog.text
 
 
