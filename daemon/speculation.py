@@ -18,7 +18,7 @@ from specblock.drafter.forgetting import ForgettingRatio
 _DOUBT_SD = 3.0
 # Of the same, for a domain that has been seen for a while: being off by bad luck costs what it would have won, until a
 # probe; being on without gain costs little.
-_SLOW_SD = 0.5
+_SLOW_SD = 1.0
 _ABSORBED_HALF_LIFE_CYCLES = 500.0
 _OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
 
