@@ -77,6 +77,13 @@ def swiglu(x: Tensor, gate: PackedWeight, up: PackedWeight, down: PackedWeight) 
     return result
 
 
+@torch.no_grad()
+def round_weights(model: nn.Module) -> None:
+    """Makes every weight a bfloat16 number, in its own type; buffers stay as they are."""
+    for weight in model.parameters():
+        weight.copy_(weight.to(torch.bfloat16))
+
+
 def can_pack(weight: Tensor) -> bool:
     """Whether the native product serves this weight: float32 on a CPU, and the library is there."""
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and native_available()

@@ -67,7 +67,7 @@ class TreePlanner:
         self._looks = PlainLooks(self._planner.plain_share)
         self._pace = LearningPace(self._planner.settle_cycles, self._planner.learn_every)
         self._prospects = BlockProspects()
-        self._explored = self._explored_since_change = 0
+        self._explored = self._explored_before = 0  # ever; before the present drafter
         self._every_count = np.arange(settings.node_budget + 1)
         # Real over modelled seconds: what the curves do not know, the learning itself among it.
         self._surplus, self._plain_surplus = ForgettingRatio(_SURPLUS_HALF_LIFE), ForgettingRatio(_SURPLUS_HALF_LIFE)
@@ -134,7 +134,6 @@ class TreePlanner:
             choice = self._other(choice, list(values))
             cycle.explored = True
             self._explored += 1
-            self._explored_since_change += 1
         cycle.growth.predicted_tokens = predicted[choice]
         if choice:
             cycle.growth.leaf_caps.append(choice)
@@ -211,7 +210,7 @@ class TreePlanner:
         self.gain.fade(_KEEP_ON_CHANGE)
         self.gate.drafter_changed()
         self._pace.begin_anew()
-        self._explored_since_change = 0
+        self._explored_before = self._explored
         self._prospects.begin_anew()
         self._surplus = ForgettingRatio(_SURPLUS_HALF_LIFE)
 
@@ -240,7 +239,8 @@ class TreePlanner:
     @property
     def _explore_share(self) -> float:
         share = self._planner.explore_share
-        return max(share, _EAGER_SHARE) if share and self._explored_since_change < _ENOUGH_EXPLORED else share
+        eager = share > 0 and self._explored - self._explored_before < _ENOUGH_EXPLORED
+        return max(share, _EAGER_SHARE) if eager else share
 
     def _extra(self, cycle: Cycle, result: CycleResult) -> list[float]:
         """Accepted drafts that each later block has brought."""

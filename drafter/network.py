@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from specblock.cuda_ext.linear import can_pack
+from specblock.cuda_ext.linear import can_pack, round_weights
 from specblock.drafter.config import DrafterConfig
 from specblock.drafter.layers import Attend, Linear, RMSNorm
 from specblock.drafter.precision import NumberFormat
@@ -142,9 +142,7 @@ class DraftNetwork(nn.Module, ABC):
         """Takes the format that engines run it in; its weights become numbers of that format."""
         self.to(numbers.dtype)
         if numbers.coarse:
-            with torch.no_grad():
-                for weight in self.parameters():
-                    weight.copy_(weight.to(torch.bfloat16))
+            round_weights(self)
         return self.round_rows(numbers.coarse)
 
     def round_rows(self, rounds: bool = True) -> DraftNetwork:

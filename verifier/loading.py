@@ -55,13 +55,6 @@ def open_pretrained(
     return model.to(device), tokenizer
 
 
-@torch.no_grad()
-def round_weights(model: Any) -> None:
-    """Makes every weight a bfloat16 number, in its own type; what is computed from the configuration stays as it is."""
-    for weight in model.parameters():
-        weight.copy_(weight.to(torch.bfloat16))
-
-
 def check_config(config: Any) -> None:
     """Refuses attention that a tree behind a static cache cannot reproduce.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.linear import PackedLinear
+from specblock.cuda_ext.linear import PackedLinear, round_weights
 from specblock.cuda_ext.transfer import on_device
 from specblock.verifier import loading
 from specblock.verifier.fused import FusedLayers, can_fuse
@@ -70,7 +70,7 @@ class TargetModel:
         loading.check_model(model)
         self._model = model.eval().requires_grad_(False)
         if coarse and native:
-            loading.round_weights(model)
+            round_weights(model)
         expected = self._own_logits()
         self.native = native and use_native_layers(model, coarse)
         self.coarse = self.native and coarse

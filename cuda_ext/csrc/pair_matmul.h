@@ -1,5 +1,5 @@
 // Products of rows rounded to bfloat16 with packed bfloat16 weights, where the processor multiplies pairs of them and adds in
-// float32 (AVX-512 BF16): half the instructions of panel_matmul.h, so that eight rows take no longer than reading the weights.
+// float32 (AVX-512 BF16): half the instructions of panel_matmul.h, so that eight rows cost little more than one.
 //
 // Every output is one chain of additions in a fixed order: a row's result does not depend on how many other rows there are.
 #pragma once

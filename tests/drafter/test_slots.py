@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from specblock.cuda_ext.linear import round_weights
 from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
@@ -125,9 +126,7 @@ def test_weights_that_are_written_to_are_noticed(written: str) -> None:
 @pytest.mark.skipif(not native_available(), reason="native operations were not built")
 def test_rounding_rows_holds_from_the_next_block_on_and_can_be_taken_back() -> None:
     masks, slots = pair("specblock", None, dtype=torch.float32, head_dim=16)
-    with torch.no_grad():
-        for weight in slots.model.parameters():  # both drafters have it; only such weights are multiplied in bfloat16
-            weight.copy_(weight.bfloat16())
+    round_weights(slots.model)  # both drafters have it; only such weights are multiplied in bfloat16
     cycles((masks, slots), noisy=True)
     layer = slots.model.layers[0]._block
     slots.model.round_rows()
