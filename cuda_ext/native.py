@@ -39,12 +39,16 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("choose", _choose_shape),
         ("expand_chain", _expand_chain_shape),
         ("grow_tree", _grow_tree_shape),
+        ("ancestor_mask", _ancestor_mask_shape),
+        ("rank_of_choice", _rank_of_choice_shape),
         ("accept_walk", _accept_walk_shape),
         ("commit_rows", _commit_rows_shape),
         ("attention_inputs", _attention_inputs_shape),
         ("layer_rest", _layer_rest_shape),
         ("slot_layer", _slot_layer_shape),
         ("slot_layers", _slot_layers_shape),
+        ("slot_inputs", _slot_inputs_shape),
+        ("draft_head", _draft_head_shape),
         ("slot_attention", _slot_attention_shape),
         ("add_rms_norm", _add_rms_norm_shape),
         ("rotary_store", _rotary_store_shape),
@@ -172,6 +176,14 @@ def _grow_tree_shape(root_token: Tensor, token: Tensor, *others: Any) -> tuple[T
     return *integers, score, size, torch.empty_like(token)
 
 
+def _ancestor_mask_shape(parent: Tensor) -> Tensor:
+    return parent.new_empty(*parent.shape, parent.shape[1], dtype=torch.bool)
+
+
+def _rank_of_choice_shape(parent_row: Tensor, token: Tensor, rank: Tensor, row: Tensor, *others: object) -> Tensor:
+    return torch.empty_like(row)
+
+
 def _accept_walk_shape(
     logits: Tensor, token: Tensor, parent: Tensor, noise: Tensor, noise_row: Tensor, *others: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -197,7 +209,20 @@ def _slot_layer_shape(x: Tensor, residual: Tensor | None, *others: Any) -> Tenso
 
 
 def _slot_layers_shape(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(*x.shape[:-1], len(others[-1]) * x.shape[-1])
+    kept, asking, size = others[17], others[20], x.shape[-1]
+    rows = x.shape[:-1] if asking is None else asking.shape
+    return x.new_empty(*rows, size), x.new_empty(*x.shape[:-1], len(kept) * size)
+
+
+def _slot_inputs_shape(x: Tensor, *others: Any) -> Tensor:
+    token, slots = others[3], others[8]
+    return x.new_empty(*token.shape, *slots.shape)
+
+
+def _draft_head_shape(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, width, num_top = hidden.shape[0], others[14], others[15]
+    index = hidden.new_empty(rows, width, dtype=torch.int64)
+    return torch.empty_like(hidden), index, hidden.new_empty(rows, width), hidden.new_empty(rows, num_top)
 
 
 def _add_rms_norm_shape(x: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

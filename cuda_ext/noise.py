@@ -65,10 +65,10 @@ def gumbel(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> T
     """
     if has_kernel("philox_uniform", seed):
         vectors = (v.contiguous() for v in (seed, choice, position))
-        uniform = torch.ops.specblock.philox_uniform(*vectors, vocab_size)
+        uniform: Tensor = torch.ops.specblock.philox_uniform(*vectors, vocab_size)
     else:
         uniform = philox_uniform(seed, choice, position, vocab_size)
-    return -torch.log(-torch.log(uniform))
+    return uniform.log_().neg_().log_().neg_()  # in place: rows of a large vocabulary are megabytes
 
 
 def philox_uniform(seed: Tensor, choice: Tensor, position: Tensor, vocab_size: int) -> Tensor:

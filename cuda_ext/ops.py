@@ -142,6 +142,15 @@ def rank_of_choice(offers: Offers, row: Tensor, token: Tensor) -> Tensor:
         int64 [B], 0-based and the best one where several slots proposed the token; ``NOT_OFFERED`` where only other
         tokens were proposed; -1 where nothing was, because the drafter never went on from that row.
     """
+    if row.is_cpu and has_kernel("rank_of_choice", row):
+        fields = (offers.parent_row, offers.token, offers.rank, row, token)
+        found: Tensor = torch.ops.specblock.rank_of_choice(*(field.contiguous() for field in fields), NOT_OFFERED)
+        return found
+    return rank_of_choice_vectorised(offers, row, token)
+
+
+def rank_of_choice_vectorised(offers: Offers, row: Tensor, token: Tensor) -> Tensor:
+    """``rank_of_choice`` on any device."""
     under = offers.parent_row == row[:, None]
     hit = under & (offers.token == token[:, None])
     rank = torch.where(hit, offers.rank, NOT_OFFERED).amin(dim=1)
@@ -150,6 +159,14 @@ def rank_of_choice(offers: Offers, row: Tensor, token: Tensor) -> Tensor:
 
 def ancestor_mask(tree: DraftTree, max_depth: int) -> Tensor:
     """bool [B, R, R]: row r sees itself and its ancestors (padding rows see only themselves)."""
+    if tree.parent.is_cpu and has_kernel("ancestor_mask", tree.parent):
+        found: Tensor = torch.ops.specblock.ancestor_mask(tree.parent.contiguous())
+        return found
+    return ancestor_mask_vectorised(tree, max_depth)
+
+
+def ancestor_mask_vectorised(tree: DraftTree, max_depth: int) -> Tensor:
+    """``ancestor_mask`` on any device."""
     rows = tree.num_rows
     own = torch.eye(rows, dtype=torch.bool, device=tree.token.device).expand(tree.token.shape[0], -1, -1)
     mask = own

@@ -5,6 +5,7 @@ Legend: N rows, V draft vocabulary, W tokens wanted. Source: design section 4.1 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from specblock.cuda_ext.native import has_kernel
 from specblock.cuda_ext.noise import NoiseRows
-from specblock.cuda_ext.sampling import SamplingBatch
+from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 
 _CUDA_WANTED = 128  # the most tokens that the CUDA kernel finds
 
@@ -47,13 +48,16 @@ def best_tokens(
         logits: [N, V], of any float type.
         noise: the target's Gumbel noise of the N rows, or None to rank by the logits alone.
         ids: int64 [V], the token of every draft logit; None: its own index.
-        sampling: parameters of the N rows; those with temperature 0 are ranked by the logits alone.
+        sampling: parameters of the rows' requests: of B requests the rows come one after the other, N / B of each.
+            Those with temperature 0 are ranked by the logits alone.
         scale: nats, see ``perturbed``.
         width: W, at most V.
         num_top: T, at most V.
     """
     if logits.is_cpu or logits.dtype == torch.float64:  # the CUDA kernel reads narrower types and computes alike
         logits = logits.to(torch.float32)
+    if not logits.is_cpu or not has_kernel("draft_top", logits):  # the CPU's takes a request's parameters once
+        sampling = sampling.repeated(logits.shape[0] // max(1, len(sampling.temperature)))
     fits = logits.is_cpu or max(width, num_top) <= _CUDA_WANTED
     if fits and has_kernel("draft_top", logits):
         found = torch.ops.specblock.draft_top(
@@ -68,6 +72,17 @@ def best_tokens(
         )
         return BestTokens(*found)
     return ranked_reference(logits.to(torch.float32), noise, ids, sampling, scale, width, num_top)
+
+
+def most_probable(logits: Tensor, count: int) -> BestTokens:
+    """The ``count`` best tokens of float32 logits [N, V] by themselves; ``top`` is the largest logit."""
+    return best_tokens(logits, None, None, _plain(logits.device), 1.0, count, 1)
+
+
+@functools.cache
+def _plain(device: torch.device) -> SamplingBatch:
+    with torch.inference_mode(False):
+        return SamplingBatch.of([SamplingParams(temperature=0.0)], device)
 
 
 def ranked_reference(

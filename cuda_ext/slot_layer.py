@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specblock.cuda_ext.attention import slot_attention_reference
 from specblock.cuda_ext.layer import AttentionWeights, RestWeights, attention_inputs_reference, layer_rest_reference
+from specblock.cuda_ext.linear import PackedWeight
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +81,21 @@ class LayerStack:
     Args:
         layers: weights before and after the attention of each; norms and packed products everywhere, head norms in all
             layers or in none.
-        scale: of the scores.
+        scale: of the scores; None is D^-0.5.
+        shifts: products of 2 K inputs between the layers, or none at all: between two layers a row becomes the product
+            of itself and the row before it in the same position, the first of a position of itself twice.
+        width: rows per position, where there are shifts.
     """
 
-    def __init__(self, layers: Sequence[tuple[AttentionWeights, RestWeights]], scale: float) -> None:
-        self._layers, self._scale = tuple(layers), scale
+    def __init__(
+        self,
+        layers: Sequence[tuple[AttentionWeights, RestWeights]],
+        scale: float | None = None,
+        shifts: Sequence[PackedWeight] = (),
+        width: int = 1,
+    ) -> None:
+        self._layers, self._scale, self._shifts, self._width = tuple(layers), scale, tuple(shifts), width
+        self._shift_panels = [shift.panels for shift in shifts]
         self._weights = [tensor for before, after in layers for tensor in _tensors(before, after)]
 
     @staticmethod
@@ -94,38 +105,54 @@ class LayerStack:
         return complete and len({_numbers(before, after) for before, after in layers}) == 1
 
     def __call__(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], rows: CacheRows, kept: Sequence[int]
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        rows: CacheRows,
+        kept: Sequence[int] = (),
+        asking: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """``slot_layer`` of one layer after the other, with the same bits.
+        """``slot_layer`` of one layer after the other, and shifts between them, with the same bits.
 
         Args:
             x: float32 [B, T, K] on the CPU.
             rotary: cos and sin, float32 [B or 1, T, D].
             rows: the cache; ``keys`` and ``values`` are [L, S, G, C, D].
-            kept: layers after which the residual stream is kept.
+            kept: layers after which the residual stream is kept; none where only some rows ask.
+            asking: int64 [B, A], rows that ask in the last layer; None is all T.
 
         Returns:
-            float32 [B, T, K] after the last layer, and [B, T, len(kept) * K].
+            float32 [B, A or T, K] after the last layer, and [B, T, len(kept) * K].
         """
         (before, after), (cos, sin) = self._layers[0], rotary
         result: tuple[Tensor, Tensor] = torch.ops.specblock.slot_layers.default(
             x.contiguous(), self._weights, before.query_norm is not None, before.eps, before.query.out_features,
             before.key.out_features, cos.contiguous(), sin.contiguous(), before.head_eps, rows.keys, rows.values,
-            rows.slots, rows.lengths, rows.visible, self._scale, after.eps, after.gate.out_features,
-            _coarse(before, after), kept,
+            rows.slots, rows.lengths, rows.visible, cos.shape[-1] ** -0.5 if self._scale is None else self._scale,
+            after.eps, after.gate.out_features, _coarse(before, after), kept, self._shift_panels, self._width, asking,
         )  # fmt: skip
         return result
 
     def reference(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], rows: CacheRows, kept: Sequence[int]
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        rows: CacheRows,
+        kept: Sequence[int] = (),
+        asking: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """``__call__`` of its layers."""
         streams: list[Tensor] = []
-        for (before, after), keys, values in zip(self._layers, rows.keys, rows.values, strict=True):
-            own = CacheRows(keys, values, rows.slots, rows.lengths, rows.visible)
-            x = slot_layer(x, before, after, rotary, own, scale=self._scale)
+        for index, (before, after) in enumerate(self._layers):
+            own = CacheRows(rows.keys[index], rows.values[index], rows.slots, rows.lengths, rows.visible)
+            last = index + 1 == len(self._layers)
+            x = slot_layer(x, before, after, rotary, own, scale=self._scale, asking=asking if last else None)
             streams.append(x)
-        return x, torch.cat([streams[layer] for layer in kept], dim=-1)
+            if self._shifts and not last:
+                x_BPKH = x.view(x.shape[0], -1, self._width, x.shape[2])
+                left = torch.cat([x_BPKH[:, :, :1], x_BPKH[:, :, :-1]], dim=2)
+                x = self._shifts[index](torch.cat([x_BPKH, left], dim=-1)).flatten(1, 2)
+        return x, torch.cat([streams[layer] for layer in kept], dim=-1) if kept else x.new_empty(*x.shape[:-1], 0)
 
 
 def _tensors(before: AttentionWeights, after: RestWeights) -> list[Tensor]:

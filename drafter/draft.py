@@ -158,17 +158,18 @@ class BlockDrafter:
         after = [cache.positions_after(s, count) for s, count in zip(slots, new.counts, strict=True)]
         slots_B, root_index = on_device([slots, after], device)  # L, the root's index
         bias_rows = self.model.token_bias.rows([cache.domains[s] for s in slots])
-        depth_B1 = torch.zeros_like(slots_B)[:, None]
-        ranking = Ranking(self._noise_rows(noise, slots_B, root_index, depth_B1), sampling, bias_rows)
+        width = self.model.config.num_slots
+        known = None if noise is None else noise.rows_from(slots, [index + 1 for index in after], width)
+        ranking = Ranking(known, sampling, bias_rows)
         hidden_BnKH, proposals = self._first_block(cache, slots, new, ranking)
-        leaves = root_leaf(hidden_BnKH, root_index > 0, self.model.config.num_slots + self.scratch_rows)
+        leaves = root_leaf(hidden_BnKH, root_index > 0, width + self.scratch_rows)
         parts: list[Candidates] = []
         leaf_caps: list[int] = []
         for block in range(self.num_blocks):
             if block > 0:
                 if not limits.more(block - 1):
                     break
-                score = extendable(parts[-1], hidden_BnKH.shape[1], self.model.config.num_slots)
+                score = extendable(parts[-1], hidden_BnKH.shape[1], width)
                 count = min(limits.leaves(block - 1, score), self.settings.leaf_cap)
                 if count == 0:
                     break
@@ -184,7 +185,7 @@ class BlockDrafter:
                 parts.append(expand_chain(proposals, leaves, sum(p.token.shape[1] for p in parts), block))
         candidates = concatenate(parts)
         budget = limits.nodes(candidates.score.masked_fill(~candidates.valid, -torch.inf))
-        depth = len(parts) * self.model.config.num_slots
+        depth = len(parts) * width
         tree, offers = grow_tree(root_token, candidates, budget, depth, merge=self.settings.merge)
         return Draft(tree, DraftPlan(tuple(leaf_caps), budget), depth, offers)
 

@@ -6,6 +6,7 @@ Source: method reference 4.1 (nodes and scores), 4.2 (leaves).
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -35,16 +36,18 @@ class Leaves:
 
 def root_leaf(hidden_BnKH: Tensor, started: Tensor, scratch_rows: int) -> Leaves:
     """The root as the single leaf that block 1 extends; requests without any position (``started`` False) have none."""
-    column = torch.zeros_like(started, dtype=torch.int64)[:, None]
-    return Leaves(
-        node=column - 1,
-        depth=column,
-        token=column,
-        score=column.to(torch.float32),
-        valid=started[:, None],
-        hidden=hidden_BnKH[:, :, 0],
-        seen=torch.zeros(*column.shape, scratch_rows, dtype=torch.bool, device=column.device),
-    )
+    node, zero, score, seen = _at_root(started.shape[0], scratch_rows, started.device)
+    hidden = hidden_BnKH[:, :, 0]
+    return Leaves(node=node, depth=zero, token=zero, score=score, valid=started[:, None], hidden=hidden, seen=seen)
+
+
+@functools.lru_cache(maxsize=64)
+def _at_root(batch: int, scratch_rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What is the same in every cycle: node, depth and token, score, and what is seen. Read only."""
+    with torch.inference_mode(False):
+        zero = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        seen = torch.zeros(batch, 1, scratch_rows, dtype=torch.bool, device=device)
+        return zero - 1, zero, zero.to(torch.float32), seen
 
 
 def expand_chain(proposals: Proposals, leaves: Leaves, offset: int, block: int) -> Candidates:

@@ -5,8 +5,9 @@ Legend: B batch, T rows, A rows that look for something, K slots, H hidden, D he
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from specblock.cuda_ext.slot_layer import slot_layer
 from specblock.drafter.config import DrafterConfig
 from specblock.drafter.slot_attend import SlotAttend
 
+T = TypeVar("T")
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, rotated queries [B, heads, T, D], rotated keys [B, kv_heads, T, D], values) -> [B, T, heads, D]."""
 
@@ -56,6 +58,10 @@ class Linear(nn.Linear):
             return pieces[0](x)
         inputs = x.chunk(len(pieces), dim=-1)
         return torch.stack([piece(taken) for piece, taken in zip(pieces, inputs, strict=True)]).sum(dim=0)
+
+    def packed_parts(self) -> tuple[PackedWeight, ...]:
+        """The pieces for native products, in order; none where PyTorch's serves."""
+        return self._current()
 
     def part(self, index: int, x: Tensor) -> Tensor:
         """The contribution of one piece of the input: [..., in / parts] -> [..., out]."""
@@ -199,8 +205,28 @@ class MLP(nn.Module):
         return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
+class Gathered(Generic[T]):
+    """What native calls want of some linear maps: gathered once, and again when a weight changes."""
+
+    def __init__(self, linears: Sequence[Linear], gather: Callable[[], T]) -> None:
+        """Args:
+        linears: the maps, all of them packed wherever this is called.
+        gather: reads their packed weights.
+        """
+        self._linears, self._gather = tuple(linears), gather
+        self._state: tuple[object, ...] = ()
+        self._found: T | None = None
+
+    def __call__(self) -> T:
+        """What was gathered, from the weights as they are."""
+        state = tuple(linear.state for linear in self._linears)
+        if self._found is None or state != self._state:
+            self._found, self._state = self._gather(), state
+        return self._found
+
+
 class DecoderBlock:
-    """What a decoder layer is made of, as one native call wants it: gathered once, and again when a weight changes."""
+    """What a decoder layer is made of, as one native call wants it."""
 
     def __init__(self, before: RMSNorm | None, attention: Attention, after: RMSNorm, mlp: MLP) -> None:
         """Args:
@@ -210,22 +236,22 @@ class DecoderBlock:
         mlp: the rest.
         """
         self._before, self._attention, self._after, self._mlp = before, attention, after, mlp
-        self._linears = (
+        self.linears = (
             attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj,
             mlp.down_proj,
         )  # fmt: skip
-        self._state: tuple[object, ...] = ()
-        self._weights: tuple[AttentionWeights, RestWeights] | None = None
+        self._gathered = Gathered(self.linears, self.gather)
 
     def weights(self) -> tuple[AttentionWeights, RestWeights]:
         """Packed; all of it must be."""
-        state = tuple(linear.state for linear in self._linears)
-        if self._weights is None or state != self._state:
-            before = self._attention.weights(self._before)
-            after = rest_weights(self._attention.o_proj, self._after, self._mlp)
-            assert before is not None and after is not None, "whole layers are asked for where all weights are packed"
-            self._state, self._weights = state, (before, after)
-        return self._weights
+        return self._gathered()
+
+    def gather(self) -> tuple[AttentionWeights, RestWeights]:
+        """``weights``, read anew."""
+        before = self._attention.weights(self._before)
+        after = rest_weights(self._attention.o_proj, self._after, self._mlp)
+        assert before is not None and after is not None, "whole layers are asked for where all weights are packed"
+        return before, after
 
 
 def whole_layer(

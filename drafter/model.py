@@ -8,15 +8,21 @@ Source: method reference section 1 and 3.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from specblock.cuda_ext.draft_rows import SlotInputWeights, slot_inputs
+from specblock.cuda_ext.slot_layer import LayerStack
 from specblock.drafter.config import DrafterConfig
 from specblock.drafter.layers import (
     MLP,
     Attend,
     Attention,
     DecoderBlock,
+    Gathered,
     Linear,
     RMSNorm,
     rest_of_layer,
@@ -26,6 +32,7 @@ from specblock.drafter.layers import (
     written,
 )
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.slot_attend import SlotAttend
 
 RANK_FEATURES = 15
 RANK_TOP = 20
@@ -47,6 +54,40 @@ class InputLayer(nn.Module):
         nn.init.normal_(self.position_queries.weight, std=0.02)
         self._slots = torch.empty(0)
         self._slots_state: tuple[tuple[int, int], ...] = ()
+        self._weights: SlotInputWeights | None = None
+
+    def rows(self, x_BPI: Tensor, tokens_BP: Tensor, embedding: Tensor, projects: bool) -> Tensor:
+        """Rows [B, P, K, H] of tokens and their conditions.
+
+        Args:
+            x_BPI: target features [B, P, F], or conditions [B, P, H].
+            tokens_BP: int64 [B, P].
+            embedding: [V, H].
+            projects: these are features, which ``condition_proj`` makes conditions of.
+        """
+        weights = self._packed(embedding)
+        if weights is not None:
+            projection = self.condition_proj.packed_weight() if projects else None
+            return slot_inputs(x_BPI, tokens_BP, embedding, weights, projection)
+        condition = self.condition_proj(x_BPI) if projects else x_BPI
+        rows: Tensor = self(condition, functional.embedding(tokens_BP, embedding).to(condition.dtype))
+        return rows
+
+    def _packed(self, embedding: Tensor) -> SlotInputWeights | None:
+        parts = self.fuse.packed_parts()
+        if not parts or embedding.dtype != torch.float32:
+            return None
+        slots = self._of_slots()
+        if self._weights is None or self._weights.slots is not slots or self._weights.token_part is not parts[1]:
+            self._weights = SlotInputWeights(
+                condition_norm=self.condition_norm.weight,
+                condition_part=parts[0],
+                token_norm=self.token_norm.weight,
+                token_part=parts[1],
+                eps=self.token_norm.eps,
+                slots=slots,
+            )
+        return self._weights
 
     def forward(self, condition_BPH: Tensor, token_BPH: Tensor) -> Tensor:
         """[B, P, H] condition (projected feature or parent's hidden) and embedding -> [B, P, K, H]."""
@@ -77,13 +118,13 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config, config.hidden_size)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
-        self._block = DecoderBlock(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
+        self.block = DecoderBlock(self.input_layernorm, self.self_attn, self.post_attention_layernorm, self.mlp)
 
     def forward(
         self, x_BTH: Tensor, layer: int, rotary: tuple[Tensor, Tensor], attend: Attend, asking: Tensor | None = None
     ) -> Tensor:
         """[B, T, H] -> [B, T, H], or [B, A, H] of the rows ``asking`` [B, A]."""
-        whole = whole_layer(x_BTH, layer, rotary, attend, asking, self._block)
+        whole = whole_layer(x_BTH, layer, rotary, attend, asking, self.block)
         if whole is not None:
             return whole
         attention, norm = self.self_attn, self.input_layernorm
@@ -102,9 +143,12 @@ class SpecBlockModel(DraftNetwork):
         super().__init__(config, embedding)
         self.last_layer = f"layers.{config.num_hidden_layers - 1}.*"
         self.input_layer = InputLayer(config)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.shift_proj = nn.ModuleList(
-            Linear(2 * config.hidden_size, config.hidden_size) for _ in range(config.num_hidden_layers - 1)
+        layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
+        shifts = [Linear(2 * config.hidden_size, config.hidden_size) for _ in layers[1:]]
+        self.layers, self.shift_proj = nn.ModuleList(layers), nn.ModuleList(shifts)
+        self._stack = Gathered(
+            [*(linear for layer in layers for linear in layer.block.linears), *shifts],
+            lambda: _gather_stack(layers, shifts, config.num_slots),
         )
         self.rank_head = nn.Sequential(
             Linear(config.hidden_size + RANK_FEATURES, config.rank_hidden_size),
@@ -114,14 +158,11 @@ class SpecBlockModel(DraftNetwork):
 
     def first_inputs(self, features_BPF: Tensor, tokens_BP: Tensor) -> Tensor:
         """See DraftNetwork: condition from the target's features -> [B, P, K, H]."""
-        condition = self.input_layer.condition_proj(features_BPF)
-        rows: Tensor = self.input_layer(condition, self.embed(tokens_BP, condition.dtype))
-        return rows
+        return self.input_layer.rows(features_BPF, tokens_BP, self.embedding, projects=True)
 
     def later_inputs(self, parents_BPH: Tensor, tokens_BP: Tensor) -> Tensor:
         """See DraftNetwork: condition from the parent slot's hidden -> [B, P, K, H]."""
-        rows: Tensor = self.input_layer(parents_BPH, self.embed(tokens_BP, parents_BPH.dtype))
-        return rows
+        return self.input_layer.rows(parents_BPH, tokens_BP, self.embedding, projects=False)
 
     def run_layers(
         self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted_B: Tensor | None = None
@@ -130,6 +171,10 @@ class SpecBlockModel(DraftNetwork):
         batch, positions, slots, hidden = x_BPKH.shape
         x_BTH = x_BPKH.reshape(batch, positions * slots, hidden)
         asking = rows_of(wanted_B, positions, slots)
+        rows = attend.all_rows() if isinstance(attend, SlotAttend) else None
+        if rows is not None:
+            u, _ = self._stack()(x_BTH, (rotary[0][:, 0], rotary[1][:, 0]), rows, asking=asking)
+            return u.view(batch, -1, slots, hidden)
         for index, layer in enumerate(self.layers):
             last = index == len(self.layers) - 1
             x_BTH = layer(x_BTH, index, rotary, attend, asking if last else None)
@@ -144,6 +189,12 @@ class SpecBlockModel(DraftNetwork):
         head_input = torch.cat([normed.detach(), features.to(normed.dtype)], dim=-1)
         logits: Tensor = self.rank_head(head_input)
         return logits
+
+
+def _gather_stack(layers: Sequence[DecoderLayer], shifts: Sequence[Linear], width: int) -> LayerStack:
+    packed = [weight for weight in (shift.packed_weight() for shift in shifts) if weight is not None]
+    assert len(packed) == len(shifts), "whole layers are asked for where all weights are packed"
+    return LayerStack([layer.block.gather() for layer in layers], None, packed, width)
 
 
 def rank_features(top_logits: Tensor) -> Tensor:

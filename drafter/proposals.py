@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specblock.cuda_ext.draft_rows import HeadWeights, draft_head
 from specblock.cuda_ext.noise import NoiseRows
-from specblock.cuda_ext.ranking import best_tokens
+from specblock.cuda_ext.ranking import BestTokens, best_tokens
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.fan_out import FanOutRule
@@ -62,31 +63,36 @@ def propose(
         ranking: how they are ranked.
         first: these are slots of block 1.
     """
-    normed = network.norm(hidden_BnKH)
-    logits = network.lm_head(normed)
-    if ranking.bias_rows is not None:
-        bias_BV = network.token_bias.table[ranking.bias_rows]
-        logits = logits.float() + bias_BV.float()[:, None, None]  # bfloat16 would lose small ones
-    vocab_size, num_leaves_slots = logits.shape[-1], logits.shape[1] * logits.shape[2]
+    vocab_size, shape = network.config.draft_vocab_size, hidden_BnKH.shape[:-1]
     ranked = network.has_rank_head and settings.rank_head
     width = min(settings.beam if first or not ranked else max(settings.fan_out), vocab_size)
-    best = best_tokens(
-        logits.flatten(0, 2),
-        ranking.noise,
-        None if network.full_vocabulary else network.draft_ids,
-        ranking.sampling.repeated(num_leaves_slots),
-        settings.noise_scale,
-        width,
-        min(RANK_TOP, vocab_size),
-    )
+    normed, best = _of_head(network, hidden_BnKH.flatten(0, 2), ranking, settings.noise_scale, width)
     token = best.index if network.full_vocabulary else network.draft_ids[best.index]
-    log_prob = best.log_prob.view(*logits.shape[:-1], width)
+    log_prob = best.log_prob.view(*shape, width)
     if ranked:
         # A draft vocabulary below 20 tokens pads the features; the classes then never reach past it.
-        top = best.top.view(*logits.shape[:-1], -1)
+        top = best.top.view(*shape, -1)
         padded = torch.nn.functional.pad(top, (0, RANK_TOP - top.shape[-1]), value=-1e4)
-        rank = network.rank_logits(normed, rank_features(padded)).argmax(dim=-1)
+        rank = network.rank_logits(normed.view(*shape, -1), rank_features(padded)).argmax(dim=-1)
         fan_out = rule.fan_out(rank, log_prob[..., 0].exp(), first)
     else:
         fan_out = torch.full(log_prob.shape[:-1], width, device=log_prob.device)
     return Proposals(token.view_as(log_prob), log_prob, fan_out)
+
+
+def _of_head(
+    network: DraftNetwork, hidden_NH: Tensor, ranking: Ranking, scale: float, width: int
+) -> tuple[Tensor, BestTokens]:
+    """Rows [N, H] after the final norm, and the best ``width`` tokens of the head's logits."""
+    vocab_size, bias_rows = network.config.draft_vocab_size, ranking.bias_rows
+    ids, wanted = None if network.full_vocabulary else network.draft_ids, (width, min(RANK_TOP, vocab_size))
+    head = network.lm_head.packed_weight()
+    if head is not None:
+        weights = HeadWeights(norm=network.norm.weight, eps=network.norm.eps, head=head, bias=network.token_bias.table)
+        return draft_head(hidden_NH, weights, bias_rows, ranking.noise, ids, ranking.sampling, scale, *wanted)
+    normed = network.norm(hidden_NH)
+    logits = network.lm_head(normed)
+    if bias_rows is not None:
+        bias_NV = network.token_bias.table[bias_rows].repeat_interleave(len(logits) // len(bias_rows), dim=0)
+        logits = logits.float() + bias_NV.float()  # bfloat16 would lose small ones
+    return normed, best_tokens(logits, ranking.noise, ids, ranking.sampling, scale, *wanted)

@@ -45,12 +45,21 @@ class SlotAttend:
         self._places = self._write
         self._whole_layers = whole_layers
 
+    def all_rows(self) -> CacheRows | None:
+        """``rows`` of all layers, [layers, ...], for ``LayerStack``."""
+        cache = self._cache
+        return CacheRows(cache.keys, cache.values, *self._seen) if self._whole_layers else None
+
     def rows(self, layer: int) -> CacheRows | None:
         """Where the new rows go in one layer, for ``slot_layer``; None where that cannot be."""
         cache = self._cache
         if not self._whole_layers:
             return None
-        return CacheRows(cache.keys[layer], cache.values[layer], self._slots, self._first, self._visible)
+        return CacheRows(cache.keys[layer], cache.values[layer], *self._seen)
+
+    @property
+    def _seen(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._slots, self._first, self._visible
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See ``Attend``."""

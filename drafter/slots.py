@@ -8,8 +8,9 @@ Legend: B requests, P new positions, K slots, T = P * K rows, n leaves, W rows o
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from specblock.drafter.network import DraftNetwork
 from specblock.drafter.proposals import Proposals, Ranking, propose
 from specblock.drafter.slot_attend import SlotAttend
 
+_FEW_ROWS = 64  # of a cycle; a prompt's are too many, and of too many numbers, to be kept
+_ROTARY_AHEAD = 64  # rotary indices behind those of a cache's rows, for what is drafted at its end
 POSITIONS = (1, 2, 4, 8, 16)
 """New positions that one forward takes; more are absorbed the other way."""
 
@@ -45,6 +48,7 @@ class SlotBlocks:
         self.graphs = graphs
         self._network, self._settings, self._rule = network, settings, rule
         self._packs = network.packs
+        self._cos = self._sin = torch.empty(0, 0)
         self._recorded: weakref.WeakKeyDictionary[DrafterCache, BlockGraphs] = weakref.WeakKeyDictionary()
 
     @property
@@ -89,12 +93,11 @@ class SlotBlocks:
         ]
         inputs = (on_device(counters, tokens.device), features, tokens)
 
-        def body(given: Tensors) -> Tensors:
-            numbers, features, tokens, *rest = given
-            u = self._first_rows(cache, numbers, features, tokens)
-            return self._proposed(u, rest, ranking, first=True)
+        def body(given: Tensors) -> Tensor:
+            numbers, features, tokens = given
+            return self._first_rows(cache, numbers, features, tokens)
 
-        return self._run(cache, ("first", most), body, inputs, ranking)
+        return self._run(cache, ("first", most), body, inputs, ranking, first=True)
 
     def absorb(self, cache: DrafterCache, slots: Sequence[int], new: NewPositions) -> Tensor:
         """Block 1 of any number of positions, as context: rows rounded, nothing proposed. Whole layers only.
@@ -132,17 +135,16 @@ class SlotBlocks:
         seen = leaves.seen[:, :, :end]
         inputs = (on_device(counters, seen.device), leaves.hidden, leaves.token, leaves.depth, seen)
 
-        def body(given: Tensors) -> Tensors:
-            numbers, hidden, token, depth, seen, *rest = given
+        def body(given: Tensors) -> Tensor:
+            numbers, hidden, token, depth, seen = given
             real, slot_B, root_row, rotary = (column.contiguous() for column in numbers.unbind(1))
             visible = self._visible(seen, first_row)
             attend = self._attend(cache, slot_B, root_row, visible, real)
             index = self._network.rotary_index(rotary[:, None].expand(-1, num_leaves), depth)
-            tables = self._network.rotary_tables(index)
-            u = self._network.run_layers(self._network.later_inputs(hidden, token), tables, attend)
-            return self._proposed(u, rest, ranking, first=False)
+            tables = self._rotary(cache, index)
+            return self._network.run_layers(self._network.later_inputs(hidden, token), tables, attend)
 
-        return self._run(cache, ("later", first_row, num_leaves), body, inputs, ranking)
+        return self._run(cache, ("later", first_row, num_leaves), body, inputs, ranking, first=False)
 
     def _first_rows(self, cache: DrafterCache, numbers: Tensor, features: Tensor, tokens: Tensor) -> Tensor:
         """Block 1 of features [B, P, F] and tokens [B, P]: u [B, 1, K, H] of the newest positions.
@@ -156,11 +158,10 @@ class SlotBlocks:
         """
         real, slot_B, base, rotary, newest = (column.contiguous() for column in numbers.unbind(1))
         (batch, count), device = tokens.shape, tokens.device
-        order_T = torch.arange(count * self._network.config.num_slots, device=device)
-        visible = (order_T <= order_T[:, None]).expand(batch, -1, -1).contiguous()
+        visible = causal(batch, count * self._network.config.num_slots, device)
         attend = self._attend(cache, slot_B, base, visible, real)
         index = self._network.rotary_index(rotary[:, None] + torch.arange(count, device=device))
-        tables, inputs = self._network.rotary_tables(index), self._network.first_inputs(features, tokens)
+        tables, inputs = self._rotary(cache, index), self._network.first_inputs(features, tokens)
         u = self._network.run_layers(inputs, tables, attend, newest if self.whole_layers else None)
         return u if u.shape[1] == 1 else u[torch.arange(batch, device=device), newest][:, None]
 
@@ -181,26 +182,68 @@ class SlotBlocks:
         write_B = torch.where(real_B > 0, first_B, cache.keys.shape[3] - cache.padding_rows)
         return SlotAttend(cache, slot_B, first_B, visible_BTW, write_B)
 
+    def _rotary(self, cache: DrafterCache, index_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """``rotary_tables``, looked up where they would be computed anew in every cycle."""
+        if not self.whole_layers:
+            return self._network.rotary_tables(index_BT)
+        most = 2 * cache.keys.shape[3] + _ROTARY_AHEAD  # the published refresh skips indices
+        if self._cos.shape[0] < most:
+            with torch.inference_mode(False), torch.no_grad():
+                cos, sin = self._network.rotary_tables(torch.arange(most)[None])
+                self._cos, self._sin = cos[0, 0], sin[0, 0]
+        return F.embedding(index_BT, self._cos)[:, None], F.embedding(index_BT, self._sin)[:, None]
+
     def _run(
-        self, cache: DrafterCache, key: tuple[Any, ...], body: Any, inputs: Tensors, ranking: Ranking
+        self,
+        cache: DrafterCache,
+        key: tuple[Any, ...],
+        body: Callable[[Tensors], Tensor],
+        inputs: Tensors,
+        ranking: Ranking,
+        first: bool,
     ) -> tuple[Tensor, Proposals]:
-        batch, noise, sampling = inputs[0].shape[0], ranking.noise, ranking.sampling
-        inputs += tuple(getattr(sampling, name) for name in SamplingBatch.__dataclass_fields__)
-        inputs += () if noise is None else (noise.index.view(batch, -1),)
-        inputs += () if ranking.bias_rows is None else (ranking.bias_rows,)
+        """``body(inputs)``, u, and what it proposes: as a graph where there is one."""
         graphs, found = self.graphs_over(cache), None
         if graphs is not None:
-            store = None if noise is None else noise.storage.data_ptr()
-            found = graphs.run((*key, store, ranking.bias_rows is None), body, inputs)
-        hidden, token, log_prob, fan_out = body(inputs) if found is None else found
-        return hidden, Proposals(token, log_prob, fan_out)
+            noise, count = ranking.noise, len(inputs)
 
-    def _proposed(self, hidden: Tensor, rest: Sequence[Tensor], like: Ranking, first: bool) -> Tensors:
+            def whole(given: Tensors) -> Tensors:
+                return self._proposed(body(given[:count]), given[count:], ranking, first)
+
+            data = tuple(getattr(ranking.sampling, name) for name in SamplingBatch.__dataclass_fields__)
+            data += () if noise is None else (noise.index.view(inputs[0].shape[0], -1),)
+            data += () if ranking.bias_rows is None else (ranking.bias_rows,)
+            store = None if noise is None else noise.storage.data_ptr()
+            found = graphs.run((*key, store, ranking.bias_rows is None), whole, inputs + data)
+        if found is not None:
+            return found[0], Proposals(*found[1:])
+        hidden = body(inputs)
+        return hidden, propose(self._network, self._settings, self._rule, hidden, ranking, first)
+
+    def _proposed(self, hidden: Tensor, data: Tensors, like: Ranking, first: bool) -> Tensors:
         """``propose`` with the tensors that ``_run`` put behind a body's own."""
         fields = len(SamplingBatch.__dataclass_fields__)
-        sampling, others = SamplingBatch(*rest[:fields]), list(rest[fields:])
+        sampling, others = SamplingBatch(*data[:fields]), list(data[fields:])
         noise = None if like.noise is None else NoiseRows(like.noise.storage, others.pop(0).flatten())
         bias_rows = None if like.bias_rows is None else others.pop(0)
         ranking = Ranking(noise, sampling, bias_rows)
         found = propose(self._network, self._settings, self._rule, hidden, ranking, first)
         return hidden, found.token, found.log_prob, found.fan_out
+
+
+def causal(batch: int, count: int, device: torch.device) -> Tensor:
+    """bool [B, T, T]: every row sees itself and those before it. Read only."""
+    if device.type != "cpu" or count > _FEW_ROWS:  # what a recording makes is the recording's
+        return _causal(batch, count, device)
+    return _small_causal(batch, count)
+
+
+@functools.lru_cache(maxsize=256)
+def _small_causal(batch: int, count: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _causal(batch, count, torch.device("cpu"))
+
+
+def _causal(batch: int, count: int, device: torch.device) -> Tensor:
+    order = torch.arange(count, device=device)
+    return (order <= order[:, None]).expand(batch, -1, -1).contiguous()

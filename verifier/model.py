@@ -269,14 +269,17 @@ class TargetModel:
         """
         batch, rows = tokens.shape
         slot_list = host_list(slots)
+        holds = self.native or cache.padding_rows  # a cache for slots
+        by_slot = self.by_slot if holds and logits_rows is None and rows <= MOST_ROWS else None
+        if by_slot is not None and self.native and tree_mask is not None and depth is not None:
+            return TargetOutput(*by_slot(cache, slot_list, tokens, depth, tree_mask))  # it lets every row see itself
         order_R = torch.arange(rows, device=self.device)
         visible_BRR = order_R <= order_R[:, None] if tree_mask is None else tree_mask
         # Every row sees itself, so a padding row is never a softmax over nothing.
         visible_BRR = (visible_BRR | torch.eye(rows, dtype=torch.bool, device=self.device)).expand(batch, -1, -1)
         depth_BR = (order_R if depth is None else depth).expand(batch, -1)
-        holds = self.native or cache.padding_rows  # a cache for slots
-        if self.by_slot is not None and holds and logits_rows is None and rows <= MOST_ROWS:
-            return TargetOutput(*self.by_slot(cache, slot_list, tokens, depth_BR, visible_BRR))
+        if by_slot is not None:
+            return TargetOutput(*by_slot(cache, slot_list, tokens, depth_BR, visible_BRR))
         length_B = on_device(cache.stage(slot_list, rows), self.device)
         assert cache.staging is not None
         hidden_BRH, features = self._run(

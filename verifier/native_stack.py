@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+from torch.nn import functional
 
 from specblock.cuda_ext.slot_layer import CacheRows, LayerStack
 from specblock.verifier.native import NativeLayer, NativeNorm, takes_slots
@@ -18,13 +20,14 @@ if TYPE_CHECKING:
     from specblock.verifier.slots import SlotRows
 
 # Embedding, rotary tables, layers, norm, and nothing in between.
+_FIXED_ROTARY = ("default", "linear", "llama3", "yarn")  # others change with the length of the text
 _PLAIN_DECODERS = ("LlamaModel", "Qwen3Model", "MistralModel")
 
 
 class NativeStack:
     """What a transformers decoder does over slots, without its loop over layers.
 
-    Embedding, rotary tables and final norm stay the model's own modules.
+    The final norm stays the model's own module, and its rotary module makes the tables.
     """
 
     def __init__(self, decoder: Any, feature_layers: Sequence[int]) -> None:
@@ -33,21 +36,33 @@ class NativeStack:
         feature_layers: whose residual streams are the features.
         """
         self._decoder, self._feature_layers = decoder, list(feature_layers)
+        self._embedding: Tensor = decoder.embed_tokens.weight
+        self._tables = self._embedding.new_empty(2, 0, 0)
         self._layers = LayerStack([layer.weights for layer in decoder.layers], decoder.layers[0].self_attn.scaling)
 
     def __call__(self, cache: TargetCache, rows: SlotRows) -> tuple[Tensor, Tensor]:
         """Hidden [B, R, K] after the final norm and features [B, R, F] of new rows; keys and values are written."""
-        hidden = self._decoder.embed_tokens(rows.tokens)
-        rotary = self._decoder.rotary_emb(hidden, position_ids=rows.lengths[:, None] + rows.depth)
+        hidden = functional.embedding(rows.tokens, self._embedding)
+        rotary = self._rotary(rows.lengths[:, None] + rows.depth, cache.capacity_tokens)
         places = CacheRows(cache.keys, cache.values, rows.slots, rows.lengths, rows.visible)
         hidden, features = self._layers(hidden, rotary, places, self._feature_layers)
         return self._decoder.norm(hidden), features
+
+    def _rotary(self, position_BR: Tensor, capacity_tokens: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin [B, R, D] of positions below the capacity, from tables that the model's own module made once."""
+        if self._tables.shape[1] < capacity_tokens:
+            with torch.inference_mode(False), torch.no_grad():
+                every = torch.arange(capacity_tokens, device=position_BR.device)[None]
+                self._tables = torch.cat(self._decoder.rotary_emb(self._embedding, position_ids=every))
+        cos, sin = self._tables
+        return functional.embedding(position_BR, cos), functional.embedding(position_BR, sin)
 
 
 def can_stack(model: Any) -> bool:
     """Whether a model's decoder is plain around native layers that are all alike."""
     decoder = model.model
     plain = type(decoder).__name__ in _PLAIN_DECODERS and isinstance(decoder.norm, NativeNorm) and takes_slots(model)
+    plain = plain and getattr(decoder.rotary_emb, "rope_type", "") in _FIXED_ROTARY
     return plain and _alike(decoder.layers)
 
 

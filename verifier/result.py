@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specblock.cuda_ext.native import has_kernel
+from specblock.cuda_ext.ranking import most_probable
+
 
 @dataclass(frozen=True, slots=True)
 class TopLogProbs:
@@ -68,6 +71,18 @@ class VerifyResult:
 
 def topk_log_probs(logits: Tensor, k: int = 32) -> TopLogProbs:
     """The ``min(k, V)`` most probable tokens of raw logits [..., V], before any processing."""
+    k = min(k, logits.shape[-1])
+    if k > 0 and logits.is_cpu and logits.dtype == torch.float32 and has_kernel("draft_top", logits):
+        best = most_probable(logits.reshape(-1, logits.shape[-1]), k)
+        shape = logits.shape[:-1]
+        log_probs = best.log_prob.view(*shape, k)
+        total = best.top.view(shape) - log_probs[..., 0]
+        return TopLogProbs(best.index.view(*shape, k).to(torch.int32), log_probs, total)
+    return topk_log_probs_reference(logits, k)
+
+
+def topk_log_probs_reference(logits: Tensor, k: int) -> TopLogProbs:
+    """``topk_log_probs`` on any device; equal logits come in any order."""
     logits = logits.to(torch.float32)
     total = torch.logsumexp(logits, dim=-1)
     values, ids = torch.topk(logits, min(k, logits.shape[-1]), dim=-1)

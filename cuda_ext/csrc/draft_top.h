@@ -38,18 +38,61 @@ SB_INLINE float log_sum_exp(const float* x, int64_t size, float largest) {
   return largest + std::log(total);
 }
 
-// The `count` largest values, descending; of equal ones the lower index first. index may be null.
-SB_INLINE void largest_values(const float* x, int64_t size, int64_t count, float* values, int64_t* index) {
-  int64_t held = 0;
-  for (int64_t i = 0; i < size; i++) {
-    if (held == count && !(x[i] > values[count - 1])) continue;
-    int64_t at = held < count ? held++ : count - 1;
-    for (; at > 0 && x[i] > values[at - 1]; at--) {
-      values[at] = values[at - 1];
-      if (index) index[at] = index[at - 1];
+constexpr int64_t kGlance = 64;  // values that are looked at together
+
+// The largest of each of kGlance columns of x, as far as whole rows of columns go.
+SB_INLINE void column_maxima(const float* x, int64_t size, float* maxima) {
+  constexpr int C = kGlance / L;
+  Float most[C];
+  for (int c = 0; c < C; c++) most[c] = broadcast(-std::numeric_limits<float>::infinity());
+  for (int64_t i = 0; i + kGlance <= size; i += kGlance)
+    for (int c = 0; c < C; c++) {
+      const Float values = load(x + i + c * L);
+      most[c] = values > most[c] ? values : most[c];
     }
-    values[at] = x[i];
-    if (index) index[at] = i;
+  for (int c = 0; c < C; c++) store(maxima + c * L, most[c]);
+}
+
+// Whether any of kGlance values is not below `least`.
+SB_INLINE bool any_reaches(const float* x, float least) {
+  const Float bound = broadcast(least);
+  auto below = load(x) < bound;
+  for (int c = 1; c < kGlance / L; c++) below &= load(x + c * L) < bound;
+  uint64_t words[L / 2], all = ~uint64_t{0};
+  static_assert(sizeof words == sizeof below);
+  std::memcpy(words, &below, sizeof below);
+  for (uint64_t word : words) all &= word;
+  return all != ~uint64_t{0};
+}
+
+// Puts a value into `values`, descending, of which `held` are there and `count` have room; behind its equals.
+SB_INLINE void insert(float value, int64_t at, int64_t count, int64_t& held, float* values, int64_t* index) {
+  if (held == count && !(value > values[count - 1])) return;
+  int64_t place = held < count ? held++ : count - 1;
+  for (; place > 0 && value > values[place - 1]; place--) {
+    values[place] = values[place - 1];
+    if (index) index[place] = index[place - 1];
+  }
+  values[place] = value;
+  if (index) index[place] = at;
+}
+
+// The `count` largest values, descending; of equal ones the lower index first. index may be null.
+// Of the columns' maxima, `count` are as large as the `count`-th largest of them, so smaller values need no look.
+SB_INLINE void largest_values(const float* x, int64_t size, int64_t count, float* values, int64_t* index) {
+  float maxima[kGlance], least = -std::numeric_limits<float>::infinity();
+  int64_t held = 0;
+  if (count <= kGlance) {
+    column_maxima(x, size, maxima);
+    for (int64_t i = 0; i < kGlance; i++) insert(maxima[i], i, count, held, values, nullptr);
+    least = values[count - 1];
+    held = 0;
+  }
+  for (int64_t begin = 0; begin < size; begin += kGlance) {
+    const int64_t end = std::min(begin + kGlance, size);
+    if (end - begin == kGlance && !any_reaches(x + begin, least)) continue;
+    for (int64_t i = begin; i < end; i++)
+      if (!(x[i] < least)) insert(x[i], i, count, held, values, index);
   }
 }
 
@@ -72,7 +115,6 @@ SB_INLINE float filter_floor(const DraftRow& row, const float* top, float normal
 SB_INLINE void draft_top(const DraftRow& row) {
   largest_values(row.logits, row.size, row.num_top, row.top, nullptr);
   const float* score = row.logits;
-  float largest = row.top[0];
   std::vector<float> own;
   if (row.noise != nullptr && row.temperature > 0) {
     own.resize(row.size);
@@ -81,16 +123,18 @@ SB_INLINE void draft_top(const DraftRow& row) {
     std::vector<float> top(row.top, row.top + row.num_top);
     for (float& value : top) value /= temperature;
     const float floor = filter_floor(row, top.data(), log_sum_exp(own.data(), row.size, top[0]));
-    largest = -std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < row.size; i++) {
-      const float noise = static_cast<float>(row.noise[row.ids ? row.ids[i] : i]);
-      own[i] = own[i] < floor ? -std::numeric_limits<float>::infinity() : (own[i] + noise) / scale;
-      largest = std::max(largest, own[i]);
+    const auto ranked = [&](int64_t i, double noise) {
+      return own[i] < floor ? -std::numeric_limits<float>::infinity() : (own[i] + static_cast<float>(noise)) / scale;
+    };
+    if (row.ids == nullptr) {
+      for (int64_t i = 0; i < row.size; i++) own[i] = ranked(i, row.noise[i]);
+    } else {
+      for (int64_t i = 0; i < row.size; i++) own[i] = ranked(i, row.noise[row.ids[i]]);
     }
     score = own.data();
   }
   largest_values(score, row.size, row.width, row.log_prob, row.token);
-  const float normaliser = log_sum_exp(score, row.size, largest);
+  const float normaliser = log_sum_exp(score, row.size, row.log_prob[0]);
   for (int64_t i = 0; i < row.width; i++) row.log_prob[i] -= normaliser;
 }
 

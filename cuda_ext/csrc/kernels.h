@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "choice_filters.h"
+
 namespace specblock {
 
 constexpr int64_t kPanel = 16;  // output columns per panel of a packed weight
@@ -38,6 +40,15 @@ struct DraftRow {
   int64_t num_top;
 };
 
+// What one call of choose() works on: the target's logits of one row, either in float32 or in float64.
+struct ChoiceRow {
+  const float* logits;   // [size], or null
+  const double* wide;    // [size], or null
+  int64_t size;
+  ChoiceFilters filters;
+  const double* noise;   // [size]
+};
+
 struct Kernels {
   // out[M, N] = x[M, K] times the panels begin .. end of a packed weight; see panel_matmul.h. `coarse` allows x to be
   // rounded to bfloat16 where that is faster.
@@ -49,6 +60,8 @@ struct Kernels {
   void (*normalise)(const float* x, const float* weight, float* out, int64_t rows, int64_t size, float eps);
   void (*draft_top)(const DraftRow& row);
   void (*gate)(float* gate, const float* up, int64_t size);
+  int64_t (*choose)(const ChoiceRow& row);
+  void (*uniform_row)(uint64_t seed, uint64_t choice, uint64_t position, double* out, int64_t size);  // see philox.h
 };
 
 extern const Kernels kBaseline;

@@ -10,11 +10,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <new>
 #include <vector>
 
 #include "kernels.h"
+#include "philox.h"
 
 // Linux gives a process the unit's registers, which are large, only if it asks for them.
 bool specblock::has_matrix_unit() {
@@ -29,14 +31,16 @@ bool specblock::has_matrix_unit() {
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,amx-tile,amx-bf16")
 #define SB_LANES 16
+#include "choose.h"
 #include "draft_top.h"
 #include "gate.h"
 #include "panel_matmul.h"
+#include "philox_row.h"
 #include "rms_norm.h"
 #include "tile_matmul.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kAmx = {multiply_tiles, multiply<float>, attend, normalise, draft_top, gate};
+const specblock::Kernels specblock::kAmx = {multiply_tiles, multiply<float>, attend, normalise, draft_top, gate, choose, uniform_row};
 #elif defined(__x86_64__)
 #include "kernels.h"
 

@@ -5,18 +5,22 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <vector>
 
 #include "kernels.h"
+#include "philox.h"
 
 #pragma GCC target("avx2,fma")
 #define SB_LANES 8
+#include "choose.h"
 #include "draft_top.h"
 #include "gate.h"
 #include "panel_matmul.h"
+#include "philox_row.h"
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kAvx2 = {multiply_half, multiply<float>, attend, normalise, draft_top, gate};
+const specblock::Kernels specblock::kAvx2 = {multiply_half, multiply<float>, attend, normalise, draft_top, gate, choose, uniform_row};
 #endif

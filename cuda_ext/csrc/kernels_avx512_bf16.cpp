@@ -8,11 +8,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <new>
 #include <vector>
 
 #include "kernels.h"
+#include "philox.h"
 
 bool specblock::has_bfloat16_products() {
   constexpr unsigned kBfloat16 = 1u << 5;
@@ -24,14 +26,16 @@ bool specblock::has_bfloat16_products() {
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma")
 #define SB_LANES 16
+#include "choose.h"
 #include "draft_top.h"
 #include "gate.h"
 #include "pair_matmul.h"
 #include "panel_matmul.h"
+#include "philox_row.h"
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kAvx512Bf16 = {multiply_either, multiply<float>, attend, normalise, draft_top, gate};
+const specblock::Kernels specblock::kAvx512Bf16 = {multiply_either, multiply<float>, attend, normalise, draft_top, gate, choose, uniform_row};
 #elif defined(__x86_64__)
 #include "kernels.h"
 

@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "kernels.h"
-#include "philox.h"
 #include "products.h"
 #include "rotary.h"
 
@@ -142,7 +141,7 @@ Tensor philox_uniform(const Tensor& seed, const Tensor& choice, const Tensor& po
   auto* to = static_cast<double*>(out.mutable_data_ptr());
   torch::stable::parallel_for(0, N, kMultiplyAddsPerThread / (16 * vocab_size) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++)
-      specblock::uniform_row(seeds[n], choices[n], positions[n], to + n * vocab_size, vocab_size);
+      specblock::kernels().uniform_row(seeds[n], choices[n], positions[n], to + n * vocab_size, vocab_size);
   });
   return out;
 }

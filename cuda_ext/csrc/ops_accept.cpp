@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "checks.h"
-#include "choose.h"
+#include "kernels.h"
 
 namespace {
 
@@ -21,15 +21,17 @@ struct Walk {
   int64_t *tokens, *path;         // [levels]
 };
 
-// Follows the tree while a child carries what the target says; returns the number of tokens said.
-template <class Logit>
-int64_t walk(const Walk& w, const Logit* logits, int64_t vocab_size, const ChoiceFilters& filters, const double* noise,
-             int64_t noise_size, const int64_t* noise_row) {
-  Choice choice;
+// Follows the tree while a child carries what the target says, of logits [rows, size]; returns the number of tokens said.
+int64_t walk(const Walk& w, ChoiceRow logits, const double* noise, int64_t noise_size, const int64_t* noise_row) {
+  const float* narrow = logits.logits;
+  const double* wide = logits.wide;
   int64_t row = 0, level = 0;
   for (; level < w.levels; level++) {
     w.path[level] = row;
-    const int64_t said = choice.of(logits + row * vocab_size, vocab_size, filters, noise + noise_row[level] * noise_size);
+    logits.logits = narrow ? narrow + row * logits.size : nullptr;
+    logits.wide = wide ? wide + row * logits.size : nullptr;
+    logits.noise = noise + noise_row[level] * noise_size;
+    const int64_t said = kernels().choose(logits);
     w.tokens[level] = said;
     int64_t child = row + 1;
     while (child < w.rows && !(w.parent[child] == row && w.token[child] == said)) child++;
@@ -74,8 +76,9 @@ std::tuple<Tensor, Tensor, Tensor> accept_walk(const Tensor& logits, const Tenso
       const Walk w{read<int64_t>(token) + b * R, read<int64_t>(parent) + b * R, R, W, tokens_at + b * W, rows_at + b * W};
       const int64_t* levels = read<int64_t>(noise_row) + b * W;
       const auto* noises = read<double>(noise);
-      count_at[b] = wide ? walk(w, read<double>(logits) + b * R * V, V, filters, noises, noise.size(1), levels)
-                         : walk(w, read<float>(logits) + b * R * V, V, filters, noises, noise.size(1), levels);
+      const ChoiceRow tree{wide ? nullptr : read<float>(logits) + b * R * V, wide ? read<double>(logits) + b * R * V : nullptr,
+                           V, filters, nullptr};
+      count_at[b] = walk(w, tree, noises, noise.size(1), levels);
     }
   });
   return {tokens, rows, count};

@@ -3,55 +3,29 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
 
 #include "checks.h"
-#include "choose.h"
 #include "draft_tree.h"
-#include "kernels.h"
+#include "ranking.h"
 
 namespace {
 
 using namespace specblock;
 
-// logits float32 [N, V] -> index int64 [N, width], log_prob float32 [N, width], top float32 [N, num_top].
+// logits float32 [N, V], sampling parameters of requests with N / requests rows each -> index int64 [N, width], log_prob
+// float32 [N, width], top float32 [N, num_top].
 std::tuple<Tensor, Tensor, Tensor> draft_top(const Tensor& logits, std::optional<Tensor> noise,
                                              std::optional<Tensor> noise_row, std::optional<Tensor> ids,
                                              const Tensor& temperature, const Tensor& top_p, const Tensor& top_k,
                                              const Tensor& min_p, double scale, int64_t width, int64_t num_top) {
   check(logits, ScalarType::Float, 2, "logits");
-  const int64_t N = logits.size(0), V = logits.size(1);
-  STD_TORCH_CHECK(width > 0 && num_top > 0 && width <= V && num_top <= V, "draft_top: more tokens wanted than there are");
-  check_sampling(temperature, top_p, top_k, min_p, N);
-  const int64_t* id = nullptr;
-  if (ids) {
-    check(*ids, ScalarType::Long, 1, "ids");
-    STD_TORCH_CHECK(ids->size(0) == V, "ids: one per logit expected");
-    id = read<int64_t>(*ids);
-  }
-  STD_TORCH_CHECK(noise.has_value() == noise_row.has_value(), "draft_top: noise and noise_row belong together");
-  if (noise) check_noise(*noise, *noise_row, N, id ? 0 : V);
-  if (noise && id)
-    for (int64_t i = 0; i < V; i++) STD_TORCH_CHECK(id[i] >= 0 && id[i] < noise->size(1), "ids are out of range");
-  Tensor token = torch::stable::empty({N, width}, ScalarType::Long);
-  Tensor log_prob = torch::stable::empty({N, width}, ScalarType::Float);
-  Tensor top = torch::stable::empty({N, num_top}, ScalarType::Float);
-  auto *token_at = write<int64_t>(token);
-  auto *log_prob_at = write<float>(log_prob), *top_at = write<float>(top);
-  torch::stable::parallel_for(0, N, (1 << 14) / V + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n++)
-      specblock::kernels().draft_top({
-          .logits = read<float>(logits) + n * V,
-          .noise = noise ? read<double>(*noise) + read<int64_t>(*noise_row)[n] * noise->size(1) : nullptr,
-          .ids = id, .size = V,
-          .temperature = read<double>(temperature)[n], .top_p = read<double>(top_p)[n],
-          .min_p = read<double>(min_p)[n], .scale = scale, .top_k = read<int64_t>(top_k)[n],
-          .token = token_at + n * width, .log_prob = log_prob_at + n * width, .width = width,
-          .top = top_at + n * num_top, .num_top = num_top,
-      });
-  });
-  return {token, log_prob, top};
+  const RowRanking ranking(logits.size(0), logits.size(1), noise, noise_row, ids, temperature, top_p, top_k, min_p, scale,
+                           width, num_top);
+  const BestTokens best = ranking(read<float>(logits));
+  return {best.index, best.log_prob, best.top};
 }
 
 // logits float32 or float64 [N, V] -> int64 [N].
@@ -66,13 +40,12 @@ Tensor choose(const Tensor& logits, const Tensor& noise, const Tensor& noise_row
   Tensor out = torch::stable::empty({N}, ScalarType::Long);
   auto* to = write<int64_t>(out);
   torch::stable::parallel_for(0, N, (1 << 14) / V + 1, [&](int64_t begin, int64_t end) {
-    specblock::Choice choice;
     for (int64_t n = begin; n < end; n++) {
       const specblock::ChoiceFilters filters{read<double>(temperature)[n], read<double>(top_p)[n],
                                              read<double>(min_p)[n], read<int64_t>(top_k)[n]};
       const double* row = read<double>(noise) + read<int64_t>(noise_row)[n] * noise.size(1);
-      to[n] = wide ? choice.of(read<double>(logits) + n * V, V, filters, row)
-                   : choice.of(read<float>(logits) + n * V, V, filters, row);
+      to[n] = specblock::kernels().choose({wide ? nullptr : read<float>(logits) + n * V,
+                                           wide ? read<double>(logits) + n * V : nullptr, V, filters, row});
     }
   });
   return out;
@@ -142,6 +115,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grow_
   return {tokens, to_parent, to_depth, to_block, to_slot, to_score, size, parent_row};
 }
 
+// parent int64 [B, R], of row 0 itself and of others at most themselves -> bool [B, R, R], whether a row sees another.
+Tensor ancestor_mask(const Tensor& parent) {
+  check(parent, ScalarType::Long, 2, "parent");
+  const int64_t B = parent.size(0), R = parent.size(1);
+  Tensor mask = torch::stable::empty({B, R, R}, ScalarType::Bool);
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t r = 0; r < R; r++) {
+      bool* row = write<bool>(mask) + (b * R + r) * R;
+      const int64_t above = read<int64_t>(parent)[b * R + r];
+      STD_TORCH_CHECK(above >= 0 && above <= r, "ancestor_mask: parents must precede children");
+      if (above == r) std::fill_n(row, R, false);
+      else std::copy_n(write<bool>(mask) + (b * R + above) * R, R, row);
+      row[r] = true;
+    }
+  return mask;
+}
+
+// Offers int64 [B, M] and where acceptance stopped, int64 [B] -> ranks int64 [B]; see rank_of_choice in cuda_ext/ops.py.
+Tensor rank_of_choice(const Tensor& parent_row, const Tensor& token, const Tensor& rank, const Tensor& row,
+                      const Tensor& said, int64_t not_offered) {
+  for (const Tensor* t : {&parent_row, &token, &rank}) check(*t, ScalarType::Long, 2, "offers");
+  for (const Tensor* t : {&row, &said}) check(*t, ScalarType::Long, 1, "choices");
+  const int64_t B = token.size(0), M = token.size(1);
+  for (const Tensor* t : {&parent_row, &rank}) STD_TORCH_CHECK(t->size(0) == B && t->size(1) == M, "rank_of_choice: offers do not fit");
+  STD_TORCH_CHECK(row.size(0) == B && said.size(0) == B, "rank_of_choice: one choice per request expected");
+  Tensor found = torch::stable::empty({B}, ScalarType::Long);
+  for (int64_t b = 0; b < B; b++) {
+    int64_t best = -1;
+    for (int64_t i = b * M; i < (b + 1) * M; i++) {
+      if (read<int64_t>(parent_row)[i] != read<int64_t>(row)[b]) continue;
+      const int64_t own = read<int64_t>(token)[i] == read<int64_t>(said)[b] ? read<int64_t>(rank)[i] : not_offered;
+      best = best < 0 ? own : std::min(best, own);
+    }
+    write<int64_t>(found)[b] = best;
+  }
+  return found;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(specblock, m) {
@@ -155,6 +166,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specblock, m) {
   m.def("grow_tree(Tensor root_token, Tensor token, Tensor parent, Tensor score, Tensor depth, Tensor block, "
         "Tensor slot, Tensor valid, int budget, bool merge) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("ancestor_mask(Tensor parent) -> Tensor");
+  m.def("rank_of_choice(Tensor parent_row, Tensor token, Tensor rank, Tensor row, Tensor said, int not_offered) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) {
@@ -162,4 +175,6 @@ STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) {
   m.impl("choose", TORCH_BOX(&choose));
   m.impl("expand_chain", TORCH_BOX(&expand_chain));
   m.impl("grow_tree", TORCH_BOX(&grow_tree));
+  m.impl("ancestor_mask", TORCH_BOX(&ancestor_mask));
+  m.impl("rank_of_choice", TORCH_BOX(&rank_of_choice));
 }

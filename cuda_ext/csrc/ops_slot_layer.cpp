@@ -91,28 +91,47 @@ Tensor slot_layer(const Tensor& x, std::optional<Tensor> residual, std::optional
   return out;
 }
 
-// All layers of a model, x float32 [B, T, K] -> [B, T, K], and the streams after the layers `kept` side by side,
+// Rows of the residual stream beside those of the slot before them in the same position (of the first slot: itself).
+std::vector<float> beside_left(const std::vector<float>& stream, int64_t rows, int64_t K, int64_t slots) {
+  std::vector<float> pairs(rows * 2 * K);
+  for (int64_t row = 0; row < rows; row++) {
+    const int64_t left = row % slots == 0 ? row : row - 1;
+    std::copy_n(stream.data() + row * K, K, pairs.data() + row * 2 * K);
+    std::copy_n(stream.data() + left * K, K, pairs.data() + row * 2 * K + K);
+  }
+  return pairs;
+}
+
+// All layers of a model, x float32 [B, T, K] -> [B, A or T, K], and the streams after the layers `kept` side by side,
 // [B, T, kept * K]. `weights` are those of one layer after the other: norm, query, key, value, the norms of query and key
-// heads if there are any, output, second norm, gate, up, down. Keys and values are [layers, S, G, C, D].
+// heads if there are any, output, second norm, gate, up, down. Keys and values are [layers, S, G, C, D]. With `shifts`, one
+// between two layers, rows of `slots` slots per position go on as shift([row; row of the slot before]). In the last layer
+// only the rows `asking` [B, A] ask (absent: all).
 std::tuple<Tensor, Tensor> slot_layers(const Tensor& x, std::vector<Tensor> weights, bool head_norms, double eps,
                                        int64_t query_out, int64_t key_out, const Tensor& cos, const Tensor& sin,
                                        double head_eps, Tensor keys, Tensor values, const Tensor& slots,
                                        const Tensor& lengths, const Tensor& visible, double scale, double after_eps,
-                                       int64_t inner, bool coarse, std::vector<int64_t> kept) {
+                                       int64_t inner, bool coarse, std::vector<int64_t> kept, std::vector<Tensor> shifts,
+                                       int64_t width, std::optional<Tensor> asking) {
   check(x, ScalarType::Float, 3, "x");
-  const int64_t B = x.size(0), T = x.size(1), K = x.size(2), each = head_norms ? 11 : 9;
+  const int64_t B = x.size(0), T = x.size(1), K = x.size(2), rows = B * T, each = head_norms ? 11 : 9;
   STD_TORCH_CHECK(keys.dim() == 5, "slot_layers: keys must be [layers, slots, heads, capacity, D]");
   const int64_t layers = keys.size(0);
   STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == layers * each, "slot_layers: the weights do not fit the layers of the cache");
   for (size_t i = 0; i < kept.size(); i++)
     STD_TORCH_CHECK(kept[i] >= 0 && kept[i] < layers, "slot_layers: a layer to keep is out of range");
+  STD_TORCH_CHECK(!asking || kept.empty(), "slot_layers: either some rows ask or layers are kept");
+  STD_TORCH_CHECK(shifts.empty() || (static_cast<int64_t>(shifts.size()) == layers - 1 && width > 0 && T % width == 0),
+                  "slot_layers: shifts do not fit the layers or the rows");
+  for (const Tensor& shift : shifts) check_packed(shift, 2 * K, K);
   check_tables(cos, sin, B, T, query_out, key_out);
   check_heads(cos, query_out, key_out);
   const int64_t D = cos.size(2);
   SlotStorage storage = storage_of(keys, values, key_out, D);
   const SlotPlaces at(slots, lengths, visible, B, T, keys.size(1), keys.size(3));
+  const Asking who(asking, B, T), everyone(std::nullopt, B, T);
   const int64_t num_kept = static_cast<int64_t>(kept.size());
-  Tensor out = torch::stable::empty({B, T, K}, ScalarType::Float);
+  Tensor out = torch::stable::empty({B, asking ? asking->size(1) : T, K}, ScalarType::Float);
   Tensor features = torch::stable::empty({B, T, num_kept * K}, ScalarType::Float);
   const auto narrow = [](double value) { return static_cast<float>(value); };
   std::vector<Before> before;
@@ -125,22 +144,32 @@ std::tuple<Tensor, Tensor> slot_layers(const Tensor& x, std::vector<Tensor> weig
     before.back().check_inputs(K);
     rest.emplace_back(own[0], own[1], after_eps, own[2], own[3], own[4], inner, query_out, K, coarse);
   }
-  if (B * T == 0) return {out, features};
-  const Asking who(std::nullopt, B, T);
-  const Seen seen(at, who.own);
-  const Turns turns(cos, sin, B * T, who.whole);
-  std::vector<float> stream(read<float>(x), read<float>(x) + B * T * K), next(B * T * K);
+  if (rows == 0) return {out, features};
+  const Seen seen(at, everyone.own);
+  const Turns turns(cos, sin, rows, everyone.whole);
+  std::vector<float> stream(read<float>(x), read<float>(x) + rows * K), next(rows * K);
   for (int64_t layer = 0; layer < layers; layer++) {
+    if (layer + 1 == layers && asking) {
+      std::vector<float> stays(who.whole.size() * K);
+      for (size_t i = 0; i < who.whole.size(); i++) std::copy_n(stream.data() + who.whole[i] * K, K, stays.data() + i * K);
+      run_layer(before[layer], rest[layer], at, storage, Seen(at, who.own), Turns(cos, sin, rows, who.whole), who.whole,
+                narrow(scale), stream.data(), K, stays.data(), write<float>(out));
+      return {out, features};
+    }
     run_layer(before[layer], rest[layer], at, storage, seen, turns, {}, narrow(scale), stream.data(), K, stream.data(), next.data());
     stream.swap(next);
     for (int64_t i = 0; i < num_kept; i++)
       if (kept[i] == layer)
-        for (int64_t row = 0; row < B * T; row++)
+        for (int64_t row = 0; row < rows; row++)
           std::copy_n(stream.data() + row * K, K, write<float>(features) + (row * num_kept + i) * K);
+    if (!shifts.empty() && layer + 1 < layers) {
+      multiply(beside_left(stream, rows, K, width).data(), rows, shifts[layer], next.data(), K, coarse);
+      stream.swap(next);
+    }
     storage.keys += keys.stride(0);
     storage.values += values.stride(0);
   }
-  std::copy_n(stream.data(), B * T * K, write<float>(out));
+  std::copy_n(stream.data(), rows * K, write<float>(out));
   return {out, features};
 }
 
@@ -153,7 +182,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(specblock, m) {
         "Tensor output, Tensor after, float after_eps, Tensor gate, Tensor up, Tensor down, int inner, bool coarse=False) -> Tensor");
   m.def("slot_layers(Tensor x, Tensor[] weights, bool head_norms, float eps, int query_out, int key_out, Tensor cos, "
         "Tensor sin, float head_eps, Tensor(a!) keys, Tensor(b!) values, Tensor slots, Tensor lengths, Tensor visible, "
-        "float scale, float after_eps, int inner, bool coarse, int[] kept) -> (Tensor, Tensor)");
+        "float scale, float after_eps, int inner, bool coarse, int[] kept, Tensor[] shifts, int width, Tensor? asking) -> "
+        "(Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(specblock, CPU, m) {

@@ -31,11 +31,4 @@ SB_BOTH inline PhiloxWords token_words(uint64_t seed, uint64_t choice, uint64_t 
 // In (0, 1): the centre of one of 2^32 cells.
 SB_BOTH inline double uniform(uint32_t word) { return (static_cast<double>(word) + 0.5) * 0x1p-32; }
 
-inline void uniform_row(uint64_t seed, uint64_t choice, uint64_t position, double* out, int64_t vocab_size) {
-  for (int64_t token = 0; token < vocab_size; token += 4) {
-    const PhiloxWords bits = token_words(seed, choice, position, token / 4);
-    for (int64_t lane = 0; lane < 4 && token + lane < vocab_size; lane++) out[token + lane] = uniform(bits.word[lane]);
-  }
-}
-
 }  // namespace specblock

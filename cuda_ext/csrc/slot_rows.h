@@ -44,7 +44,8 @@ struct SlotStorage {
   int64_t slot_stride, head_stride, row_stride, G, D;
 };
 
-// What the rows that ask see of their prefixes and of each other, [B][A][length + W]; the same in every layer.
+// What the rows that ask see of their prefixes and of each other, themselves in any case, [B][A][length + W]; the same in
+// every layer.
 struct Seen {
   std::vector<std::unique_ptr<bool[]>> mask;
   std::vector<int64_t> asking;  // [B * A], numbers of rows in their own request
@@ -57,7 +58,9 @@ struct Seen {
       mask[b] = std::make_unique_for_overwrite<bool[]>(A * total);
       for (int64_t a = 0; a < A; a++) {
         std::fill_n(mask[b].get() + a * total, at.length[b], true);
-        std::copy_n(at.visible + (b * at.T + asking[b * A + a]) * at.W, at.W, mask[b].get() + a * total + at.length[b]);
+        bool* cycle = mask[b].get() + a * total + at.length[b];
+        std::copy_n(at.visible + (b * at.T + asking[b * A + a]) * at.W, at.W, cycle);
+        cycle[at.W - at.T + asking[b * A + a]] = true;
       }
     }
   }

@@ -63,6 +63,27 @@ def test_equal_logits_are_taken_in_the_order_of_their_ids(params, levels, seed):
     assert torch.equal(choose(logits, batch, noise), choose_reference(logits, batch, noise))
 
 
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.sampled_from([17, 64, 1500]),
+    off=st.sampled_from([0.0, 1e-9, -1e-9, 3e-5, -3e-5]),
+)
+@settings(max_examples=150, deadline=None)
+def test_edges_of_a_nucleus_that_float32_cannot_tell_are_found_exactly(seed, size, off):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(1, size, generator=generator) * 2
+    mass = torch.softmax(logits.double(), dim=-1).sort(descending=True).values.cumsum(dim=-1)[0]
+    edge = float(mass[int(torch.randint(0, min(size, 12), (1,), generator=generator))])
+    # The noise wants tokens on both sides of the edge; exactly on it rounding decides, so that is left out.
+    top_p = edge + (off or 1e-12)
+    if not 0 < top_p < 1:
+        return
+    batch, noise = drawn([SamplingParams(temperature=1.0, top_p=top_p, seed=seed)], size, seed)
+    for row in range(8):
+        noise.storage.copy_(torch.randn(1, size, generator=generator, dtype=torch.float64) * (1 + row))
+        assert torch.equal(choose(logits, batch, noise), choose_reference(logits, batch, noise))
+
+
 def test_a_row_does_not_depend_on_the_batch():
     params = [SamplingParams(temperature=0.8, top_p=0.9, top_k=k, seed=k) for k in range(12)]
     logits = torch.randn(12, 300, generator=torch.Generator().manual_seed(0)) * 3

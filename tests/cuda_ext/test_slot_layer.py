@@ -104,6 +104,63 @@ def test_a_stack_is_its_layers_bit_for_bit(
     assert torch.equal(both[0].keys, both[1].keys) and torch.equal(both[0].values, both[1].values)
 
 
+@given(
+    seed=st.integers(0, 10**6), batch=st.integers(1, 4), positions=st.integers(1, 3), width=st.integers(1, 4),
+    num_layers=st.integers(1, 3), asked=st.integers(0, 4), coarse=st.booleans(), shifted=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_a_stack_with_shifts_of_which_some_rows_ask(
+    seed: int, batch: int, positions: int, width: int, num_layers: int, asked: int, coarse: bool, shifted: bool
+) -> None:
+    torch.manual_seed(seed)
+    layers = [weights(64, 64, 32, norm=True, head_norms=False, coarse=coarse) for _ in range(num_layers)]
+    shifts = [pack(torch.randn(64, 128).bfloat16().float() / 8, coarse) for _ in layers[1:]] if shifted else []
+    stack, count = LayerStack(layers, None, shifts, width), positions * width
+    one = cache_rows(batch, count, count, 32, seed)
+    keys, values = torch.randn(2, num_layers, *one.keys.shape)
+    both = [CacheRows(keys.clone(), values.clone(), one.slots, one.lengths, one.visible) for _ in range(2)]
+    x, angle = torch.randn(batch, count, 64), torch.randn(batch, count, 32)
+    rotary, asking = (angle.cos(), angle.sin()), torch.randint(0, count, (batch, asked)) if asked else None
+    with torch.inference_mode():
+        got, wanted = (
+            call(x, rotary, rows, asking=asking)[0] for call, rows in zip((stack, stack.reference), both, strict=True)
+        )
+    assert got.shape == (batch, asked or count, 64) and torch.equal(got, wanted)
+    assert torch.equal(both[0].keys, both[1].keys) and torch.equal(both[0].values, both[1].values)
+
+
+def test_shifts_that_do_not_fit_are_refused() -> None:
+    torch.manual_seed(7)
+    layers = [weights(64, 64, 32, norm=True, head_norms=False) for _ in range(2)]
+    one = cache_rows(1, 4, 4, 32, 7)
+    keys, values = torch.zeros(2, 2, *one.keys.shape)
+    rows = CacheRows(keys, values, one.slots, one.lengths, one.visible)
+    x, rotary = torch.randn(1, 4, 64), (torch.ones(1, 4, 32), torch.zeros(1, 4, 32))
+    good, narrow = pack(torch.randn(64, 128)), pack(torch.randn(64, 64))
+    with torch.inference_mode():
+        for shifts, width, asking in (([good, good], 2, None), ([narrow], 2, None), ([good], 3, None),
+                                      ([good], 2, torch.tensor([[4]]))):  # fmt: skip
+            with pytest.raises(RuntimeError):
+                LayerStack(layers, None, shifts, width)(x, rotary, rows, asking=asking)
+        with pytest.raises(RuntimeError, match="ask or layers are kept"):
+            LayerStack(layers)(x, rotary, rows, [0], torch.tensor([[1]]))
+    assert not keys.any() and not values.any()
+
+
+def test_a_row_sees_itself_whatever_it_is_told() -> None:
+    torch.manual_seed(8)
+    before, after = weights(64, 64, 32, norm=True, head_norms=False)
+    rows = cache_rows(2, 3, 4, 32, 8)
+    hidden = torch.zeros_like(rows.visible)
+    itself = torch.eye(4, dtype=torch.bool)[1:].expand_as(hidden).contiguous()
+    x, rotary = torch.randn(2, 3, 64), (torch.ones(1, 3, 32), torch.zeros(1, 3, 32))
+    with torch.inference_mode():
+        got, wanted = (
+            slot_layer(x, before, after, rotary, replace(copied(rows), visible=seen)) for seen in (hidden, itself)
+        )
+    assert torch.equal(got, wanted)
+
+
 def test_a_stack_refuses_layers_and_caches_that_do_not_fit() -> None:
     torch.manual_seed(6)
     layers = [weights(64, 64, 32, norm=True, head_norms=False) for _ in range(2)]

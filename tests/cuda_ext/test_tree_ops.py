@@ -12,6 +12,7 @@ from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.ops import (
     NOT_OFFERED,
     ancestor_mask,
+    ancestor_mask_vectorised,
     commit_rows,
     commit_rows_vectorised,
     find_child,
@@ -19,6 +20,7 @@ from specblock.cuda_ext.ops import (
     grow_tree,
     grow_tree_vectorised,
     rank_of_choice,
+    rank_of_choice_vectorised,
 )
 from specblock.cuda_ext.tree import Candidates, DraftTree, Offers, root_only
 from tests.random_trees import random_candidates
@@ -69,6 +71,7 @@ def test_build_tree_equals_reference(trees, budget, padding):
 def test_ancestor_mask_equals_reference(trees, budget):
     tree, depth = built(trees, budget, padding=2)
     mask = ancestor_mask(tree, depth)
+    assert torch.equal(mask, ancestor_mask_vectorised(tree, depth))
     for b, raw in enumerate(trees):
         rows = laid_out(raw, budget)
         for r in range(tree.num_rows):
@@ -137,7 +140,8 @@ def test_rank_of_choice_equals_reference_at_every_row(trees, budget, padding, se
                 )
                 want = -1 if not extended else NOT_OFFERED if expected is None else expected
                 every = torch.zeros(len(trees), dtype=torch.int64)
-                assert int(rank_of_choice(offers, every + row, every + token)[b]) == want
+                for found in (rank_of_choice, rank_of_choice_vectorised):
+                    assert int(found(offers, every + row, every + token)[b]) == want
 
 
 def test_offers_name_the_surviving_parent_the_root_or_nothing():

@@ -11,6 +11,7 @@ from specblock.cuda_ext.linear import round_weights
 from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
+from specblock.cuda_ext.slot_layer import LayerStack
 from specblock.cuda_ext.tree import DraftTree
 from specblock.drafter import layers
 from specblock.drafter.config import DraftSettings
@@ -99,8 +100,9 @@ def test_whole_native_layers_draft_the_same(kind: str, noisy: bool, monkeypatch:
     drafters = pair(kind, None, dtype=torch.float32, head_dim=16)
     assert BlockDrafter(drafters[0].model, drafters[0].settings).by_slot is not None, "float32 on a CPU goes by slot"
     calls: list[int] = []
-    native = layers.slot_layer
-    monkeypatch.setattr(layers, "slot_layer", lambda *a, **k: calls.append(1) or native(*a, **k))
+    layer, stack = layers.slot_layer, LayerStack.__call__
+    monkeypatch.setattr(layers, "slot_layer", lambda *a, **k: calls.append(1) or layer(*a, **k))
+    monkeypatch.setattr(LayerStack, "__call__", lambda *a, **k: calls.append(1) or stack(*a, **k))
     cycles(drafters, noisy)
     assert bool(calls) == (kind != "parallel"), "parallel heads have no layers"
 
@@ -128,7 +130,7 @@ def test_rounding_rows_holds_from_the_next_block_on_and_can_be_taken_back() -> N
     masks, slots = pair("specblock", None, dtype=torch.float32, head_dim=16)
     round_weights(slots.model)  # both drafters have it; only such weights are multiplied in bfloat16
     cycles((masks, slots), noisy=True)
-    layer = slots.model.layers[0]._block
+    layer = slots.model.layers[0].block
     slots.model.round_rows()
     with torch.inference_mode():
         assert layer.weights()[1].up.coarse and layer.weights() is layer.weights()

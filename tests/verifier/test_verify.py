@@ -8,7 +8,7 @@ from specblock.cuda_ext.ops import build_tree
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.cuda_ext.tree import root_only
 from specblock.verifier.history import ChoiceState
-from specblock.verifier.result import topk_log_probs
+from specblock.verifier.result import topk_log_probs, topk_log_probs_reference
 from specblock.verifier.verify import verify
 from tests.random_trees import random_candidates
 from tests.verifier.helpers import Request, decode, tiny_hf_model, tiny_target
@@ -99,3 +99,13 @@ def test_top_log_probs_of_a_small_vocabulary():
     top = topk_log_probs(logits, 32)
     assert top.ids.shape == (2, 3, 5)
     assert torch.allclose(top.log_probs.exp().sum(-1), torch.ones(2, 3), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 5, 63, 64, 1000, 4096])
+@pytest.mark.parametrize("k", [0, 1, 32, 100])
+def test_top_log_probs_are_those_of_the_reference(size, k):
+    logits = torch.randn(2, 3, size, generator=torch.Generator().manual_seed(size)) * 3
+    top, wanted = topk_log_probs(logits, k), topk_log_probs_reference(logits, min(k, size))
+    assert top.ids.dtype == torch.int32 and torch.equal(top.ids, wanted.ids)
+    torch.testing.assert_close(top.log_probs, wanted.log_probs)
+    torch.testing.assert_close(top.logsumexp, wanted.logsumexp)
