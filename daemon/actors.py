@@ -24,6 +24,7 @@ from specblock.daemon.feedback import Feedback
 from specblock.daemon.messages import EngineStatus, GenerationRequest, TokenChunk
 from specblock.daemon.models import draft_settings, format_of, load_target, serving_drafter
 from specblock.daemon.registry import DrafterRegistry
+from specblock.daemon.threads import use_threads
 from specblock.daemon.trainer import Trainer, Weights
 from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore
 from specblock.drafter.interface import AnyDrafter
@@ -78,7 +79,6 @@ class EngineActor:
     """Verifier and inference drafter on one device, with the event producer beside them."""
 
     def __init__(self, config: DaemonConfig, name: str, stream: StreamConfig | None) -> None:
-        torch.set_num_threads(config.engine.threads)
         self._name = name
         version, weights = serving_version(config)
         target = load_target(
@@ -88,6 +88,7 @@ class EngineActor:
             config.target.revision,
             graphs=config.engine.cuda_graphs,
         )
+        use_threads(config, target, time.perf_counter)
         drafter = self.load_drafter(config, target, weights)
         self._keeps_windows = config.drafter.has_weights
         self._windows = WindowStore(window_limits(config), time.time)

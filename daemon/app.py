@@ -205,6 +205,7 @@ def bench_speed(
     prompts: Annotated[int, typer.Option(min=2, help="Held-out prompts per kind of text (--small: 3).")] = 40,
     temperature: Annotated[list[float] | None, typer.Option(help="One table each; default 1.0, 0.8 and 0.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads, for all ways alike.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Directory for speed.json and the page speed.html.")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -212,7 +213,9 @@ def bench_speed(
     from specblock.daemon import bench_speed as speed
 
     base = speed.SMALL if small else speed.SpeedSettings(per_domain=prompts)
-    settings = replace(base, temperatures=tuple(temperature or base.temperatures), dtype=dtype, out=out)
+    settings = replace(
+        base, temperatures=tuple(temperature or base.temperatures), dtype=dtype, threads=threads, out=out
+    )
     return speed.run(settings, as_json, progress(as_json))
 
 
@@ -240,13 +243,14 @@ def bench_load(
     rounds: Annotated[int, typer.Option(min=2, help="Rounds of prompts, both ways each.")] = 6,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads, for both ways alike.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Directory for load.json.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Compare drafting with plain decoding as more requests run at once."""
     from specblock.daemon import bench_load as load
 
-    base = load.LoadSettings(rounds=rounds, temperature=temperature, dtype=dtype, out=out)
+    base = load.LoadSettings(rounds=rounds, temperature=temperature, dtype=dtype, threads=threads, out=out)
     settings = replace(base, concurrency=tuple(concurrency or base.concurrency))
     return load.run(settings, as_json, progress(as_json))
 

@@ -53,6 +53,7 @@ class LoadSettings:
     temperature: float = 1.0
     top_p: float = 0.95
     dtype: str = "auto"
+    threads: int = 1
     out: Path | None = None
 
 
@@ -106,7 +107,7 @@ class LoadRow:
 
 def run(settings: LoadSettings, as_json: bool, say: Callable[[str], None]) -> int:
     """Measures and prints; returns the exit code."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(settings.threads)
     dtype = serving_dtype(settings.dtype, "cpu")
     target = load_target(settings.target, number_format(dtype, "cpu"), "cpu")
     warm(target)

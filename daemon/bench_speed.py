@@ -41,6 +41,7 @@ class SpeedSettings:
         temperatures: one table each; 1.0 is the headline.
         top_p, new_tokens: of every answer.
         dtype: "auto" or a number format.
+        threads: of PyTorch, for all ways alike.
         out: directory for the JSON and the page; None writes neither.
     """
 
@@ -51,6 +52,7 @@ class SpeedSettings:
     top_p: float = 0.95
     new_tokens: int = 64
     dtype: str = "auto"
+    threads: int = 1
     out: Path | None = None
 
 
@@ -60,7 +62,7 @@ SMALL = SpeedSettings(per_domain=3, new_tokens=48, temperatures=(1.0,))
 
 def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> int:
     """Measures and prints; returns the exit code."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(settings.threads)
     dtype = serving_dtype(settings.dtype, "cpu")
     target = load_target(settings.target, number_format(dtype, "cpu"), "cpu")
     found = rivals.networks(target)

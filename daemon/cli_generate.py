@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import secrets
+import time
 from dataclasses import asdict, dataclass
 
-import torch
 import typer
 
 from specblock.cuda_ext.sampling import SamplingParams
@@ -14,6 +14,7 @@ from specblock.daemon.config import DaemonConfig
 from specblock.daemon.errors import ConfigError, ExitCode
 from specblock.daemon.models import format_of, load_target, serving_drafter, settle_dtype
 from specblock.daemon.oneshot import complete
+from specblock.daemon.threads import use_threads
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +35,12 @@ def generate(config: DaemonConfig, prompt: str, settings: Settings, as_json: boo
         ConfigError: a sampling parameter is out of range, or the prompt is empty or too long.
         IncompatibleError: target and drafter are missing or do not fit.
     """
-    torch.set_num_threads(config.engine.threads)
     config = settle_dtype(config)
     seed = secrets.randbits(63) if settings.seed is None else settings.seed
     try:
         sampling = SamplingParams(temperature=settings.temperature, top_p=settings.top_p, seed=seed)
         target = load_target(config.target.source, format_of(config), config.target.device, config.target.revision)
+        use_threads(config, target, time.perf_counter)
         drafter = serving_drafter(config, target, config.drafter.path) if settings.speculation else None
         show = (lambda text: None) if as_json else (lambda text: typer.echo(text, nl=False))
         answer = complete(target, drafter, prompt, sampling, settings.max_tokens, show)

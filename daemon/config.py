@@ -101,8 +101,9 @@ class EngineConfig(Section):
     """Requests that may wait for a slot; beyond it the gateway answers 429."""
     max_output_tokens: int = Field(default=1024, ge=1)
     """Largest max_tokens a request may ask for."""
-    threads: int = Field(default=1, ge=1, le=512)
-    """CPU threads of the engine process."""
+    threads: Annotated[int, Field(ge=1, le=512)] | Literal["auto"] = "auto"
+    """CPU threads of the engine process; auto tries how many make decoding faster, of the cores that a trainer on the
+    CPU leaves."""
     cuda_graphs: bool = True
     """Decode cycles run as recorded CUDA graphs; ignored on a CPU. Recording takes memory and some seconds at start."""
     speculation: bool = True

@@ -18,7 +18,7 @@ from specblock.bandit.decision import FAULT
 from specblock.bandit.explain import explain
 from specblock.bandit.ledger import DECIDED, LedgerRecord, read_ledger
 from specblock.daemon.collect import read_prompts
-from specblock.daemon.config import NOTHING_TO_ADAPT
+from specblock.daemon.config import NOTHING_TO_ADAPT, DaemonConfig
 from specblock.daemon.config_loader import load_config
 from specblock.daemon.demo_report import write_report
 from specblock.daemon.demo_summary import DOMAINS, Run, in_words, summary
@@ -74,13 +74,18 @@ def run(settings: DemoSettings, say: Callable[[str], None]) -> int:
     stage = _Stage(settings, "static", dtype, changes=("adaptation.enabled=false",))
     static = asyncio.run(_static(stage, questions, say))
     settings.out.mkdir(parents=True, exist_ok=True)
-    found = summary(static, adaptive, config.engine.threads, target.device, dtype)
+    found = summary(static, adaptive, _threads(config), target.device, dtype)
     (settings.out / "result.json").write_text(json.dumps(found, indent=2) + "\n")
     page = write_report(settings.out / "report.html", static, adaptive, found)
     for line in in_words(found):
         say(line)
     say(f"page: {page}")
     return 0
+
+
+def _threads(config: DaemonConfig) -> int:
+    """Both daemons run on as many: without a trainer beside it, one would take its core."""
+    return 1 if config.engine.threads == "auto" else config.engine.threads
 
 
 class _Stage:
@@ -97,7 +102,8 @@ class _Stage:
         self.ledger = state / "bandit" / "ledger.jsonl"
         self._url = f"http://127.0.0.1:{config.http.port}"
         self._arguments = ["-m", program, "serve", "-c", str(settings.config)]
-        for change in (f"state_dir={state}", f"target.dtype={dtype}", *changes):
+        settled = (f"state_dir={state}", f"target.dtype={dtype}", f"engine.threads={_threads(config)}")
+        for change in (*settled, *changes):
             self._arguments += ["--set", change]
 
     def daemon(self) -> DemoDaemon:
