@@ -231,12 +231,16 @@ class Drafting:
         counts = [max(0, (0 if f is None else f.shape[0]) - keep) for f in features]
         width = max(1, *counts)
         size, dtype, device = self._target.feature_size, self._target.dtype, self._target.device
-        padded = torch.zeros(len(states), width, size, dtype=dtype, device=device)
+        alone = features[0] if len(states) == 1 and counts[0] else None  # nothing to fill up
+        padded = (
+            torch.zeros(len(states), width, size, dtype=dtype, device=device) if alone is None else alone[None, :width]
+        )
         following: list[list[int]] = []
         for row, (state, taken, count) in enumerate(zip(states, features, counts, strict=True)):
             at = self._cache.positions[state.slot]
             following.append(state.tokens[at + 1 : at + 1 + count] + [0] * (width - count))
             if taken is not None:
-                padded[row, :count] = taken[:count]
+                if alone is None:
+                    padded[row, :count] = taken[:count]
                 state.pending = [taken[count:]] if keep and count < taken.shape[0] else []
         return NewPositions(padded, on_device(following, device), counts)

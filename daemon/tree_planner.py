@@ -113,7 +113,8 @@ class TreePlanner:
         cycle = self._under_way()
         if block + 1 >= self._settings.blocks:
             return False
-        return cycle.learns or not self._prospects.hopeless((cycle.batch, cycle.drafting), block)
+        usual_s = self.cost.cycle_s(self._typical, cycle.drafting, cycle.batch)
+        return cycle.learns or self._prospects.worth_asking((cycle.batch, cycle.drafting), block, usual_s)
 
     def leaves(self, block: int, score_Bm: Tensor) -> int:
         """See Limits."""
@@ -138,7 +139,9 @@ class TreePlanner:
         if choice:
             cycle.growth.leaf_caps.append(choice)
             cycle.growth.leaf_mass.append(float(stop.mass_m[min(choice, len(stop.mass_m)) - 1]))
-        cycle.last_s = self.clock()
+        now_s = self.clock()
+        self._prospects.asked(now_s - cycle.last_s)
+        cycle.last_s = now_s
         return choice
 
     def nodes(self, score_BM: Tensor) -> int:

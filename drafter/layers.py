@@ -86,7 +86,7 @@ class Linear(nn.Linear):
     @property
     def state(self) -> tuple[bool, int, int, int]:
         """Changes with everything that ``packed_weight`` depends on."""
-        return (self.coarse, self._times_packed, *written(self.weight))
+        return (self.coarse, self._times_packed, *self._written())
 
     def packed_weight(self) -> PackedWeight | None:
         """The whole weight for the native product; None where PyTorch's serves."""
@@ -96,9 +96,16 @@ class Linear(nn.Linear):
     def _current(self) -> tuple[PackedWeight, ...]:
         if not self._packed or torch.is_grad_enabled():
             return ()
-        if self._packed_state != written(self.weight):  # new weights were loaded
+        if self._packed_state != self._written():  # new weights were loaded
             self.pack()
         return self._packed.get(self.coarse, ())
+
+    def _written(self) -> tuple[int, int]:
+        weight = self._parameters[
+            "weight"
+        ]  # nn.Module looks in three places, and this is asked of every map in a cycle
+        assert weight is not None
+        return written(weight)
 
 
 def written(weight: Tensor) -> tuple[int, int]:

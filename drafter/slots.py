@@ -160,7 +160,7 @@ class SlotBlocks:
         (batch, count), device = tokens.shape, tokens.device
         visible = causal(batch, count * self._network.config.num_slots, device)
         attend = self._attend(cache, slot_B, base, visible, real)
-        index = self._network.rotary_index(rotary[:, None] + torch.arange(count, device=device))
+        index = rotary[:, None] + _offsets(count, self._network.config.num_slots, device)
         tables, inputs = self._rotary(cache, index), self._network.first_inputs(features, tokens)
         u = self._network.run_layers(inputs, tables, attend, newest if self.whole_layers else None)
         return u if u.shape[1] == 1 else u[torch.arange(batch, device=device), newest][:, None]
@@ -236,6 +236,23 @@ def causal(batch: int, count: int, device: torch.device) -> Tensor:
     if device.type != "cpu" or count > _FEW_ROWS:  # what a recording makes is the recording's
         return _causal(batch, count, device)
     return _small_causal(batch, count)
+
+
+def _offsets(count: int, width: int, device: torch.device) -> Tensor:
+    """int64 [P * K]: ``rotary_index`` of consecutive positions from 0 on. Read only."""
+    if device.type != "cpu" or count * width > _FEW_ROWS:
+        return _row_offsets(count, width, device)
+    return _few_offsets(count, width)
+
+
+@functools.lru_cache(maxsize=64)
+def _few_offsets(count: int, width: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _row_offsets(count, width, torch.device("cpu"))
+
+
+def _row_offsets(count: int, width: int, device: torch.device) -> Tensor:
+    return (torch.arange(count, device=device)[:, None] + torch.arange(1, width + 1, device=device)).flatten()
 
 
 @functools.lru_cache(maxsize=256)
