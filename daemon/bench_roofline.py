@@ -9,22 +9,22 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.cuda_ext.tree import DraftTree
 from specblock.daemon.bench_rivals import DEMO_DRAFTER, warm
 from specblock.daemon.cost_profile import DraftCycle, stand_in_tree
+from specblock.daemon.counted_work import Recorded, Work
+from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.facts import facts
+from specblock.daemon.messages import GenerationRequest
 from specblock.daemon.models import load_network, load_target, serving_dtype
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
@@ -38,6 +38,7 @@ _ROWS = (1, 4, 8, 16, 32, 64)
 _PREFIX_TOKENS, _POSITIONS, _DEPTH, _LEAVES = 256, 2, 8, 4
 _ROUNDS = 25
 _BANDWIDTH_BYTES = 1 << 28  # far beyond any cache
+_ALONE = ", its forwards alone"
 _SQUARE = 384  # a matrix product whose operands stay in the second-level cache
 
 Call = Callable[[], object]
@@ -50,88 +51,6 @@ class Phase:
     name: str
     call: Call
     forward: bool
-
-
-class Work(TorchDispatchMode):
-    """Counts what the products and attentions inside its context read and compute.
-
-    Attributes:
-        weight_bytes: of weights, as they are stored, once per product.
-        cache_bytes: of keys and values.
-        operations: multiplications and additions.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.weight_bytes = self.cache_bytes = self.operations = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = func.__name__.partition(".")[0]
-        if name in ("packed_linear", "rotary_linear"):
-            self._product(args[0], args[1], args[2])
-        elif name == "swiglu":
-            x, gate, up, down, inner, outputs = args[:6]
-            self._product(x, gate, inner)
-            self._product(x, up, inner)
-            self._count(down, x.numel() // x.shape[-1] * inner * outputs)
-        elif name == "attention_inputs":
-            x, query, key, value, query_out, key_out = args[0], *args[3:8]
-            self._product(x, query, query_out)
-            self._product(x, key, key_out)
-            self._product(x, value, key_out)
-        elif name == "layer_rest":
-            mixed, output, gate, up, down, inner = args[1], args[2], *args[5:9]
-            self._rest(mixed.numel() // mixed.shape[-1], output, gate, up, down, inner)
-        elif name == "slot_layer":
-            self._slot_layer(args[0], result.numel() // result.shape[-1], args[4:9], args[17:19])
-            self._rest(result.numel() // result.shape[-1], args[21], *args[24:28])
-        elif name == "slot_layers":
-            x, weights, head_norms, _, *outputs = args[:6]
-            rows, each = x.numel() // x.shape[-1], 11 if head_norms else 9
-            for first in range(0, len(weights), each):
-                layer = weights[first : first + each]
-                self._slot_layer(x, rows, (*layer[1:4], *outputs), args[12:14])
-                output, _, gate, up, down = layer[-5:]
-                self._rest(rows, output, gate, up, down, args[16])
-        elif name == "tree_attention" or "scaled_dot_product" in name:
-            self._attention(*args[:3])
-        elif name == "linear":
-            self._count(args[1], args[0].numel() * args[1].shape[0])
-        elif name in ("mm", "addmm"):
-            left, right = args[-2:]
-            self._count(right, left.shape[0] * right.numel())
-        return result
-
-    def _slot_layer(self, x: Tensor, asking: int, products: Sequence[Any], seen_by: Sequence[Tensor]) -> None:
-        """A layer over slots up to its attention, of whose rows so many ask."""
-        (query, key, value, query_out, key_out), (lengths, visible) = products, seen_by
-        self._product(x, key, key_out)
-        self._product(x, value, key_out)
-        self._count(query, asking * x.shape[-1] * query_out)
-        seen = int(lengths.sum()) + lengths.numel() * visible.shape[2]
-        self.cache_bytes += 2 * seen * key_out * x.element_size()
-        self.operations += 4 * query_out * (asking // lengths.numel()) * seen
-
-    def _product(self, x: Tensor, weight: Tensor, outputs: int) -> None:
-        self._count(weight, x.numel() * outputs)
-
-    def _rest(self, rows: int, output: Tensor, gate: Tensor, up: Tensor, down: Tensor, inner: int) -> None:
-        hidden, width = gate.shape[1], output.shape[1]
-        self._count(output, rows * width * hidden)
-        self._count(gate, rows * hidden * inner)
-        self._count(up, rows * hidden * inner)
-        self._count(down, rows * inner * hidden)
-
-    def _count(self, weight: Tensor, multiply_adds: int) -> None:
-        self.weight_bytes += weight.numel() * weight.element_size()
-        self.operations += 2 * multiply_adds
-
-    def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.cache_bytes += sum(t.numel() * t.element_size() for t in (key, value))
-        self.operations += 4 * query.numel() * key.shape[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,9 +87,10 @@ def run(model: str, dtype: str, out: Path | None, as_json: bool, say: Callable[[
     drafter = BlockDrafter(load_network(target, DEMO_DRAFTER), DraftSettings(blocks=2, leaf_cap=_LEAVES, node_budget=7))
     with torch.inference_mode():
         ceilings = measured_ceilings(torch.bfloat16 if target.coarse else target.dtype)
-        rows = measure(phases(target, drafter), ceilings)
+        rows = measure([*phases(target, drafter), *cycles(target, drafter)], ceilings)
     known = facts(dtype=found, prefix_tokens=_PREFIX_TOKENS, rounds=_ROUNDS)
     result = {"facts": known, "ceilings": asdict(ceilings), "rows": [asdict(one) for one in rows]}
+    result["outside_forwards"] = outside_forwards(rows)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "roofline.json").write_text(json.dumps(result, indent=2) + "\n")
@@ -215,6 +135,45 @@ def phases(target: TargetModel, drafter: BlockDrafter) -> list[Phase]:
             False,
         ),
     ]
+
+
+def cycles(target: TargetModel, drafter: BlockDrafter) -> list[Phase]:
+    """Whole cycles of an engine with one request, plain and drafting one block, each beside its forwards alone."""
+    one_block = BlockDrafter(drafter.model, replace(drafter.settings, blocks=1))
+    found = []
+    for name, own in (("plain cycle", None), ("drafting cycle", one_block)):
+        engine = _engine_at_work(target, own)
+        with Recorded() as recorded:
+            engine.step()
+        found += [Phase(name, engine.step, False), Phase(f"{name}{_ALONE}", recorded.again, True)]
+    return found
+
+
+def _engine_at_work(target: TargetModel, drafter: BlockDrafter | None) -> Engine:
+    """An engine whose only request has its prompt behind it and more tokens to go than are measured."""
+    most_tokens = (_ROUNDS + 8) * (1 + (drafter.max_depth if drafter else 0))
+    capacity = _PREFIX_TOKENS + most_tokens
+    engine = Engine(target, drafter, EngineSettings(slots=1, capacity_tokens=capacity), time.perf_counter)
+    prompt = tuple(token % target.vocab_size for token in range(1, _PREFIX_TOKENS + 1))
+    sampling = SamplingParams(temperature=1.0, top_p=0.95, seed=1)
+    request = GenerationRequest(
+        request_id="roofline", prompt_tokens=prompt, sampling=sampling, max_tokens=most_tokens, ignore_eos=True
+    )
+    engine.submit(request)
+    for _ in range(3):
+        engine.step()
+    assert not engine.idle, "the request is over before it was measured"
+    return engine
+
+
+def outside_forwards(rows: list[RooflineRow]) -> dict[str, float]:
+    """By kind of cycle, the share of it that is not its forwards."""
+    ms = {row.phase: row.measured_ms for row in rows}
+    return {
+        name.removesuffix(_ALONE): 1.0 - alone / ms[name.removesuffix(_ALONE)]
+        for name, alone in ms.items()
+        if name.endswith(_ALONE)
+    }
 
 
 def measure(every: list[Phase], ceilings: Ceilings) -> list[RooflineRow]:
@@ -266,6 +225,7 @@ def table(known: object, ceilings: Ceilings, rows: list[RooflineRow]) -> str:
             f"{r.phase:<36}{r.megabytes:>8.1f}{r.million_operations:>8.0f}{r.memory_floor_ms:>11.2f}"
             f"{r.compute_floor_ms:>12.2f}{r.measured_ms:>13.2f}{middle:>18}{distance:>9}"
         )
+    lines += [f"outside of forwards: {share:.1%} of a {name}" for name, share in outside_forwards(rows).items()]
     return "\n".join(lines)
 
 
