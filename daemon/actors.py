@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -113,6 +114,10 @@ class EngineActor:
         # Requests pass through the waiting line on their way to a free slot; the gateway's 429 is the real limit.
         places = config.engine.slots + config.engine.max_waiting
         self._host = EngineHost(engine, self._windows, config.engine.stream_interval_s, places)
+        # What start-up made, imports above all, lives as long as the engine: a full collection that looks through it
+        # stops decoding for a third of a second.
+        gc.collect()
+        gc.freeze()
 
     def load_drafter(self, config: DaemonConfig, target: TargetModel, weights: Path | None) -> AnyDrafter:
         """The inference drafter, with its weights if it has any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -70,6 +71,7 @@ def engine(model: Path, tmp_path: Path) -> Iterator[EngineActor]:
     actor = EngineActor(policy(model, tmp_path), "engine-0", None)
     yield actor
     actor.close(1.0)
+    gc.unfreeze()
 
 
 def answers(engine: EngineActor, requests: list[GenerationRequest]) -> dict[str, list[TokenChunk]]:
@@ -108,6 +110,7 @@ def test_the_engine_serves_it_losslessly_without_a_registry_or_windows(
     assert (status.windows, status.windows_dropped) == (0, 0)
     assert repr(engine) == "Engine(engine-0, drafter prompt_lookup)"
     assert not (tmp_path / "drafters").exists()
+    assert gc.get_freeze_count() > 10_000, "collections do not look through what start-up made"
     with pytest.raises(ValueError, match="no drafter weights to swap"):
         engine.swap("v1", {})
 
