@@ -221,7 +221,7 @@ def _after_probe(context: DecisionContext, probed: Probed, state: PolicyState, c
         f"{probed.saving.conversations} held-out conversations"
     )
     measured = probed.saving.conversations >= MIN_PROBED
-    # The bound was asked when it was decided. A trial is short and tells little: asked again, it would end every second
+    # The bound was asked when it was decided. A trial is short and tells little: asked again, it would end many an
     # update that pays by chance alone, with the trial paid and a back-off begun.
     go = measured and value.net > 0 and verdict != FAULT
     why = _why(option, tried=True) if go else _why_not((option,), option)
