@@ -11,9 +11,19 @@ from dataclasses import dataclass, field
 from specblock.bandit.config import DetectorConfig, StatisticsConfig
 from specblock.bandit.detect import PageHinkley
 from specblock.bandit.events import NUM_RANK_BUCKETS, AcceptanceEvent
+from specblock.bandit.intervals import RatioSums, agree
 
 EXACT = 4
-"""A level is averaged over this many times the cycles that establish it."""
+"""A level is averaged over this many times the cycles that establish it, whatever they show."""
+
+STEADY = 32
+"""And over this many as long as what comes agrees with it. A drop is only as exact as what it is a drop from."""
+
+STEADY_Z = 2.0
+"""Standard errors within which it agrees. A level is compared three times, so that this seldom ends it by chance."""
+
+OLDER = 15
+"""Windows kept in sums behind the newest one: half an hour at the demo's load, in which little drifts."""
 
 OTHER = "(other)"
 """Where domains and strata beyond the bounds are pooled."""
@@ -53,16 +63,37 @@ class Level:
 
     It counts once ``enough`` cycles are in, and goes on getting more exact for a while: the best of several levels is
     a reference, and the best of inexact ones is too high.
+
+    Attributes:
+        sums: of the segments' cycles and tokens.
+        coming: the same of those that are not in yet: as many as are in are taken together, if they agree with those.
+        closed: they did not, so that nothing later belongs to it either.
     """
 
     cycles: int = 0
     tokens: int = 0
+    sums: RatioSums = field(default_factory=RatioSums)
+    coming: RatioSums = field(default_factory=RatioSums)
+    closed: bool = False
 
     def fill(self, cycles: int, tokens: int, enough: int) -> None:
-        """Take a segment until ``EXACT`` times ``enough`` cycles are in."""
+        """Take a segment until ``EXACT`` times ``enough`` cycles are in, and ``STEADY`` times while nothing changes."""
         if self.cycles < EXACT * enough:
-            self.cycles += cycles
-            self.tokens += tokens
+            self._take(cycles, tokens)
+            self.sums.add(cycles, tokens)
+        elif self.cycles < STEADY * enough and not self.closed:
+            self.coming.add(cycles, tokens)
+            # Small portions would each be too inexact to show a change, and the level would follow it.
+            if self.coming.x >= self.cycles and self.coming.units > 1:
+                come, self.coming = self.coming, RatioSums()
+                self.closed = not agree(come, self.sums, STEADY_Z)
+                if not self.closed:
+                    self._take(round(come.x), round(come.y))
+                    self.sums = self.sums.plus(come)
+
+    def _take(self, cycles: int, tokens: int) -> None:
+        self.cycles += cycles
+        self.tokens += tokens
 
     def acceptance(self, enough: int) -> float:
         """Tokens per cycle, 0 while not established."""
@@ -90,6 +121,7 @@ class VersionStatistics:
         level: the first cycles over all strata.
         strata: the first cycles per sampling class and load band.
         recent: newest segments.
+        older: the windows before them, the newest last: sums of the segments' cycles and tokens by stratum.
         block_cycles: the detector's unfinished block.
         total_cycles: all cycles; never forgotten, like tokens and requests.
         last_time_s: newest event time.
@@ -107,6 +139,7 @@ class VersionStatistics:
     level: Level = field(default_factory=Level)
     strata: dict[str, Level] = field(default_factory=dict)
     recent: list[Segment] = field(default_factory=list)
+    older: list[dict[str, RatioSums]] = field(default_factory=list)
     block_cycles: int = 0
     block_tokens: int = 0
     block_expected: float = 0.0
@@ -122,6 +155,7 @@ class VersionStatistics:
         if self.resumed:
             self.resumed = False
             self.recent.clear()
+            self.older.clear()
             self.block_cycles, self.block_tokens, self.block_expected = 0, 0, 0.0
         self._forget_and_add(event, config)
         stratum = self._stratum(event, config)
@@ -130,12 +164,20 @@ class VersionStatistics:
         level.fill(event.cycles, event.committed_tokens, config.reference_cycles)
         self.level.fill(event.cycles, event.committed_tokens, config.reference_cycles)
         self.recent.append(Segment(stratum, event.cycles, event.committed_tokens, event.device_s))
+        for segment in self.recent[: -config.window_events]:
+            self._pool(segment, config.window_events)
         del self.recent[: -config.window_events]
         self.total_cycles += event.cycles
         self.total_tokens += event.committed_tokens
         self.requests += event.last
         self.last_time_s = max(self.last_time_s, event.time_s)
         return expected > 0 and self._block(event, expected, detector)
+
+    def _pool(self, segment: Segment, window: int) -> None:
+        if not self.older or sum(sums.units for sums in self.older[-1].values()) >= window:
+            self.older.append({})
+            del self.older[:-OLDER]
+        self.older[-1].setdefault(segment.stratum, RatioSums()).add(segment.cycles, segment.tokens)
 
     def _stratum(self, event: AcceptanceEvent, config: StatisticsConfig) -> str:
         stratum = f"{event.sampling_class}|{event.batch_band}"

@@ -24,7 +24,7 @@ def attribute(context: DecisionContext, state: PolicyState, config: PolicyConfig
             f"acceptance of {worst.domain} is {worst.acceptance:.2f}, {worst.drop:.0%} below its reference "
             f"{worst.reference:.2f}"
         )
-    if shifted := [d for d in measurable if d.raw_drop > max(floor, config.drop_z * d.drop_se)]:
+    if shifted := [d for d in measurable if d.raw_drop > max(floor, config.drop_z * max(d.drop_se, d.raw_drop_se))]:
         worst = max(shifted, key=lambda d: d.share * d.raw_drop)
         return LOAD, (
             f"acceptance of {worst.domain} is {worst.raw_drop:.0%} lower, but not within the same sampling class and "

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 
-from specblock.bandit.acceptance import EXACT, DomainStatistics, Level, Segment, VersionStatistics
+from specblock.bandit.acceptance import STEADY, DomainStatistics, Level, Segment, VersionStatistics
 from specblock.bandit.actions import DomainWindows, WindowSummary
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.decision import DecisionContext, DomainContext, PastLevel
+from specblock.bandit.fall import measured_fall
 from specblock.bandit.intervals import UNKNOWN_SE, ratio_of
 from specblock.bandit.presence import Presence
 from specblock.bandit.state import BanditState, PendingUpdate
@@ -95,16 +96,21 @@ def domain_context(
     recent = statistics.recent
     cycles, tokens = sum(s.cycles for s in recent), sum(s.tokens for s in recent)
     acceptance = tokens / cycles if cycles else 0.0
-    drop, drop_se, reference = _drop(name, state, version, recent, config)
+    strata = sorted({segment.stratum for segment in recent})
+    levels = {stratum: reference(name, stratum, state, version, config) for stratum in strata}
+    fall = measured_fall(statistics, levels)
     own = statistics.level.acceptance(config.statistics.reference_cycles)
+    raw = ratio_of((segment.cycles * own, segment.tokens) for segment in recent)
     return DomainContext(
         domain=name,
         share=share,
         acceptance=acceptance,
-        reference=reference,
-        drop=drop,
-        drop_se=drop_se,
-        raw_drop=1 - acceptance / own if own and cycles else 0.0,
+        reference=fall.reference,
+        drop=fall.drop,
+        drop_se=fall.se,
+        part=fall.part,
+        raw_drop=1 - raw.ratio if raw.x > 0 else 0.0,
+        raw_drop_se=min(raw.se, 1.0) if raw.x > 0 else 0.0,
         cycles=cycles,
         device_s_per_token=math.fsum(s.device_s for s in recent) / tokens if tokens else 0.0,
         measurable=cycles >= config.statistics.min_window_cycles
@@ -115,25 +121,6 @@ def domain_context(
         presence=state.presence.get(name),
         past=past_levels(name, state, version, earlier, now_s, config),
     )
-
-
-def _drop(
-    name: str, state: BanditState, version: str, recent: list[Segment], config: PolicyConfig
-) -> tuple[float, float, float]:
-    """Drop of the recent window below what its strata should give, its standard error, and that reference.
-
-    Segments in strata without any reference are left out: nothing is known of them.
-    """
-    found = {stratum: reference(name, stratum, state, version, config) for stratum in {s.stratum for s in recent}}
-    levels = {stratum: level.tokens / level.cycles for stratum, level in found.items() if level.cycles > 0}
-    known = [segment for segment in recent if segment.stratum in levels and segment.cycles > 0]
-    if not known:
-        return 0.0, 0.0, 0.0
-    cycles = sum(segment.cycles for segment in known)
-    kept = ratio_of((segment.cycles * levels[segment.stratum], segment.tokens) for segment in known)
-    # The references were measured on a finite number of cycles with the same scatter per cycle.
-    se = kept.se * math.sqrt(1 + cycles / sum(found[stratum].cycles for stratum in {s.stratum for s in known}))
-    return 1 - kept.ratio, min(se, 1.0), kept.x / cycles
 
 
 def past_levels(
@@ -186,10 +173,12 @@ def reference(name: str, stratum: str, state: BanditState, version: str, config:
     own = max(known, key=lambda level: level.acceptance(enough), default=Level())
     others = [_level(domain, version, stratum, enough) for key, domain in sorted(state.domains.items()) if key != name]
     settled = [level for level in others if level.acceptance(enough) > 0]
+    # Without what its requests scatter: text that was never better is all of one kind, as far as is known, so that no
+    # part of it has fallen.
     other = Level(sum(level.cycles for level in settled), sum(level.tokens for level in settled))
     if not settled and config.reference_acceptance:
         # The drafter's training saw far more than any window here.
-        exact = EXACT * enough
+        exact = STEADY * enough
         other = Level(exact, round(exact * config.reference_acceptance))
     best = max((own, other), key=lambda level: level.acceptance(enough))
     return best if best.acceptance(enough) > 0 else Level()

@@ -59,6 +59,7 @@ class DomainContext:
         drop: ``1 - acceptance / reference`` (over the strata that have a reference); 0 when none has.
         drop_se: its standard error.
         raw_drop: the same against the version's own first cycles, whatever their sampling and load.
+        raw_drop_se: its standard error.
         cycles: of the recent window.
         device_s_per_token: of the recent window.
         measurable: the window is long and new enough.
@@ -67,6 +68,7 @@ class DomainContext:
         presence: how it came and went; None: nothing is known of it, and its present share is taken to last as long as
             traffic as a whole.
         past: earlier versions that could serve again and of which something is known here.
+        part: share of its text, about, that the drop comes from; 1 where nothing tells.
     """
 
     domain: str
@@ -83,6 +85,8 @@ class DomainContext:
     num_heldout: int
     presence: Presence | None = None
     past: tuple[PastLevel, ...] = ()
+    part: float = 1.0
+    raw_drop_se: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +99,7 @@ class Target:
         past: what is known of earlier versions there.
         there: it is part of the traffic of now.
         settled: it has been there for long enough that shares show how much of traffic it is, or never stays so long.
+        part: share of its text, about, that the drop comes from.
     """
 
     domain: str
@@ -106,6 +111,7 @@ class Target:
     past: tuple[PastLevel, ...] = ()
     there: bool = True
     settled: bool = True
+    part: float = 1.0
 
     def level(self, version: str) -> PastLevel | None:
         """What is known of ``version`` there; None: nothing."""

@@ -1,7 +1,7 @@
 """Trying what narrowly fails the bound, now and then and with a logged probability, so that skipped gains are seen too.
 
-A rule that learns only from the updates it makes never finds out that it is too careful. Exploring pays for a
-micro-profile at most: whether the rest is trained is decided by the same bound as ever, on the gain it measured.
+A rule that learns only from the updates it makes never finds out that it is too careful. Exploring risks a
+micro-profile: whether the rest is trained is decided as ever, on the gain it measured, and the gate looks at all of it.
 """
 
 from __future__ import annotations

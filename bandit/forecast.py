@@ -29,7 +29,7 @@ from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, WHOLE, LinearPri
 from specblock.bandit.gate import Saving
 from specblock.bandit.intervals import one_sided_z
 from specblock.bandit.past import best_past, past_gain
-from specblock.bandit.reach import targets, told_drop
+from specblock.bandit.reach import reachable_drop, targets
 
 PAIRED_SD = 0.09
 """Relative scatter of what a complete update saves from one conversation to the next, as every machine showed it."""
@@ -70,9 +70,10 @@ def domain_gain(
         return DomainGain(domain=target.domain, share=target.share, mean=0.0, sd=arm.prior_gain_sd)
     evidence = state.arms.get(arm.name, ArmEvidence())
     prior = LinearPrior(arm.prior_gain_mean, arm.prior_gain_sd, arm.drop_recovery, arm.drop_recovery_sd)
-    gain = evidence.gain.predict(told_drop(target, config), prior)
+    drop = reachable_drop(arm, target, config)
+    gain = evidence.gain.predict(drop, prior)
     # The next update may be luckier or less lucky than the mean of all.
-    luck = math.hypot(GAIN_NOISE_SD, GAIN_LUCK * gain.mean) if told_drop(target, config) else 0.0
+    luck = math.hypot(GAIN_NOISE_SD, GAIN_LUCK * gain.mean) if drop else 0.0
     sd = math.hypot(gain.sd, luck, arm.drop_recovery * target.drop_se)
     return DomainGain(domain=target.domain, share=target.share, mean=gain.mean, sd=sd)
 

@@ -31,6 +31,22 @@ class RatioSums:
         self.xy += x * y
         self.yy += y * y
 
+    def plus(self, other: RatioSums) -> RatioSums:
+        """The sums of both."""
+        return RatioSums(
+            self.units + other.units,
+            self.x + other.x,
+            self.y + other.y,
+            self.xx + other.xx,
+            self.xy + other.xy,
+            self.yy + other.yy,
+        )
+
+    def scaled(self, factor: float) -> RatioSums:
+        """The sums of the pairs (factor x, y)."""
+        x, xx, xy = factor * self.x, factor**2 * self.xx, factor * self.xy
+        return RatioSums(self.units, x, self.y, xx, xy, self.yy)
+
     @property
     def ratio(self) -> float:
         """sum(y) / sum(x); 0 without data."""
@@ -41,8 +57,23 @@ class RatioSums:
         """Delta-method standard error of the ratio."""
         if self.units < 2 or self.x <= 0:
             return UNKNOWN_SE
-        residual = max(0.0, self.yy - 2 * self.ratio * self.xy + self.ratio**2 * self.xx)
-        return math.sqrt(residual * self.units / (self.units - 1)) / self.x
+        return math.sqrt(self._residual * self.units / (self.units - 1)) / self.x
+
+    @property
+    def relative_variance(self) -> float | None:
+        """Variance of a unit's y around the common ratio, relative to the square of the mean y; None: too few units."""
+        if self.units < 2 or self.x <= 0 or self.y <= 0:
+            return None
+        return self._residual / (self.units - 1) / (self.y / self.units) ** 2
+
+    @property
+    def _residual(self) -> float:
+        return max(0.0, self.yy - 2 * self.ratio * self.xy + self.ratio**2 * self.xx)
+
+
+def agree(one: RatioSums, other: RatioSums, z: float) -> bool:
+    """Whether two ratios are within ``z`` standard errors of each other; those of fewer than two units always are."""
+    return abs(one.ratio - other.ratio) <= z * math.hypot(one.se, other.se)
 
 
 def ratio_of(pairs: Iterable[tuple[float, float]]) -> RatioSums:

@@ -13,7 +13,7 @@ from specblock.bandit.estimate import FEWEST_COMPARED, GAIN_LUCK, GAIN_NOISE_SD,
 from specblock.bandit.forecast import faded
 from specblock.bandit.gate import Saving
 from specblock.bandit.parity import ParityEvidence
-from specblock.bandit.reach import told_drop
+from specblock.bandit.reach import reachable_drop
 
 MAX_BARRED = MAX_COMPARISONS = 64
 
@@ -74,7 +74,7 @@ def learn_gain(
     for target in targets:
         known = bool(version) and target.level(version) is not None
         if (found := measured.get(target.domain)) and not known:
-            drop = told_drop(target, config)
+            drop = reachable_drop(arm, target, config)
             # A share known only roughly blurs what a trial says about a gain as large as the arm may have.
             expected = max(arm.prior_gain_mean + arm.drop_recovery * drop, abs(found.saving) / seen.mean)
             varies = math.hypot(seen.sd / seen.mean, GAIN_LUCK) * expected

@@ -1,7 +1,8 @@
 """The decision rule: ``(context, state, config) -> (decision, state)``. Pure; everything read is a logged input.
 
-Two stages. At rest: is a micro-profile of an arm worth it? After it, with the gain *measured* on held-out
-conversations: is the rest worth it? Both compare one lower confidence bound on the net value with 0.
+Two stages. At rest: is an update by an arm surely worth it, trial and all? One lower confidence bound on the net value
+is compared with 0. After the micro-profile, with the gain *measured* on held-out conversations: is the rest still
+expected to be worth it?
 """
 
 from __future__ import annotations
@@ -220,8 +221,10 @@ def _after_probe(context: DecisionContext, probed: Probed, state: PolicyState, c
         f"{probed.saving.conversations} held-out conversations"
     )
     measured = probed.saving.conversations >= MIN_PROBED
-    go = measured and option.value.net_lower > 0 and verdict != FAULT
-    why = _why(option) if go else _why_not((option,), option)
+    # The bound was asked when it was decided. A trial is short and tells little: asked again, it would end many an
+    # update that pays by chance alone, with the trial paid and a back-off begun.
+    go = measured and value.net > 0 and verdict != FAULT
+    why = _why(option, tried=True) if go else _why_not((option,), option)
     if verdict == FAULT or not measured:
         why = evidence if verdict == FAULT else "too few to judge a candidate by"
     return Decision(
@@ -244,7 +247,7 @@ def may_pay(decision: Decision) -> bool:
     return option is not None and decision.verdict != FAULT and 2 * option.value.net - option.value.net_lower > 0
 
 
-def _why(best: Option) -> str:
+def _why(best: Option, *, tried: bool = False) -> str:
     value = best.value
     if best.curiosity > 0:
         return (
@@ -254,7 +257,8 @@ def _why(best: Option) -> str:
     pays = "never" if value.break_even_s is None else f"after {value.break_even_s:.0f} s"
     surely = f"net at least {value.net_lower:.1f}"
     if near_margin(value):
-        surely = f"net {value.net:.1f}, but perhaps as little as {value.net_lower:.1f}: a trial will tell"
+        doubt = "the gate will tell" if tried else "a trial will tell"
+        surely = f"net {value.net:.1f}, but perhaps as little as {value.net_lower:.1f}: {doubt}"
     return (
         f"{best.named} is expected to save {value.gain:.1%} of serving time: {value.benefit:.1f} device-s over the "
         f"horizon for {value.cost:.1f}, {surely}, paid back {pays}"

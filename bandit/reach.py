@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from specblock.bandit.config import PolicyConfig
+from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.decision import DecisionContext, DomainContext, Target
 from specblock.bandit.presence import FIRST_SHARE, Presence
 
@@ -33,6 +33,7 @@ def _target(domain: DomainContext, config: PolicyConfig) -> Target:
         lasting_s=known.lasting_s(domain.share, config.horizon) if known else None,
         staying_s=known.staying_s(domain.share, config.horizon) if known else None,
         past=domain.past,
+        part=domain.part,
         there=there,
         settled=there and (fleeting or (turned and presence.there)),
     )
@@ -57,3 +58,13 @@ def told_drop(target: Target, config: PolicyConfig) -> float:
     Decisions are taken every few seconds: the largest of many noisy drops looks like one that an update would repair.
     """
     return target.drop if target.drop > max(config.min_drop, config.drop_z * target.drop_se) else 0.0
+
+
+def reachable_drop(arm: Arm, target: Target, config: PolicyConfig) -> float:
+    """The drop that what ``arm`` wins back is in proportion to.
+
+    Where the drop comes from a part of the text, that part is as large a part of what is trained on, and an update wins
+    back so much less of it than if all of the text were new. An earlier version is as good as it ever was.
+    """
+    told = told_drop(target, config)
+    return told if arm.restores else target.part * told

@@ -7,7 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from specblock.bandit.acceptance import EXACT, OTHER, DecayedSum, DomainStatistics, Level, VersionStatistics
+from specblock.bandit.acceptance import (
+    EXACT,
+    OLDER,
+    OTHER,
+    STEADY,
+    DecayedSum,
+    DomainStatistics,
+    Level,
+    VersionStatistics,
+)
 from specblock.bandit.codec import dumps, loads
 from specblock.bandit.config import DetectorConfig, PolicyConfig, StatisticsConfig
 from specblock.bandit.events import AcceptanceEvent
@@ -61,6 +70,37 @@ def test_a_level_is_established_by_its_first_cycles_and_gets_more_exact_for_a_wh
     level.fill(EXACT * 100 - 120, 250 * EXACT - 300, 100)
     level.fill(1000, 1000, 100)
     assert level.acceptance(100) == 2.5
+
+
+def test_a_level_goes_on_while_nothing_changes_and_ends_for_good_when_something_does() -> None:
+    level = Level()
+    for _ in range(4 * EXACT):
+        level.fill(50, 120, 100)
+        level.fill(50, 130, 100)
+    assert level.cycles == 4 * EXACT * 100 and level.acceptance(100) == 2.5
+    for tokens in (*(110, 120) * 8 * EXACT, *(120, 130) * 16 * EXACT):
+        level.fill(50, tokens, 100)
+    assert level.closed and level.cycles == 4 * EXACT * 100 and level.acceptance(100) == 2.5
+
+
+def test_a_level_ends_when_it_is_exact_enough() -> None:
+    level = Level()
+    for _ in range(2 * STEADY):
+        level.fill(50, 120, 100)
+        level.fill(50, 130, 100)
+    assert level.cycles == STEADY * 100 == level.sums.x
+
+
+def test_windows_behind_the_newest_are_kept_in_bounded_sums_until_the_version_serves_again() -> None:
+    statistics = VersionStatistics()
+    for _ in range(10 * (OLDER + 5)):
+        learn(statistics, EVENT, window_events=10)
+    assert len(statistics.recent) == 10 and len(statistics.older) == OLDER
+    assert statistics.older[-2]["greedy|1"].units == 10 and statistics.older[-2]["greedy|1"].y == 240
+    assert loads(VersionStatistics, dumps(statistics)) == statistics
+    statistics.resumed = True
+    learn(statistics, EVENT, window_events=10)
+    assert not statistics.older
 
 
 def test_rate_of_a_steady_flow_is_exact_however_young() -> None:

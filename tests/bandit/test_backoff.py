@@ -15,7 +15,7 @@ from specblock.bandit.learning import end_update
 from specblock.bandit.policy import decide, may_pay
 from tests.bandit.test_policy import CONFIG, HEAD, PARITY_OK, checked, probed
 from tests.bandit.test_service import drive, make, records
-from tests.bandit.world import small_policy
+from tests.bandit.world import DEAR_S, small_policy
 
 COST_S, BUSY = 120.0, 0.8
 PLAIN_S = COST_S / (CONFIG.waste_share * BUSY)
@@ -48,7 +48,7 @@ def test_an_undecided_update_takes_nothing_back_of_what_was_proven() -> None:
 
 
 def test_a_trial_shows_that_an_arm_does_not_pay_only_if_the_upper_bound_says_so() -> None:
-    vague, _ = decide(probed(-0.02, se=0.02), checked(), CONFIG)
+    vague, _ = decide(probed(-0.1, se=0.02), checked(), CONFIG)
     assert vague.action == ABANDON and may_pay(vague)
     telling = replace(CONFIG, arms=(CONFIG.arms[0], replace(HEAD, probe_gain_share=0.9, probe_gain_share_sd=0.01)))
     sharp, _ = decide(probed(-0.1, se=1e-3), checked(), telling)
@@ -89,14 +89,14 @@ def impatient_policy() -> PolicyConfig:
 def nothing_to_win() -> PolicyConfig:
     """The same with an arm whose trial shows at once that nothing is won."""
     plain = impatient_policy()
-    telling = replace(plain.arm("head"), probe_gain_share=0.8, probe_gain_share_sd=0.05)
+    telling = replace(plain.arm("head"), probe_gain_share=0.8, probe_gain_share_sd=0.05, prior_s_per_position=DEAR_S)
     return replace(plain, arms=(plain.arm("skip"), telling))
 
 
 def after_failures(tmp_path: Path, policy: PolicyConfig) -> tuple[PolicyState, list[str]]:
     """The state and all stages after a shift that the arm can do nothing about."""
     world, service = make(tmp_path, policy)
-    world.recovers["head"] = 0.0
+    world.recovers["head"], world.s_per_position = 0.0, DEAR_S
     now_s = drive(world, service, 1000, 30)
     world.shift("python", 0.4)
     drive(world, service, now_s, 150)

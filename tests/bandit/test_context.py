@@ -54,6 +54,17 @@ def test_a_new_domain_is_measured_against_the_others() -> None:
     assert reference("manual", "greedy|1", state, "v1", CONFIG).acceptance(100) == pytest.approx(3.0)
 
 
+def test_all_of_the_text_is_new_in_a_domain_that_was_never_better() -> None:
+    state = BanditState()
+    for tokens in (28, 32) * 20:
+        feed(state, 1, tokens)
+    for tokens in (12, 30) * 5:
+        feed(state, 1, tokens, domain="manual")
+        feed(state, 1, tokens)
+    parts = {d.domain: d.part for d in build_context(state, WindowSummary(), "v1", 1060.0, CONFIG).domains}
+    assert parts["manual"] == 1.0 and parts["default"] < 0.6, "half of what used to be fine fell"
+
+
 def test_the_level_of_training_stands_in_when_no_other_domain_says_anything() -> None:
     state = BanditState()
     feed(state, 20, 20)

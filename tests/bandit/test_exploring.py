@@ -19,7 +19,7 @@ from specblock.bandit.policy import decide
 from specblock.bandit.replay import reproductions
 from tests.bandit.test_policy import CONFIG, CONTEXT, checked
 from tests.bandit.test_service import drive, make, records
-from tests.bandit.world import small_policy
+from tests.bandit.world import DEAR_S, small_policy
 
 EXPLORING = replace(CONFIG, explore=ExploreConfig(every_s=120.0, seed=3))
 BROKEN = replace(checked().parity.evidence, verdict="broken")  # type: ignore[union-attr]
@@ -124,7 +124,7 @@ def test_draws_are_uniform_and_differ_by_seed() -> None:
 def test_a_trial_by_chance_is_on_record_replays_and_puts_nothing_off(tmp_path: Path) -> None:
     plain = small_policy()
     # A bound that nothing passes, tried every minute, and telling at once that there is nothing to win.
-    telling = replace(plain.arm("head"), probe_gain_share=0.8, probe_gain_share_sd=0.05)
+    telling = replace(plain.arm("head"), probe_gain_share=0.8, probe_gain_share_sd=0.05, prior_s_per_position=DEAR_S)
     policy = replace(
         plain,
         arms=(plain.arm("skip"), telling),
@@ -132,7 +132,7 @@ def test_a_trial_by_chance_is_on_record_replays_and_puts_nothing_off(tmp_path: P
         explore=ExploreConfig(every_s=60.0),
     )
     world, service = make(tmp_path, policy)
-    world.recovers["head"] = 0.0
+    world.recovers["head"], world.s_per_position = 0.0, DEAR_S
     now_s = drive(world, service, 1000, 30)
     world.shift("python", 0.4)
     drive(world, service, now_s, 90)

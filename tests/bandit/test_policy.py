@@ -153,6 +153,11 @@ def test_a_reported_change_is_attributed_before_anything_else() -> None:
     assert undecided.changes_attributed == 0, "no verdict attributes nothing"
 
 
+def test_a_mix_that_changed_within_its_own_noise_is_not_named() -> None:
+    decision, _ = decide(at(drop=0.0, drop_se=0.005, raw_drop=0.05, raw_drop_se=0.03), checked(), CONFIG)
+    assert decision.verdict == NONE
+
+
 def test_a_changed_mix_is_named() -> None:
     decision, _ = decide(at(drop=0.0, raw_drop=0.3), checked(), CONFIG)
     assert (decision.action, decision.verdict) == (SKIP, LOAD)
@@ -239,8 +244,21 @@ def test_the_measured_gain_decides_after_the_trial() -> None:
     go, counted = decide(probed(0.1), checked(), CONFIG)
     assert (go.action, go.arm) == (CONTINUE, "head") and counted.decisions == 0
     assert go.options[0].value.probe_s == 0, "what the trial cost is sunk"
-    stop, _ = decide(probed(-0.02), checked(), CONFIG)
-    assert stop.action == ABANDON and "-2.0%" in stop.reason
+    stop, _ = decide(probed(-0.08), checked(), CONFIG)
+    assert stop.action == ABANDON and "-8.0%" in stop.reason
+
+
+def test_the_bound_is_asked_once_and_after_the_trial_the_rest_need_only_be_expected_to_pay() -> None:
+    doubtful = at(drop=0.05)
+    rest, _ = decide(doubtful, checked(), CONFIG)
+    option = next(option for option in rest.options if option.value.arm == "head")
+    assert rest.action == SKIP and option.value.net_lower < 0 < option.value.net
+    vague = replace(doubtful, probed=Probed(arm="head", targets=rest.targets, saving=saving(0.0, 0.05)))
+    tried, _ = decide(vague, checked(), CONFIG)
+    value = tried.options[0].value
+    assert tried.action == CONTINUE and value.net_lower < 0 < value.net and "the gate will tell" in tried.reason
+    bad = replace(doubtful, probed=Probed(arm="head", targets=rest.targets, saving=saving(-0.02, 0.001)))
+    assert decide(bad, checked(), CONFIG)[0].action == ABANDON
 
 
 def test_a_trial_that_measured_nothing_is_abandoned() -> None:

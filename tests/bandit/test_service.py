@@ -15,7 +15,7 @@ from specblock.bandit.explain import explain
 from specblock.bandit.ledger import LedgerRecord, read_ledger
 from specblock.bandit.memory_stream import MemoryLog, MemoryStream
 from specblock.bandit.service import BanditService
-from tests.bandit.world import World, service_config, small_policy
+from tests.bandit.world import DEAR_S, World, service_config, small_policy
 
 
 def make(tmp_path: Path, policy: PolicyConfig | None = None) -> tuple[World, BanditService]:
@@ -121,10 +121,10 @@ def test_a_fault_trains_nothing_until_parity_holds_again(tmp_path: Path) -> None
 
 def test_a_useless_update_is_abandoned_after_its_trial(tmp_path: Path) -> None:
     plain = small_policy()
-    # Only a trial that shows much of what is to come can say that nothing will.
-    telling = replace(plain.arm("head"), probe_gain_share=0.8, probe_gain_share_sd=0.05)
+    # Only a trial that shows much of what is to come can say that what is left to train does not pay.
+    telling = replace(plain.arm("head"), probe_gain_share=0.8, probe_gain_share_sd=0.05, prior_s_per_position=DEAR_S)
     world, service = make(tmp_path, replace(plain, arms=(plain.arm("skip"), telling)))
-    world.recovers["head"] = 0.0
+    world.recovers["head"], world.s_per_position = 0.0, DEAR_S
     now_s = drive(world, service, 1000, 30)
     world.shift("python", 0.4)
     drive(world, service, now_s, 40)

@@ -36,6 +36,8 @@ from specblock.bandit.events import AcceptanceEvent, encode
 from specblock.bandit.stream_types import Stream
 
 DEPTH, TOKENS, CYCLE_S = 6, 64, 0.02
+DEAR_S = 1e-3
+"""Device-seconds per position at which training on costs more than the little that a trial may have overlooked."""
 
 
 @dataclass(frozen=True, slots=True)
