@@ -186,7 +186,8 @@ class SlotBlocks:
         """``rotary_tables``, looked up where they would be computed anew in every cycle."""
         if not self.whole_layers:
             return self._network.rotary_tables(index_BT)
-        most = 2 * cache.keys.shape[3] + _ROTARY_AHEAD  # the published refresh skips indices
+        # As many indices as positions, and the published refresh skips some.
+        most = 2 * (cache.keys.shape[3] // self._network.config.num_slots) + _ROTARY_AHEAD
         if self._cos.shape[0] < most:
             with torch.inference_mode(False), torch.no_grad():
                 cos, sin = self._network.rotary_tables(torch.arange(most)[None])
