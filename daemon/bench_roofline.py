@@ -36,7 +36,7 @@ from specblock.verifier.verify import verify
 
 _ROWS = (1, 4, 8, 16, 32, 64)
 _PREFIX_TOKENS, _POSITIONS, _DEPTH, _LEAVES = 256, 2, 8, 4
-_ROUNDS = 25
+_ROUNDS, _RECORDED = 25, 9
 _BANDWIDTH_BYTES = 1 << 28  # far beyond any cache
 _ALONE = ", its forwards alone"
 _SQUARE = 384  # a matrix product whose operands stay in the second-level cache
@@ -142,11 +142,20 @@ def cycles(target: TargetModel, drafter: BlockDrafter) -> list[Phase]:
     one_block = BlockDrafter(drafter.model, replace(drafter.settings, blocks=1))
     found = []
     for name, own in (("plain cycle", None), ("drafting cycle", one_block)):
-        engine = _engine_at_work(target, own)
-        with Recorded() as recorded:
-            engine.step()
-        found += [Phase(name, engine.step, False), Phase(f"{name}{_ALONE}", recorded.again, True)]
+        recorded = _usual_cycle(_engine_at_work(target, own))
+        step = _engine_at_work(target, own).step  # another engine: calls made again write over a cache
+        found += [Phase(name, step, False), Phase(f"{name}{_ALONE}", recorded.again, True)]
     return found
+
+
+def _usual_cycle(engine: Engine) -> Recorded:
+    """The forwards of the median one of some cycles, by what they compute: cycles differ in what they absorb."""
+    every: list[tuple[int, int, Recorded]] = []
+    for number in range(_RECORDED):
+        with Recorded() as recorded, Work() as work:
+            engine.step()
+        every.append((work.operations, number, recorded))
+    return sorted(every, key=lambda one: one[:2])[_RECORDED // 2][2]
 
 
 def _engine_at_work(target: TargetModel, drafter: BlockDrafter | None) -> Engine:

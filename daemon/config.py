@@ -90,6 +90,9 @@ class DrafterConfig(Section):
         return self.path is not None
 
 
+_MOST_THREADS = 512
+
+
 class EngineConfig(Section):
     """The decode loop."""
 
@@ -101,7 +104,7 @@ class EngineConfig(Section):
     """Requests that may wait for a slot; beyond it the gateway answers 429."""
     max_output_tokens: int = Field(default=1024, ge=1)
     """Largest max_tokens a request may ask for."""
-    threads: Annotated[int, Field(ge=1, le=512)] | Literal["auto"] = "auto"
+    threads: int | Literal["auto"] = "auto"
     """CPU threads of the engine process; auto tries how many make decoding faster, of the cores that a trainer on the
     CPU leaves."""
     cuda_graphs: bool = True
@@ -112,6 +115,14 @@ class EngineConfig(Section):
     """Tokens of one request are collected for at most this many seconds before they leave the engine."""
     segment_cycles: int = Field(default=32, ge=1, le=4096)
     """Decode cycles of one request that make one acceptance event; its end makes one as well."""
+
+    @field_validator("threads", mode="before")
+    @classmethod
+    def _number_or_auto(cls, threads: Any) -> Any:
+        number = isinstance(threads, int) and not isinstance(threads, bool) and 1 <= threads <= _MOST_THREADS
+        if threads != "auto" and not number:
+            raise ValueError(f"must be auto or a whole number from 1 to {_MOST_THREADS}")
+        return threads
 
 
 class WindowsConfig(Section):

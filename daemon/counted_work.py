@@ -36,7 +36,7 @@ class Recorded(TorchDispatchMode):
         return len(self._calls)
 
     def again(self) -> None:
-        """The same calls with the same tensors; what they wrote to a cache they write again."""
+        """The same calls with the same tensors. They write to caches where they wrote then, over what came later."""
         for func, args, kwargs in self._calls:
             func(*args, **kwargs)
 

@@ -1,16 +1,18 @@
 """How many CPU threads a decode loop gets where ``engine.threads`` is "auto": as many as make verifications faster.
 
 A cycle over a few rows waits for memory, so threads help until they have all of its bandwidth, and then only wake
-late. What a row computes does not depend on their number.
+late. With native layers nothing that a row computes depends on their number; without them its last bits may, so one
+thread serves.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _WORTH = 0.95  # more threads must bring the time below this share of what fewer take
-_ROWS, _PREFIX_TOKENS, _TIMES = 8, 64, 7
+_ROWS, _PREFIX_TOKENS, _TIMES, _ROUNDS = 8, 64, 5, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,29 +47,51 @@ def candidates(most: int) -> tuple[int, ...]:
 
 
 def choose_threads(counts: Sequence[int], seconds: Callable[[int], float]) -> ThreadChoice:
-    """The fewest threads that no larger number beats by more than 5 %; stops where more no longer help.
+    """The fewest threads that no other number beats by more than 5 %.
 
     Args:
-        counts: numbers to try, ascending; at least one.
-        seconds: of some work with that many threads.
+        counts: numbers to try, at least one.
+        seconds: of some work with that many threads. Every number is tried several times, in turns, and its shortest
+            time counts: something else that starts up beside it only ever makes it longer.
     """
     if len(counts) == 1:
         return ThreadChoice(counts[0], ())
-    best, measured = counts[0], [(counts[0], seconds(counts[0]))]
-    for count in counts[1:]:
-        measured.append((count, seconds(count)))
-        if measured[-1][1] >= _WORTH * dict(measured)[best]:
-            break
-        best = count
-    return ThreadChoice(best, tuple(measured))
+    shortest = dict.fromkeys(sorted(counts), math.inf)
+    for _ in range(_ROUNDS):
+        for count in shortest:
+            shortest[count] = min(shortest[count], seconds(count))
+    best_s = min(shortest.values())
+    chosen = next(count for count, took_s in shortest.items() if took_s * _WORTH <= best_s)
+    return ThreadChoice(chosen, tuple(shortest.items()))
 
 
-def free_cores(config: DaemonConfig) -> int:
-    """Cores this process may use, less those of a trainer beside it; at least one."""
+def free_cores(config: DaemonConfig, quota: float | None) -> int:
+    """Cores this process may use, less those of a trainer beside it; at least one.
+
+    Args:
+        config: says whether there is a trainer.
+        quota: CPU seconds that it may use per second; None for no limit.
+    """
     trains = config.adaptation.enabled and config.drafter.has_weights and config.trainer.device == "cpu"
     # Not every system tells which of its cores are ours.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = cores if quota is None else min(cores, int(quota))
     return max(1, cores - (config.trainer.threads if trains else 0))
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """What a container's limit leaves, in cores; None without one. Threads beyond it seem fast until stopped."""
+    try:
+        limit, period = (root / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            limit, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        except OSError:
+            return None
+    try:
+        return int(limit) / int(period) if int(limit) > 0 else None
+    except ValueError:  # "max"
+        return None
 
 
 def use_threads(config: DaemonConfig, target: TargetModel, clock: Callable[[], float]) -> None:
@@ -76,7 +100,7 @@ def use_threads(config: DaemonConfig, target: TargetModel, clock: Callable[[], f
     if asked != "auto":
         torch.set_num_threads(asked)
         return
-    most = free_cores(config) if target.device.type == "cpu" else 1
+    most = free_cores(config, cpu_quota()) if target.native else 1
     choice = choose_threads(candidates(most), lambda threads: forward_seconds(target, threads, clock))
     torch.set_num_threads(choice.threads)
     log.info("engine runs on %s", choice)
@@ -84,7 +108,7 @@ def use_threads(config: DaemonConfig, target: TargetModel, clock: Callable[[], f
 
 @torch.inference_mode()
 def forward_seconds(target: TargetModel, threads: int, clock: Callable[[], float]) -> float:
-    """Median seconds of a forward of a small tree's rows with so many threads, which stay set."""
+    """Shortest seconds of a forward of a small tree's rows with so many threads, which stay set."""
     torch.set_num_threads(threads)
     cache = target.new_cache(1, _PREFIX_TOKENS + _ROWS)
     cache.advance([0], [_PREFIX_TOKENS])  # what is in a prefix does not change the time
@@ -93,4 +117,4 @@ def forward_seconds(target: TargetModel, threads: int, clock: Callable[[], float
         begin = clock()
         target.forward(cache, [0], tokens)
         times.append(clock() - begin)
-    return statistics.median(times[2:])
+    return min(times[2:])

@@ -9,6 +9,7 @@ Source: method reference section 1 and 3.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -146,10 +147,8 @@ class SpecBlockModel(DraftNetwork):
         layers = [DecoderLayer(config) for _ in range(config.num_hidden_layers)]
         shifts = [Linear(2 * config.hidden_size, config.hidden_size) for _ in layers[1:]]
         self.layers, self.shift_proj = nn.ModuleList(layers), nn.ModuleList(shifts)
-        self._stack = Gathered(
-            [*(linear for layer in layers for linear in layer.block.linears), *shifts],
-            lambda: _gather_stack(layers, shifts, config.num_slots),
-        )
+        maps = [linear for layer in layers for linear in layer.block.linears]
+        self._stack = Gathered([*maps, *shifts], self._gather_stack)
         self.rank_head = nn.Sequential(
             Linear(config.hidden_size + RANK_FEATURES, config.rank_hidden_size),
             nn.SiLU(),
@@ -184,17 +183,17 @@ class SpecBlockModel(DraftNetwork):
                 x_BTH = self.shift_proj[index](torch.cat([x, left], dim=-1)).view(batch, -1, hidden)
         return x_BTH.view(batch, -1, slots, hidden)
 
+    def _gather_stack(self) -> LayerStack:
+        layers, shifts = cast(Sequence[DecoderLayer], self.layers), cast(Sequence[Linear], self.shift_proj)
+        packed = [weight for weight in (shift.packed_weight() for shift in shifts) if weight is not None]
+        assert len(packed) == len(shifts), "whole layers are asked for where all weights are packed"
+        return LayerStack([layer.block.gather() for layer in layers], None, packed, self.config.num_slots)
+
     def rank_logits(self, normed: Tensor, features: Tensor) -> Tensor:
         """Rank-class logits [..., classes] from stop-gradient hidden [..., H] and rank features [..., 15]."""
         head_input = torch.cat([normed.detach(), features.to(normed.dtype)], dim=-1)
         logits: Tensor = self.rank_head(head_input)
         return logits
-
-
-def _gather_stack(layers: Sequence[DecoderLayer], shifts: Sequence[Linear], width: int) -> LayerStack:
-    packed = [weight for weight in (shift.packed_weight() for shift in shifts) if weight is not None]
-    assert len(packed) == len(shifts), "whole layers are asked for where all weights are packed"
-    return LayerStack([layer.block.gather() for layer in layers], None, packed, width)
 
 
 def rank_features(top_logits: Tensor) -> Tensor:

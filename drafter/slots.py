@@ -8,7 +8,6 @@ Legend: B requests, P new positions, K slots, T = P * K rows, n leaves, W rows o
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,10 +28,9 @@ from specblock.drafter.interface import NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.proposals import Proposals, Ranking, propose
+from specblock.drafter.row_constants import RotaryTables, causal, row_offsets
 from specblock.drafter.slot_attend import SlotAttend
 
-_FEW_ROWS = 64  # of a cycle; a prompt's are too many, and of too many numbers, to be kept
-_ROTARY_AHEAD = 64  # rotary indices behind those of a cache's rows, for what is drafted at its end
 POSITIONS = (1, 2, 4, 8, 16)
 """New positions that one forward takes; more are absorbed the other way."""
 
@@ -48,7 +46,7 @@ class SlotBlocks:
         self.graphs = graphs
         self._network, self._settings, self._rule = network, settings, rule
         self._packs = network.packs
-        self._cos = self._sin = torch.empty(0, 0)
+        self._tables = RotaryTables(network)
         self._recorded: weakref.WeakKeyDictionary[DrafterCache, BlockGraphs] = weakref.WeakKeyDictionary()
 
     @property
@@ -160,7 +158,7 @@ class SlotBlocks:
         (batch, count), device = tokens.shape, tokens.device
         visible = causal(batch, count * self._network.config.num_slots, device)
         attend = self._attend(cache, slot_B, base, visible, real)
-        index = rotary[:, None] + _offsets(count, self._network.config.num_slots, device)
+        index = rotary[:, None] + row_offsets(count, self._network.config.num_slots, device)
         tables, inputs = self._rotary(cache, index), self._network.first_inputs(features, tokens)
         u = self._network.run_layers(inputs, tables, attend, newest if self.whole_layers else None)
         return u if u.shape[1] == 1 else u[torch.arange(batch, device=device), newest][:, None]
@@ -186,13 +184,7 @@ class SlotBlocks:
         """``rotary_tables``, looked up where they would be computed anew in every cycle."""
         if not self.whole_layers:
             return self._network.rotary_tables(index_BT)
-        # As many indices as positions, and the published refresh skips some.
-        most = 2 * (cache.keys.shape[3] // self._network.config.num_slots) + _ROTARY_AHEAD
-        if self._cos.shape[0] < most:
-            with torch.inference_mode(False), torch.no_grad():
-                cos, sin = self._network.rotary_tables(torch.arange(most)[None])
-                self._cos, self._sin = cos[0, 0], sin[0, 0]
-        return F.embedding(index_BT, self._cos)[:, None], F.embedding(index_BT, self._sin)[:, None]
+        return self._tables.of(index_BT, cache.keys.shape[3] // self._network.config.num_slots)
 
     def _run(
         self,
@@ -230,38 +222,3 @@ class SlotBlocks:
         ranking = Ranking(noise, sampling, bias_rows)
         found = propose(self._network, self._settings, self._rule, hidden, ranking, first)
         return hidden, found.token, found.log_prob, found.fan_out
-
-
-def causal(batch: int, count: int, device: torch.device) -> Tensor:
-    """bool [B, T, T]: every row sees itself and those before it. Read only."""
-    if device.type != "cpu" or count > _FEW_ROWS:  # what a recording makes is the recording's
-        return _causal(batch, count, device)
-    return _small_causal(batch, count)
-
-
-def _offsets(count: int, width: int, device: torch.device) -> Tensor:
-    """int64 [P * K]: ``rotary_index`` of consecutive positions from 0 on. Read only."""
-    if device.type != "cpu" or count * width > _FEW_ROWS:
-        return _row_offsets(count, width, device)
-    return _few_offsets(count, width)
-
-
-@functools.lru_cache(maxsize=64)
-def _few_offsets(count: int, width: int) -> Tensor:
-    with torch.inference_mode(False):
-        return _row_offsets(count, width, torch.device("cpu"))
-
-
-def _row_offsets(count: int, width: int, device: torch.device) -> Tensor:
-    return (torch.arange(count, device=device)[:, None] + torch.arange(1, width + 1, device=device)).flatten()
-
-
-@functools.lru_cache(maxsize=256)
-def _small_causal(batch: int, count: int) -> Tensor:
-    with torch.inference_mode(False):
-        return _causal(batch, count, torch.device("cpu"))
-
-
-def _causal(batch: int, count: int, device: torch.device) -> Tensor:
-    order = torch.arange(count, device=device)
-    return (order <= order[:, None]).expand(batch, -1, -1).contiguous()

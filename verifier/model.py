@@ -272,7 +272,9 @@ class TargetModel:
         holds = self.native or cache.padding_rows  # a cache for slots
         by_slot = self.by_slot if holds and logits_rows is None and rows <= MOST_ROWS else None
         if by_slot is not None and self.native and tree_mask is not None and depth is not None:
-            return TargetOutput(*by_slot(cache, slot_list, tokens, depth, tree_mask))  # it lets every row see itself
+            # Native layers let every row see itself.
+            depth, tree_mask = depth.expand(batch, -1), tree_mask.expand(batch, -1, -1)
+            return TargetOutput(*by_slot(cache, slot_list, tokens, depth, tree_mask))
         order_R = torch.arange(rows, device=self.device)
         visible_BRR = order_R <= order_R[:, None] if tree_mask is None else tree_mask
         # Every row sees itself, so a padding row is never a softmax over nothing.

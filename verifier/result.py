@@ -70,7 +70,7 @@ class VerifyResult:
 
 
 def topk_log_probs(logits: Tensor, k: int = 32) -> TopLogProbs:
-    """The ``min(k, V)`` most probable tokens of raw logits [..., V], before any processing."""
+    """The ``min(k, V)`` most probable tokens of raw logits [..., V], finite or -inf, before any processing."""
     k = min(k, logits.shape[-1])
     if k > 0 and logits.is_cpu and logits.dtype == torch.float32 and has_kernel("draft_top", logits):
         best = most_probable(logits.reshape(-1, logits.shape[-1]), k)

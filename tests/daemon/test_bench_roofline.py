@@ -14,7 +14,7 @@ from specblock.cuda_ext.attention import tree_attention
 from specblock.cuda_ext.linear import PackedLinear, can_pack, pack, swiglu
 from specblock.cuda_ext.native import native_available
 from specblock.cuda_ext.sampling import SamplingParams
-from specblock.daemon.bench_roofline import Ceilings, Phase, measure, measured_ceilings, outside_forwards, table
+from specblock.daemon.bench_roofline import Ceilings, Phase, cycles, measure, measured_ceilings, outside_forwards, table
 from specblock.daemon.counted_work import Recorded, Work
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.messages import GenerationRequest
@@ -104,6 +104,22 @@ def test_a_drafting_cycle_counts_every_weight_once_and_its_forwards_can_be_made_
         recorded.again()
     assert (again.weight_bytes, again.operations) == (work.weight_bytes, work.operations)
     assert not engine.idle
+
+
+@pytest.mark.skipif(not native_available(), reason="native operations were not built")
+def test_making_forwards_again_disturbs_no_cycle_that_is_measured() -> None:
+    target = target_of("llama", torch.float32, head_dim=16, native=True)
+    drafter = drafter_of(target, blocks=2)
+    answers = []
+    for disturbed in (False, True):
+        _, _, drafting, alone = cycles(target, drafter)
+        tokens: list[int] = []
+        for _ in range(12):
+            tokens += [token for chunk in drafting.call() for token in chunk.tokens]
+            if disturbed:
+                alone.call()
+        answers.append(tokens)
+    assert answers[0] == answers[1] and len(answers[0]) >= 12
 
 
 def test_what_is_outside_of_forwards_is_a_share_of_the_cycle() -> None:

@@ -176,3 +176,30 @@ def test_layers_with_more_than_a_native_one_has_keep_their_own_code(changes):
     with torch.no_grad():
         expected = untouched(input_ids=tokens).logits
     assert torch.allclose(target.forward(target.new_cache(1, 64), [0], tokens).logits, expected, atol=1e-4)
+
+
+def test_a_stack_serves_small_and_large_caches_in_any_order():
+    target, fresh = native_target("llama"), native_target("llama")
+    small, large = target.new_cache(1, 16), target.new_cache(1, 300)
+    tokens = torch.arange(280)[None] % 90
+    with torch.inference_mode():
+        target.forward(small, [small.allocate()], tokens[:, :4])
+        found = []
+        for model, cache in ((target, large), (fresh, fresh.new_cache(1, 300))):
+            slot = cache.allocate()
+            model.prefill(cache, slot, tokens[0, :270])
+            found.append(model.forward(cache, [slot], tokens[:, 270:276]).logits)
+    assert torch.equal(*found)
+
+
+def test_a_mask_and_depths_of_one_serve_a_batch():
+    target = native_target("llama")
+    tokens, depth = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[0, 1, 1]])
+    mask = torch.tensor([[[True, False, False], [True, True, False], [True, False, True]]])
+    both = []
+    with torch.inference_mode():
+        for seen, deep in ((mask, depth), (mask.expand(2, -1, -1), depth.expand(2, -1))):
+            cache = target.new_cache(2, 20)
+            slots = [cache.allocate(), cache.allocate()]
+            both.append(target.forward(cache, slots, tokens, tree_mask=seen, depth=deep).logits)
+    assert torch.equal(*both)

@@ -1,0 +1,69 @@
+"""What about a cycle's rows is the same in every cycle: masks, offsets, rotary tables. Made once on CPUs; read only.
+
+On CUDA devices they are made anew: what a recording makes is the recording's.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from specblock.drafter.network import DraftNetwork
+
+_FEW_ROWS = 64  # of a cycle; a prompt's are too many, and of too many numbers, to be kept
+_ROTARY_AHEAD = 64  # rotary indices behind those of a cache's positions, for what is drafted at its end
+
+
+def causal(batch: int, count: int, device: torch.device) -> Tensor:
+    """bool [B, T, T]: every row sees itself and those before it."""
+    if device.type != "cpu" or count > _FEW_ROWS:
+        return _causal(batch, count, device)
+    return _few_causal(batch, count)
+
+
+def row_offsets(count: int, width: int, device: torch.device) -> Tensor:
+    """int64 [P * K]: ``DraftNetwork.rotary_index`` of P consecutive positions from 0 on."""
+    if device.type != "cpu" or count * width > _FEW_ROWS:
+        return _row_offsets(count, width, device)
+    return _few_offsets(count, width)
+
+
+class RotaryTables:
+    """``DraftNetwork.rotary_tables`` of a network, looked up instead of computed; on CPUs."""
+
+    def __init__(self, network: DraftNetwork) -> None:
+        self._network = network
+        self._cos = self._sin = torch.empty(0, 0)
+
+    def of(self, index_BT: Tensor, positions: int) -> tuple[Tensor, Tensor]:
+        """Cos and sin float32 [B, 1, T, D] of rotary indices int64 [B, T] over a cache of so many positions."""
+        most = 2 * positions + _ROTARY_AHEAD  # the published refresh skips indices, at most one per position
+        if self._cos.shape[0] < most:
+            with torch.inference_mode(False), torch.no_grad():
+                cos, sin = self._network.rotary_tables(torch.arange(most)[None])
+                self._cos, self._sin = cos[0, 0], sin[0, 0]
+        return functional.embedding(index_BT, self._cos)[:, None], functional.embedding(index_BT, self._sin)[:, None]
+
+
+@functools.lru_cache(maxsize=256)
+def _few_causal(batch: int, count: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _causal(batch, count, torch.device("cpu"))
+
+
+@functools.lru_cache(maxsize=64)
+def _few_offsets(count: int, width: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _row_offsets(count, width, torch.device("cpu"))
+
+
+def _causal(batch: int, count: int, device: torch.device) -> Tensor:
+    order = torch.arange(count, device=device)
+    return (order <= order[:, None]).expand(batch, -1, -1).contiguous()
+
+
+def _row_offsets(count: int, width: int, device: torch.device) -> Tensor:
+    return (torch.arange(count, device=device)[:, None] + torch.arange(1, width + 1, device=device)).flatten()
