@@ -206,6 +206,9 @@ def bench_speed(
     temperature: Annotated[list[float] | None, typer.Option(help="One table each; default 1.0, 0.8 and 0.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads, for all ways alike.")] = 1,
+    drafter: Annotated[
+        list[str] | None, typer.Option(help="Only this drafter's rows, repeatable; plain and transformers stay.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory for speed.json and the page speed.html.")] = None,
     as_json: AsJson = False,
 ) -> int:

@@ -17,6 +17,7 @@ from specblock.daemon.cost_profile import profiled_planner
 from specblock.daemon.models import load_network, load_target
 from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
+from specblock.drafter.kinds import new_network
 from specblock.drafter.lookup import LookupDrafter
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.precision import NumberFormat
@@ -24,7 +25,7 @@ from specblock.drafter.weight_bytes import weight_bytes_per_cycle
 from specblock.verifier.model import TargetModel
 
 RIVALS, DEMO_DRAFTER = Path("models/rivals"), Path("models/demo-drafter")
-TUNED = "tuned.json"
+TUNED, RANDOM = "tuned.json", "random_weights"
 KINDS = ("specblock", "eagle3", "parallel")
 LARGEST = {
     "specblock": DraftSettings(blocks=2, leaf_cap=16, node_budget=63),
@@ -89,6 +90,18 @@ def ways(target: TargetModel, untouched: TargetModel, found: dict[str, DraftNetw
         largest = BlockDrafter(network, ceiling)
         planner = profiled_planner(target, largest, slots=1, seed=0)
         yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planner)
+    if "specblock" in found:
+        untrained = BlockDrafter(random_network(target, found["specblock"]), LARGEST["specblock"])
+        planner = profiled_planner(target, untrained, slots=1, seed=0)
+        yield WayName(RANDOM, True, "cost_chosen"), engine_way(target, untrained, planner)
+
+
+def random_network(target: TargetModel, like: DraftNetwork) -> DraftNetwork:
+    """A drafter that knows nothing, of another one's shape: what it costs to notice that and stop."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = new_network(like.config, target.embedding)
+    return network.serve_in(NumberFormat(target.dtype, target.coarse)).eval()
 
 
 def untouched_target(target: TargetModel) -> TargetModel:
@@ -105,7 +118,7 @@ def untouched_target(target: TargetModel) -> TargetModel:
 
 def weight_bytes(name: WayName, found: dict[str, DraftNetwork]) -> tuple[int, int]:
     """Bytes that one block and every further one of a way's drafter read; zero without weights."""
-    kind = name.drafter.removesuffix("_tuned").removesuffix("_published")
+    kind = name.drafter.removesuffix("_tuned").removesuffix("_published").replace(RANDOM, "specblock")
     if kind not in found:
         return 0, 0
     first, both = (weight_bytes_per_cycle(found[kind], blocks) for blocks in (1, 2))

@@ -21,6 +21,7 @@ from specblock.daemon import bench_rivals as rivals
 from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, Row, WayName, make_row
 from specblock.daemon.bench_ways import Question, Run, Way
 from specblock.daemon.collect import Prompt, read_prompts
+from specblock.daemon.errors import ConfigError
 from specblock.daemon.facts import facts
 from specblock.daemon.models import load_target, serving_dtype
 from specblock.drafter.precision import number_format
@@ -42,6 +43,7 @@ class SpeedSettings:
         top_p, new_tokens: of every answer.
         dtype: "auto" or a number format.
         threads: of PyTorch, for all ways alike.
+        drafters: of whose ways to answer, beside plain decoding and transformers; none are all.
         out: directory for the JSON and the page; None writes neither.
     """
 
@@ -53,6 +55,7 @@ class SpeedSettings:
     new_tokens: int = 64
     dtype: str = "auto"
     threads: int = 1
+    drafters: tuple[str, ...] = ()
     out: Path | None = None
 
 
@@ -71,9 +74,8 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
     rows: list[Row] = []
     for temperature in settings.temperatures:
         how = Question(temperature=temperature, top_p=settings.top_p, new_tokens=settings.new_tokens)
-        ways = dict(
-            rivals.ways(target, untouched, found)
-        )  # anew: what a planner learned at one temperature is no use at another
+        # Anew: what a planner learned at one temperature is no use at another.
+        ways = asked_for(dict(rivals.ways(target, untouched, found)), settings.drafters)
         by_domain = {}
         for domain in DOMAINS:
             prompts = read_prompts(settings.prompts / f"{domain}.jsonl")
@@ -100,6 +102,19 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
         say(f"page: {write_speed_report(settings.out / 'speed.html', result)}")
     say(json.dumps(result, indent=2) if as_json else table(known, rows))
     return 0
+
+
+def asked_for(ways: dict[WayName, Way], drafters: Sequence[str]) -> dict[WayName, Way]:
+    """The ways of some drafters, and those that all ratios are to; without names all of them.
+
+    Raises:
+        ConfigError: there is no such drafter.
+    """
+    known = {name.drafter for name in ways}
+    if unknown := set(drafters) - known:
+        raise ConfigError(f"no drafter {', '.join(sorted(unknown))} here; there are {', '.join(sorted(known))}")
+    kept = {PLAIN.drafter, TRANSFORMERS.drafter, *(drafters or known)}
+    return {name: way for name, way in ways.items() if name.drafter in kept}
 
 
 def interleaved(

@@ -6,14 +6,17 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
+import torch
 
 from specblock.daemon import bench_ablation
 from specblock.daemon.bench_report import write_speed_report
-from specblock.daemon.bench_rivals import settings_json, tuned_settings
+from specblock.daemon.bench_rivals import RANDOM, random_network, settings_json, tuned_settings, weight_bytes
 from specblock.daemon.bench_rows import (
     PLAIN,
+    TRANSFORMERS,
     Row,
     WayName,
     acceptance_ratio,
@@ -22,10 +25,12 @@ from specblock.daemon.bench_rows import (
     repeated_grams,
     speed_ratio,
 )
-from specblock.daemon.bench_speed import interleaved, table
+from specblock.daemon.bench_speed import asked_for, interleaved, table
 from specblock.daemon.bench_ways import Question, Run
 from specblock.daemon.collect import Prompt
+from specblock.daemon.errors import ConfigError
 from specblock.drafter.config import DraftSettings, published_settings
+from tests.daemon.test_engine import drafter_of, target_of
 
 
 def a_run(kept: list[int], seconds: float, forwards: int = 0, drafting: int = 0) -> Run:
@@ -110,6 +115,36 @@ def test_every_way_answers_every_prompt_once_after_a_warm_up() -> None:
     assert [len(runs) for runs in results.values()] == [5, 5]
     assert asked["a"] == asked["b"] and asked["a"][0] == ("warm", 1)
     assert [text for text, _ in asked["a"][1:]] == ["0", "1", "2", "3", "4"]
+
+
+def test_some_drafters_can_be_asked_for_and_what_ratios_are_to_stays() -> None:
+    names = [
+        PLAIN,
+        TRANSFORMERS,
+        WayName("eagle3", True, "fixed"),
+        WayName("eagle3", True, "cost_chosen"),
+        WayName("x"),
+    ]
+    ways: dict[WayName, Any] = {name: name for name in names}
+    assert asked_for(ways, ()) == ways
+    assert list(asked_for(ways, ["eagle3"])) == names[:4]
+    with pytest.raises(ConfigError, match="no drafter nothing here; there are eagle3, plain, transformers_generate, x"):
+        asked_for(ways, ["nothing"])
+
+
+def test_a_random_drafter_has_the_shape_and_no_knowledge_and_disturbs_no_generator() -> None:
+    target = target_of("llama", torch.float32, head_dim=16)
+    like = drafter_of(target).model
+    torch.manual_seed(11)
+    wanted = torch.rand(3)
+    torch.manual_seed(11)
+    one, other = random_network(target, like), random_network(target, like)
+    assert torch.equal(torch.rand(3), wanted)
+    shapes = {name: weight.shape for name, weight in like.named_parameters()}
+    assert {name: weight.shape for name, weight in one.named_parameters()} == shapes
+    assert torch.equal(one.lm_head.weight, other.lm_head.weight)
+    assert not torch.equal(one.lm_head.weight, like.lm_head.weight)
+    assert weight_bytes(WayName(RANDOM, True, "cost_chosen"), {"specblock": one})[0] > 0
 
 
 def test_tuned_settings_survive_the_file(tmp_path: Path) -> None:
