@@ -12,19 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.layers import (
-    MLP,
-    Attend,
-    Attention,
-    DecoderBlock,
-    Linear,
-    RMSNorm,
-    rest_of_layer,
-    rows_of,
-    take_rows,
-    whole_layer,
-)
+from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rows_of, take_rows
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.whole_layers import DecoderBlock, rest_of_layer, whole_layer
 
 
 class Eagle3Layer(nn.Module):

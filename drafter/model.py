@@ -18,22 +18,10 @@ from torch.nn import functional
 from specblock.cuda_ext.draft_rows import SlotInputWeights, slot_inputs
 from specblock.cuda_ext.slot_layer import LayerStack
 from specblock.drafter.config import DrafterConfig
-from specblock.drafter.layers import (
-    MLP,
-    Attend,
-    Attention,
-    DecoderBlock,
-    Gathered,
-    Linear,
-    RMSNorm,
-    rest_of_layer,
-    rows_of,
-    take_rows,
-    whole_layer,
-    written,
-)
+from specblock.drafter.layers import MLP, Attend, Attention, Linear, RMSNorm, rows_of, take_rows, written
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.slot_attend import SlotAttend
+from specblock.drafter.whole_layers import DecoderBlock, Gathered, rest_of_layer, whole_layer
 
 RANK_FEATURES = 15
 RANK_TOP = 20

@@ -13,7 +13,7 @@ from specblock.cuda_ext.noise import NoiseWindow
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.cuda_ext.slot_layer import LayerStack
 from specblock.cuda_ext.tree import DraftTree
-from specblock.drafter import layers
+from specblock.drafter import whole_layers
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.graphs import BlockGraphs
@@ -100,8 +100,8 @@ def test_whole_native_layers_draft_the_same(kind: str, noisy: bool, monkeypatch:
     drafters = pair(kind, None, dtype=torch.float32, head_dim=16)
     assert BlockDrafter(drafters[0].model, drafters[0].settings).by_slot is not None, "float32 on a CPU goes by slot"
     calls: list[int] = []
-    layer, stack = layers.slot_layer, LayerStack.__call__
-    monkeypatch.setattr(layers, "slot_layer", lambda *a, **k: calls.append(1) or layer(*a, **k))
+    layer, stack = whole_layers.slot_layer, LayerStack.__call__
+    monkeypatch.setattr(whole_layers, "slot_layer", lambda *a, **k: calls.append(1) or layer(*a, **k))
     monkeypatch.setattr(LayerStack, "__call__", lambda *a, **k: calls.append(1) or stack(*a, **k))
     cycles(drafters, noisy)
     assert bool(calls) == (kind != "parallel"), "parallel heads have no layers"
