@@ -217,7 +217,12 @@ def bench_speed(
 
     base = speed.SMALL if small else speed.SpeedSettings(per_domain=prompts)
     settings = replace(
-        base, temperatures=tuple(temperature or base.temperatures), dtype=dtype, threads=threads, out=out
+        base,
+        temperatures=tuple(temperature or base.temperatures),
+        dtype=dtype,
+        threads=threads,
+        drafters=tuple(drafter or ()),
+        out=out,
     )
     return speed.run(settings, as_json, progress(as_json))
 

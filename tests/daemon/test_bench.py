@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from specblock.daemon import bench_ablation
+from specblock.daemon import bench_ablation, bench_load, bench_speed
+from specblock.daemon.app import app
 from specblock.daemon.bench_report import write_speed_report
 from specblock.daemon.bench_rivals import RANDOM, random_network, settings_json, tuned_settings, weight_bytes
 from specblock.daemon.bench_rows import (
@@ -130,6 +132,18 @@ def test_some_drafters_can_be_asked_for_and_what_ratios_are_to_stays() -> None:
     assert list(asked_for(ways, ["eagle3"])) == names[:4]
     with pytest.raises(ConfigError, match="no drafter nothing here; there are eagle3, plain, transformers_generate, x"):
         asked_for(ways, ["nothing"])
+
+
+def test_what_is_asked_for_reaches_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    for bench in (bench_speed, bench_load):
+        monkeypatch.setattr(bench, "run", lambda settings, as_json, say: asked.append(settings) or 0)
+    told = ["--drafter", "eagle3", "--drafter", "x", "--threads", "3", "--temperature", "0.5", "--dtype", "float32"]
+    assert CliRunner().invoke(app, ["bench", "speed", "--prompts", "7", *told]).exit_code == 0
+    assert CliRunner().invoke(app, ["bench", "load", "--threads", "2", "--rounds", "4"]).exit_code == 0
+    speed, load = asked
+    assert (speed.drafters, speed.threads, speed.temperatures, speed.dtype) == (("eagle3", "x"), 3, (0.5,), "float32")
+    assert (speed.per_domain, load.threads, load.rounds) == (7, 2, 4)
 
 
 def test_a_random_drafter_has_the_shape_and_no_knowledge_and_disturbs_no_generator() -> None:
