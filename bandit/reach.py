@@ -6,6 +6,7 @@ import math
 
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.decision import DecisionContext, DomainContext, Target
+from specblock.bandit.past import PAST_Z
 from specblock.bandit.presence import FIRST_SHARE, Presence
 
 SETTLING_HALF_LIVES = 3.0
@@ -66,5 +67,7 @@ def reachable_drop(arm: Arm, target: Target, config: PolicyConfig) -> float:
     Where the drop comes from a part of the text, that part is as large a part of what is trained on, and an update wins
     back so much less of it than if all of the text were new. An earlier version is as good as it ever was.
     """
-    told = told_drop(target, config)
-    return told if arm.restores else target.part * told
+    if arm.restores:
+        # Nothing is trained: no drop is too small for a look at what served before, only too uncertain.
+        return target.drop if target.drop > PAST_Z * target.drop_se else 0.0
+    return target.part * told_drop(target, config)

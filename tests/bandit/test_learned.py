@@ -51,6 +51,13 @@ def test_a_drop_within_its_noise_is_none() -> None:
     assert told_drop(replace(TARGET, drop=0.02, drop_se=0.001), CONFIG) == 0.0
 
 
+def test_a_small_drop_is_reason_enough_to_look_at_what_served_before() -> None:
+    restore, small = Arm(name="restore", restores=True), replace(TARGET, drop=0.025, drop_se=0.007)
+    assert CONFIG.min_drop > 0.025 and reachable_drop(HEAD, small, CONFIG) == 0.0
+    assert reachable_drop(restore, small, CONFIG) == 0.025
+    assert reachable_drop(restore, replace(small, drop_se=0.01), CONFIG) == 0.0, "it may be noise"
+
+
 def test_an_update_reaches_a_drop_in_proportion_to_the_part_of_the_text_it_comes_from() -> None:
     part = replace(TARGET, part=0.25)
     assert reachable_drop(HEAD, part, CONFIG) == pytest.approx(0.25 * 0.3)
