@@ -89,7 +89,7 @@ class EngineActor:
             config.target.revision,
             graphs=config.engine.cuda_graphs,
         )
-        use_threads(config, target, time.perf_counter)
+        self._threads = use_threads(config, target, time.perf_counter)
         drafter = self.load_drafter(config, target, weights)
         self._keeps_windows = config.drafter.has_weights
         self._windows = WindowStore(window_limits(config), time.time)
@@ -153,6 +153,10 @@ class EngineActor:
     def pid(self) -> int:
         """Process id of the actor's worker."""
         return os.getpid()
+
+    def threads(self) -> str:
+        """See ``use_threads``; for the daemon's log, which a worker cannot write to."""
+        return self._threads
 
     def swap(self, version: str, weights: Weights) -> SwapResult:
         """See EngineHost.swap."""

@@ -269,6 +269,7 @@ class _Daemon:
             )
         for name, actor in actors.items():
             await self._ready(actor, name)
+        log.info("engine runs on %s", await engine.threads.remote())
         bandit = actors["bandit"] = (
             ray.remote(BanditActor)
             .options(**remote_options("bandit", 0.5, 0, concurrency=4, restarts=-1))

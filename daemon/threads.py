@@ -7,7 +7,6 @@ thread serves.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -21,8 +20,6 @@ from specblock.verifier.model import TargetModel
 
 if TYPE_CHECKING:
     from specblock.daemon.config import DaemonConfig
-
-log = logging.getLogger(__name__)
 
 _WORTH = 0.95  # more threads must bring the time below this share of what fewer take
 _ROWS, _PREFIX_TOKENS, _TIMES, _ROUNDS = 8, 64, 5, 3
@@ -94,16 +91,20 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
         return None
 
 
-def use_threads(config: DaemonConfig, target: TargetModel, clock: Callable[[], float]) -> None:
-    """Sets PyTorch's threads for an engine over ``target``; measures, if the configuration leaves it to us."""
+def use_threads(config: DaemonConfig, target: TargetModel, clock: Callable[[], float]) -> str:
+    """Sets PyTorch's threads for an engine over ``target``; measures, if the configuration leaves it to us.
+
+    Returns:
+        What was chosen and why, for people.
+    """
     asked = config.engine.threads
     if asked != "auto":
         torch.set_num_threads(asked)
-        return
+        return f"CPU threads: {asked}"
     most = free_cores(config, cpu_quota()) if target.native else 1
     choice = choose_threads(candidates(most), lambda threads: forward_seconds(target, threads, clock))
     torch.set_num_threads(choice.threads)
-    log.info("engine runs on %s", choice)
+    return str(choice)
 
 
 @torch.inference_mode()

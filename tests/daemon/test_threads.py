@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,7 +98,7 @@ def test_a_trainer_on_the_cpu_keeps_its_threads(monkeypatch: pytest.MonkeyPatch)
     assert (free_cores(still, 3.7), free_cores(still, 0.4), free_cores(still, 64.0)) == (3, 1, 6)
 
 
-def measured_threads(native: bool, monkeypatch: pytest.MonkeyPatch) -> int:
+def measured_threads(native: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[int, str]:
     """What a clock on which more threads are faster makes of a real target on three cores."""
     monkeypatch.setattr(threads.os, "sched_getaffinity", lambda _: {0, 1, 2})
     model = tiny_hf_model("llama", torch.float32, head_dim=16)
@@ -110,31 +109,26 @@ def measured_threads(native: bool, monkeypatch: pytest.MonkeyPatch) -> int:
         now += 1.0 / torch.get_num_threads()
         return now
 
-    use_threads(config_of(), TargetModel.from_model(model, native=native), clock)
-    return torch.get_num_threads()
+    said = use_threads(config_of(), TargetModel.from_model(model, native=native), clock)
+    return torch.get_num_threads(), said
 
 
 @pytest.mark.skipif(not native_available(), reason="native operations were not built")
-def test_a_real_target_is_measured_and_its_threads_stay(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level(logging.INFO):
-        assert measured_threads(True, monkeypatch) == 2, "one of three is the trainer's"
-    assert (
-        "engine runs on CPU threads: 2 (engine.threads: auto; ms per forward by threads: 1: 1000.00, 2: 500"
-        in caplog.text
-    )
+def test_a_real_target_is_measured_and_its_threads_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads_set, said = measured_threads(True, monkeypatch)
+    assert threads_set == 2, "one of three is the trainer's"
+    assert said == "CPU threads: 2 (engine.threads: auto; ms per forward by threads: 1: 1000.00, 2: 500.00)"
 
 
 def test_layers_whose_bits_depend_on_threads_keep_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measured_threads(False, monkeypatch) == 1
+    assert measured_threads(False, monkeypatch) == (1, "CPU threads: 1 (engine.threads: auto)")
 
 
-def test_a_number_is_taken_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_number_is_taken_as_it_is() -> None:
     config = config_of()
     asked = config.model_copy(update={"engine": config.engine.model_copy(update={"threads": 2})})
-    use_threads(asked, tiny_target(), lambda: 0.0)
-    assert torch.get_num_threads() == 2 and not caplog.text
+    assert use_threads(asked, tiny_target(), lambda: 0.0) == "CPU threads: 2"
+    assert torch.get_num_threads() == 2
 
 
 @pytest.mark.parametrize("value", ["0", "aut", "1.5", "true", "513"])
