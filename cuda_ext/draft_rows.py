@@ -6,6 +6,7 @@ W tokens wanted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -75,11 +76,14 @@ def slot_inputs_reference(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadWeights:
-    """The final norm [H], its eps, the draft head, and what is added to its logits: ``bias`` [X, Vd] or nothing."""
+    """The final norm [H], its eps, the draft head, and what is added to its logits: ``bias`` [X, Vd] or nothing.
+
+    A head that is not packed serves ``draft_head_reference`` only.
+    """
 
     norm: Tensor
     eps: float
-    head: PackedWeight
+    head: PackedWeight | Callable[[Tensor], Tensor]
     bias: Tensor | None = None
 
 
@@ -110,11 +114,12 @@ def draft_head(
     Returns:
         float32 [N, H], and what ``best_tokens`` returns.
     """
-    w = weights
+    w, head = weights, weights.head
+    assert isinstance(head, PackedWeight), "only packed heads are native"
     normed, *best = torch.ops.specblock.draft_head.default(
-        hidden.contiguous(), w.norm, w.eps, w.head.panels, w.head.out_features, None if bias_rows is None else w.bias,
+        hidden.contiguous(), w.norm, w.eps, head.panels, head.out_features, None if bias_rows is None else w.bias,
         bias_rows, noise.storage if noise else None, noise.index if noise else None, ids if noise else None,
-        *sampling.law, scale, width, num_top, w.head.coarse,
+        *sampling.law, scale, width, num_top, head.coarse,
     )  # fmt: skip
     return normed, BestTokens(*best)
 
@@ -130,10 +135,11 @@ def draft_head_reference(
     width: int,
     num_top: int,
 ) -> tuple[Tensor, BestTokens]:
-    """``draft_head`` of its parts."""
+    """``draft_head`` of its parts, for any device and float type."""
     normed = rms_norm(hidden, weights.norm, weights.eps)
     logits = weights.head(normed)
     if bias_rows is not None:
         assert weights.bias is not None, "rows of a bias that is not there"
-        logits = logits + weights.bias[bias_rows].repeat_interleave(len(logits) // len(bias_rows), dim=0)
+        bias_NV = weights.bias[bias_rows].repeat_interleave(len(logits) // len(bias_rows), dim=0)
+        logits = logits.float() + bias_NV.float()  # bfloat16 would lose small ones
     return normed, best_tokens(logits, noise, ids, sampling, scale, width, num_top)

@@ -1,7 +1,8 @@
 """Draft-tree operations; ``reference.py`` defines what each must return.
 
-Growing a tree and keeping its rows are native on CPUs and CUDA. Everything else, and every device without a native
-operation, is vectorised: no Python loop runs over nodes, and nothing here reads a value back from the device.
+Growing a tree and keeping its rows are native on CPUs and CUDA, masks and ranks of choices on CPUs. Everything else,
+and every device without a native operation, is vectorised: no Python loop runs over nodes, and nothing here reads a
+value back from the device.
 
 Legend: B requests, M raw candidates, R = budget + 1 rows, D tree depth.
 """

@@ -115,7 +115,7 @@ class EngineActor:
         places = config.engine.slots + config.engine.max_waiting
         self._host = EngineHost(engine, self._windows, config.engine.stream_interval_s, places)
         # What start-up made, imports above all, lives as long as the engine: a full collection that looks through it
-        # stops decoding for a third of a second.
+        # would stop decoding for many cycles.
         gc.collect()
         gc.freeze()
 

@@ -14,7 +14,7 @@ from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, WayName
 from specblock.daemon.bench_ways import Question, Way, engine_way, transformers_way
 from specblock.daemon.collect import Prompt
 from specblock.daemon.cost_profile import profiled_planner
-from specblock.daemon.models import load_network, load_target
+from specblock.daemon.models import in_format_of, load_network, load_target
 from specblock.drafter.config import DraftSettings, published_settings
 from specblock.drafter.draft import BlockDrafter
 from specblock.drafter.kinds import new_network
@@ -100,8 +100,7 @@ def random_network(target: TargetModel, like: DraftNetwork) -> DraftNetwork:
     """A drafter that knows nothing, of another one's shape: what it costs to notice that and stop."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        network = new_network(like.config, target.embedding)
-    return network.serve_in(NumberFormat(target.dtype, target.coarse)).eval()
+        return in_format_of(target, new_network(like.config, target.embedding))
 
 
 def untouched_target(target: TargetModel) -> TargetModel:

@@ -150,12 +150,11 @@ def cycles(target: TargetModel, drafter: BlockDrafter) -> list[Phase]:
 
 def _usual_cycle(engine: Engine) -> Recorded:
     """The forwards of the median one of some cycles, by what they compute: cycles differ in what they absorb."""
-    every: list[tuple[int, int, Recorded]] = []
-    for number in range(_RECORDED):
-        with Recorded() as recorded, Work() as work:
+    every = [Recorded() for _ in range(_RECORDED)]
+    for recorded in every:
+        with recorded:
             engine.step()
-        every.append((work.operations, number, recorded))
-    return sorted(every, key=lambda one: one[:2])[_RECORDED // 2][2]
+    return sorted(every, key=lambda recorded: recorded.operations)[_RECORDED // 2]
 
 
 def _engine_at_work(target: TargetModel, drafter: BlockDrafter | None) -> Engine:

@@ -11,35 +11,6 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_FORWARD = frozenset({
-    "packed_linear", "rotary_linear", "swiglu", "attention_inputs", "layer_rest", "slot_layer", "slot_layers",
-    "slot_inputs", "draft_head", "tree_attention", "slot_attention", "linear", "mm", "addmm",
-})  # fmt: skip
-"""What forwards are made of. ``draft_head`` picks the best tokens as well, a few microseconds of it."""
-
-
-class Recorded(TorchDispatchMode):
-    """Keeps the calls of forwards inside its context, to make them again by themselves."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func.__name__.partition(".")[0] in _FORWARD:
-            self._calls.append((func, args, dict(kwargs or {})))
-        return func(*args, **(kwargs or {}))
-
-    def __len__(self) -> int:
-        return len(self._calls)
-
-    def again(self) -> None:
-        """The same calls with the same tensors. They write to caches where they wrote then, over what came later."""
-        for func, args, kwargs in self._calls:
-            func(*args, **kwargs)
-
 
 class Work(TorchDispatchMode):
     """Counts what the products and attentions inside its context read and compute.
@@ -133,3 +104,31 @@ class Work(TorchDispatchMode):
     def _attention(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         self.cache_bytes += sum(t.numel() * t.element_size() for t in (key, value))
         self.operations += 4 * query.numel() * key.shape[2]
+
+
+class Recorded(Work):  # type: ignore[no-untyped-call]
+    """Keeps the calls that it counts as well, to make them again by themselves.
+
+    ``draft_head`` picks the best tokens beside its product.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        before = self.operations
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.operations > before:
+            self._calls.append((func, args, dict(kwargs or {})))
+        return result
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def again(self) -> None:
+        """The same calls with the same tensors. They write to caches where they wrote then, over what came later."""
+        for func, args, kwargs in self._calls:
+            func(*args, **kwargs)

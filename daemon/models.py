@@ -108,7 +108,12 @@ def load_network(target: TargetModel, directory: Path) -> DraftNetwork:
         )
     except ValueError as error:
         raise IncompatibleError(str(error)) from None
-    return model.serve_in(NumberFormat(target.dtype, target.coarse)).eval()
+    return in_format_of(target, model)
+
+
+def in_format_of(target: TargetModel, network: DraftNetwork) -> DraftNetwork:
+    """``network``, ready to draft for ``target`` in the format that it runs in."""
+    return network.serve_in(NumberFormat(target.dtype, target.coarse)).eval()
 
 
 def serving_drafter(config: DaemonConfig, target: TargetModel, directory: Path | None) -> AnyDrafter:

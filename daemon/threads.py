@@ -78,17 +78,13 @@ def free_cores(config: DaemonConfig, quota: float | None) -> int:
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
     """What a container's limit leaves, in cores; None without one. Threads beyond it seem fast until stopped."""
-    try:
-        limit, period = (root / "cpu.max").read_text().split()
-    except (OSError, ValueError):
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         try:
-            limit, period = ((root / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        except OSError:
-            return None
-    try:
-        return int(limit) / int(period) if int(limit) > 0 else None
-    except ValueError:  # "max"
-        return None
+            limit, period = (int(word) for name in names for word in (root / name).read_text().split())
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+        return limit / period if limit > 0 else None
+    return None
 
 
 def use_threads(config: DaemonConfig, target: TargetModel, clock: Callable[[], float]) -> str:

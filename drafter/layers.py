@@ -47,7 +47,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """See ``__call__``."""
-        pieces = self._current()
+        pieces = self.packed_parts()
         if not pieces:
             return F.linear(x, self.weight)
         if len(pieces) == 1:
@@ -55,13 +55,9 @@ class Linear(nn.Linear):
         inputs = x.chunk(len(pieces), dim=-1)
         return torch.stack([piece(taken) for piece, taken in zip(pieces, inputs, strict=True)]).sum(dim=0)
 
-    def packed_parts(self) -> tuple[PackedWeight, ...]:
-        """The pieces for native products, in order; none where PyTorch's serves."""
-        return self._current()
-
     def part(self, index: int, x: Tensor) -> Tensor:
         """The contribution of one piece of the input: [..., in / parts] -> [..., out]."""
-        pieces = self._current()
+        pieces = self.packed_parts()
         return pieces[index](x) if pieces else F.linear(x, self.weight.chunk(self._parts, dim=1)[index])
 
     def pack(self) -> None:
@@ -86,10 +82,11 @@ class Linear(nn.Linear):
 
     def packed_weight(self) -> PackedWeight | None:
         """The whole weight for the native product; None where PyTorch's serves."""
-        pieces = self._current()
+        pieces = self.packed_parts()
         return pieces[0] if len(pieces) == 1 else None
 
-    def _current(self) -> tuple[PackedWeight, ...]:
+    def packed_parts(self) -> tuple[PackedWeight, ...]:
+        """The pieces for native products, in order; none where PyTorch's serves."""
         if not self._packed or torch.is_grad_enabled():
             return ()
         if self._packed_state != self._written():  # new weights were loaded
@@ -97,9 +94,8 @@ class Linear(nn.Linear):
         return self._packed.get(self.coarse, ())
 
     def _written(self) -> tuple[int, int]:
-        weight = self._parameters[
-            "weight"
-        ]  # nn.Module looks in three places, and this is asked of every map in a cycle
+        # nn.Module looks in three places for a name, and this is asked of every map in a cycle.
+        weight = self._parameters["weight"]
         assert weight is not None
         return written(weight)
 

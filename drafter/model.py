@@ -43,7 +43,6 @@ class InputLayer(nn.Module):
         nn.init.normal_(self.position_queries.weight, std=0.02)
         self._slots = torch.empty(0)
         self._slots_state: tuple[tuple[int, int], ...] = ()
-        self._weights: SlotInputWeights | None = None
 
     def rows(self, x_BPI: Tensor, tokens_BP: Tensor, embedding: Tensor, projects: bool) -> Tensor:
         """Rows [B, P, K, H] of tokens and their conditions.
@@ -66,17 +65,14 @@ class InputLayer(nn.Module):
         parts = self.fuse.packed_parts()
         if not parts or embedding.dtype != torch.float32:
             return None
-        slots = self._of_slots()
-        if self._weights is None or self._weights.slots is not slots or self._weights.token_part is not parts[1]:
-            self._weights = SlotInputWeights(
-                condition_norm=self.condition_norm.weight,
-                condition_part=parts[0],
-                token_norm=self.token_norm.weight,
-                token_part=parts[1],
-                eps=self.token_norm.eps,
-                slots=slots,
-            )
-        return self._weights
+        return SlotInputWeights(
+            condition_norm=self.condition_norm.weight,
+            condition_part=parts[0],
+            token_norm=self.token_norm.weight,
+            token_part=parts[1],
+            eps=self.token_norm.eps,
+            slots=self._of_slots(),
+        )
 
     def forward(self, condition_BPH: Tensor, token_BPH: Tensor) -> Tensor:
         """[B, P, H] condition (projected feature or parent's hidden) and embedding -> [B, P, K, H]."""

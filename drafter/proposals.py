@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specblock.cuda_ext.draft_rows import HeadWeights, draft_head
+from specblock.cuda_ext.draft_rows import HeadWeights, draft_head, draft_head_reference
 from specblock.cuda_ext.noise import NoiseRows
-from specblock.cuda_ext.ranking import BestTokens, best_tokens
+from specblock.cuda_ext.ranking import BestTokens
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.fan_out import FanOutRule
@@ -86,13 +86,7 @@ def _of_head(
     """Rows [N, H] after the final norm, and the best ``width`` tokens of the head's logits."""
     vocab_size, bias_rows = network.config.draft_vocab_size, ranking.bias_rows
     ids, wanted = None if network.full_vocabulary else network.draft_ids, (width, min(RANK_TOP, vocab_size))
-    head = network.lm_head.packed_weight()
-    if head is not None:
-        weights = HeadWeights(norm=network.norm.weight, eps=network.norm.eps, head=head, bias=network.token_bias.table)
-        return draft_head(hidden_NH, weights, bias_rows, ranking.noise, ids, ranking.sampling, scale, *wanted)
-    normed = network.norm(hidden_NH)
-    logits = network.lm_head(normed)
-    if bias_rows is not None:
-        bias_NV = network.token_bias.table[bias_rows].repeat_interleave(len(logits) // len(bias_rows), dim=0)
-        logits = logits.float() + bias_NV.float()  # bfloat16 would lose small ones
-    return normed, best_tokens(logits, ranking.noise, ids, ranking.sampling, scale, *wanted)
+    packed, table = network.lm_head.packed_weight(), network.token_bias.table
+    weights = HeadWeights(norm=network.norm.weight, eps=network.norm.eps, head=packed or network.lm_head, bias=table)
+    call = draft_head if packed else draft_head_reference
+    return call(hidden_NH, weights, bias_rows, ranking.noise, ids, ranking.sampling, scale, *wanted)

@@ -1,4 +1,4 @@
-"""What about a cycle's rows is the same in every cycle: masks, offsets, rotary tables. Made once on CPUs; read only.
+"""What about a cycle's rows is the same in every cycle: masks and offsets. Made once on CPUs; read only.
 
 On CUDA devices they are made anew: what a recording makes is the recording's.
 """
@@ -9,12 +9,8 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.nn import functional
-
-from specblock.drafter.network import DraftNetwork
 
 _FEW_ROWS = 64  # of a cycle; a prompt's are too many, and of too many numbers, to be kept
-_ROTARY_AHEAD = 64  # rotary indices behind those of a cache's positions, for what is drafted at its end
 
 
 def causal(batch: int, count: int, device: torch.device) -> Tensor:
@@ -29,23 +25,6 @@ def row_offsets(count: int, width: int, device: torch.device) -> Tensor:
     if device.type != "cpu" or count * width > _FEW_ROWS:
         return _row_offsets(count, width, device)
     return _few_offsets(count, width)
-
-
-class RotaryTables:
-    """``DraftNetwork.rotary_tables`` of a network, looked up instead of computed; on CPUs."""
-
-    def __init__(self, network: DraftNetwork) -> None:
-        self._network = network
-        self._cos = self._sin = torch.empty(0, 0)
-
-    def of(self, index_BT: Tensor, positions: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin float32 [B, 1, T, D] of rotary indices int64 [B, T] over a cache of so many positions."""
-        most = 2 * positions + _ROTARY_AHEAD  # the published refresh skips indices, at most one per position
-        if self._cos.shape[0] < most:
-            with torch.inference_mode(False), torch.no_grad():
-                cos, sin = self._network.rotary_tables(torch.arange(most)[None])
-                self._cos, self._sin = cos[0, 0], sin[0, 0]
-        return functional.embedding(index_BT, self._cos)[:, None], functional.embedding(index_BT, self._sin)[:, None]
 
 
 @functools.lru_cache(maxsize=256)

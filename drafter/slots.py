@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from specblock.cuda_ext.linear import can_pack
 from specblock.cuda_ext.noise import NoiseRows
+from specblock.cuda_ext.rotary_tables import RotaryTables
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.cuda_ext.transfer import on_device
 from specblock.drafter.config import DraftSettings
@@ -28,9 +29,10 @@ from specblock.drafter.interface import NewPositions
 from specblock.drafter.kv_cache import DrafterCache
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.proposals import Proposals, Ranking, propose
-from specblock.drafter.row_constants import RotaryTables, causal, row_offsets
+from specblock.drafter.row_constants import causal, row_offsets
 from specblock.drafter.slot_attend import SlotAttend
 
+_ROTARY_AHEAD = 64  # rotary indices behind those of a cache's positions, for what is drafted at its end
 POSITIONS = (1, 2, 4, 8, 16)
 """New positions that one forward takes; more are absorbed the other way."""
 
@@ -46,7 +48,7 @@ class SlotBlocks:
         self.graphs = graphs
         self._network, self._settings, self._rule = network, settings, rule
         self._packs = network.packs
-        self._tables = RotaryTables(network)
+        self._tables = RotaryTables(network.rotary_tables)
         self._recorded: weakref.WeakKeyDictionary[DrafterCache, BlockGraphs] = weakref.WeakKeyDictionary()
 
     @property
@@ -184,7 +186,10 @@ class SlotBlocks:
         """``rotary_tables``, looked up where they would be computed anew in every cycle."""
         if not self.whole_layers:
             return self._network.rotary_tables(index_BT)
-        return self._tables.of(index_BT, cache.keys.shape[3] // self._network.config.num_slots)
+        positions = cache.keys.shape[3] // self._network.config.num_slots
+        # The published refresh skips indices, at most one per position.
+        cos, sin = self._tables.of(index_BT, 2 * positions + _ROTARY_AHEAD)
+        return cos[:, None], sin[:, None]
 
     def _run(
         self,

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
+from specblock.cuda_ext.rotary_tables import RotaryTables
 from specblock.cuda_ext.slot_layer import CacheRows, LayerStack
 from specblock.verifier.native import NativeLayer, NativeNorm, takes_slots
 
@@ -37,25 +37,16 @@ class NativeStack:
         """
         self._decoder, self._feature_layers = decoder, list(feature_layers)
         self._embedding: Tensor = decoder.embed_tokens.weight
-        self._tables = self._embedding.new_empty(2, 0, 0)
+        self._tables = RotaryTables(lambda every: decoder.rotary_emb(self._embedding, position_ids=every))
         self._layers = LayerStack([layer.weights for layer in decoder.layers], decoder.layers[0].self_attn.scaling)
 
     def __call__(self, cache: TargetCache, rows: SlotRows) -> tuple[Tensor, Tensor]:
         """Hidden [B, R, K] after the final norm and features [B, R, F] of new rows; keys and values are written."""
         hidden = functional.embedding(rows.tokens, self._embedding)
-        rotary = self._rotary(rows.lengths[:, None] + rows.depth, cache.capacity_tokens)
+        rotary = self._tables.of(rows.lengths[:, None] + rows.depth, cache.capacity_tokens)
         places = CacheRows(cache.keys, cache.values, rows.slots, rows.lengths, rows.visible)
         hidden, features = self._layers(hidden, rotary, places, self._feature_layers)
         return self._decoder.norm(hidden), features
-
-    def _rotary(self, position_BR: Tensor, capacity_tokens: int) -> tuple[Tensor, Tensor]:
-        """Cos and sin [B, R, D] of positions below the capacity, from tables that the model's own module made once."""
-        if self._tables.shape[1] < capacity_tokens:
-            with torch.inference_mode(False), torch.no_grad():
-                every = torch.arange(capacity_tokens, device=position_BR.device)[None]
-                self._tables = torch.cat(self._decoder.rotary_emb(self._embedding, position_ids=every))
-        cos, sin = self._tables
-        return functional.embedding(position_BR, cos), functional.embedding(position_BR, sin)
 
 
 def can_stack(model: Any) -> bool:

@@ -34,7 +34,8 @@ SB_INLINE double largest_of(const double* x, int64_t size) {
 
 class Choice {
  public:
-  explicit Choice(const ChoiceRow& row) : row_(row), size_(row.size), nucleus_(row.filters.top_p < 1), top_k_(row.filters.top_k < row.size ? row.filters.top_k : 0) {}
+  explicit Choice(const ChoiceRow& row)
+      : row_(row), size_(row.size), nucleus_(row.filters.top_p < 1), top_k_(row.filters.top_k < row.size ? row.filters.top_k : 0) {}
 
   template <class Logit>
   int64_t of(const Logit* logits) {

@@ -40,7 +40,8 @@ bool specblock::has_matrix_unit() {
 #include "tile_matmul.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kAmx = {multiply_tiles, multiply<float>, attend, normalise, draft_top, gate, choose, uniform_row};
+const specblock::Kernels specblock::kAmx = {multiply_tiles, multiply<float>, attend, normalise, draft_top, gate,
+    choose, uniform_row};
 #elif defined(__x86_64__)
 #include "kernels.h"
 

@@ -24,5 +24,6 @@
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kAvx512 = {multiply_half, multiply<float>, attend, normalise, draft_top, gate, choose, uniform_row};
+const specblock::Kernels specblock::kAvx512 = {multiply_half, multiply<float>, attend, normalise, draft_top, gate,
+    choose, uniform_row};
 #endif

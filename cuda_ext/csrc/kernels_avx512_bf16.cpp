@@ -35,7 +35,8 @@ bool specblock::has_bfloat16_products() {
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kAvx512Bf16 = {multiply_either, multiply<float>, attend, normalise, draft_top, gate, choose, uniform_row};
+const specblock::Kernels specblock::kAvx512Bf16 = {multiply_either, multiply<float>, attend, normalise, draft_top, gate,
+    choose, uniform_row};
 #elif defined(__x86_64__)
 #include "kernels.h"
 

@@ -20,4 +20,5 @@
 #include "rms_norm.h"
 #include "tree_attention.h"
 
-const specblock::Kernels specblock::kBaseline = {multiply_half, multiply<float>, attend, normalise, draft_top, gate, choose, uniform_row};
+const specblock::Kernels specblock::kBaseline = {multiply_half, multiply<float>, attend, normalise, draft_top, gate,
+    choose, uniform_row};

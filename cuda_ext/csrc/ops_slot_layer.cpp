@@ -80,14 +80,9 @@ Tensor slot_layer(const Tensor& x, std::optional<Tensor> residual, std::optional
   const Rest rest(output, after, after_eps, gate, up, down, inner, query_out, K, coarse);
   Tensor out = torch::stable::empty({B, asking ? asking->size(1) : T, K}, ScalarType::Float);
   if (B * T == 0) return out;
-  std::vector<float> stays;
-  if (asking) {
-    stays.resize(who.whole.size() * K);
-    for (size_t i = 0; i < who.whole.size(); i++) std::copy_n(read<float>(stream) + who.whole[i] * K, K, stays.data() + i * K);
-  }
   run_layer(before, rest, at, storage, Seen(at, who.own), Turns(cos, sin, B * T, who.whole),
             asking ? who.whole : std::vector<int64_t>(), static_cast<float>(scale), read<float>(x), inputs,
-            asking ? stays.data() : read<float>(stream), write<float>(out));
+            read<float>(stream), write<float>(out));
   return out;
 }
 
@@ -150,10 +145,8 @@ std::tuple<Tensor, Tensor> slot_layers(const Tensor& x, std::vector<Tensor> weig
   std::vector<float> stream(read<float>(x), read<float>(x) + rows * K), next(rows * K);
   for (int64_t layer = 0; layer < layers; layer++) {
     if (layer + 1 == layers && asking) {
-      std::vector<float> stays(who.whole.size() * K);
-      for (size_t i = 0; i < who.whole.size(); i++) std::copy_n(stream.data() + who.whole[i] * K, K, stays.data() + i * K);
       run_layer(before[layer], rest[layer], at, storage, Seen(at, who.own), Turns(cos, sin, rows, who.whole), who.whole,
-                narrow(scale), stream.data(), K, stays.data(), write<float>(out));
+                narrow(scale), stream.data(), K, stream.data(), write<float>(out));
       return {out, features};
     }
     run_layer(before[layer], rest[layer], at, storage, seen, turns, {}, narrow(scale), stream.data(), K, stream.data(), next.data());

@@ -129,13 +129,19 @@ struct Before {
   }
 };
 
-// `to` = the layer of x [rows, inputs] and the residual stream [count, K] of the rows that ask, whose numbers among all are
+inline std::vector<float> rows_at(const float* from, int64_t size, const std::vector<int64_t>& rows) {
+  std::vector<float> taken(rows.size() * size);
+  for (size_t i = 0; i < rows.size(); i++) std::copy_n(from + rows[i] * size, size, taken.data() + i * size);
+  return taken;
+}
+
+// `to` = the layer of x [rows, inputs] and the residual stream [rows, K], of the rows that ask, whose numbers among all are
 // `asking` (empty: all ask).
 inline void run_layer(const Before& before, const Rest& rest, const SlotPlaces& at, const SlotStorage& storage,
                       const Seen& seen, const Turns& turns, const std::vector<int64_t>& asking, float scale, const float* x,
                       int64_t inputs, const float* residual, float* to) {
   const int64_t rows = at.B * at.T, count = static_cast<int64_t>(seen.asking.size());
-  std::vector<float> normed, taken, q(count * before.query_out), k(rows * before.key_out), v(rows * before.key_out);
+  std::vector<float> normed, taken, stays, q(count * before.query_out), k(rows * before.key_out), v(rows * before.key_out);
   std::vector<float> mixed(count * before.query_out);
   if (before.norm != nullptr) {
     normed.resize(rows * inputs);
@@ -145,8 +151,9 @@ inline void run_layer(const Before& before, const Rest& rest, const SlotPlaces& 
   multiply(x, rows, before.key, k.data(), before.key_out, before.coarse);
   multiply(x, rows, before.value, v.data(), before.key_out, before.coarse);
   if (!asking.empty()) {
-    taken.resize(count * inputs);
-    for (int64_t i = 0; i < count; i++) std::copy_n(x + asking[i] * inputs, inputs, taken.data() + i * inputs);
+    taken = rows_at(x, inputs, asking);
+    stays = rows_at(residual, rest.K, asking);
+    residual = stays.data();
   }
   multiply(asking.empty() ? x : taken.data(), count, before.query, q.data(), before.query_out, before.coarse);
   turn(q.data(), count, before.query_out, turns.D, before.query_norm, before.head_eps, turns.cosine, turns.sine, turns.asked);

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from specblock.cuda_ext.native import native_available
+from specblock.cuda_ext.rotary_tables import RotaryTables
 from specblock.drafter.draft import BlockDrafter
-from specblock.drafter.row_constants import RotaryTables, causal, row_offsets
+from specblock.drafter.row_constants import causal, row_offsets
 from tests.drafter.helpers import tiny_model
 from tests.drafter.test_slots import cycles, pair
 
@@ -27,13 +28,13 @@ def test_masks_and_offsets_are_those_of_consecutive_positions(batch: int, count:
 
 def test_tables_grow_with_the_caches_they_serve() -> None:
     network = tiny_model()
-    tables = RotaryTables(network)
+    tables = RotaryTables(network.rotary_tables)
     for positions in (4, 100, 10):  # a small cache first, as in an engine that measures before it serves
         index = torch.tensor([[0, 1, positions, 2 * positions + 60]])
-        for found, wanted in zip(tables.of(index, positions), network.rotary_tables(index), strict=True):
-            torch.testing.assert_close(found, wanted)
+        for found, wanted in zip(tables.of(index, 2 * positions + 64), network.rotary_tables(index), strict=True):
+            torch.testing.assert_close(found[:, None], wanted)
     with pytest.raises(IndexError):
-        RotaryTables(network).of(torch.tensor([[10_000]]), 10)
+        RotaryTables(network.rotary_tables).of(torch.tensor([[10_000]]), 10)
 
 
 @pytest.mark.skipif(not native_available(), reason="native operations were not built")
