@@ -8,9 +8,14 @@ import torch
 
 from specblock.drafter.window import Window
 
+_BATCHES_SORTED = 8
+
 
 def batches(windows: Sequence[Window], size: int, seed: int, step: int) -> Iterator[list[Window]]:
     """Endless batches from ``step`` on; the order is a function of the seed and the step alone.
+
+    A batch is as long as its longest window, so windows of some batches in a row are sorted by length and dealt out
+    to them: half of the rows would else be filling.
 
     Args:
         windows: at least one.
@@ -23,7 +28,11 @@ def batches(windows: Sequence[Window], size: int, seed: int, step: int) -> Itera
     while True:
         epoch, place = divmod(step, per_epoch)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        order = torch.randperm(len(windows), generator=generator).tolist()
-        for start in range(place * size, per_epoch * size, size):
-            yield [windows[i] for i in order[start : start + size]]
+        order = torch.randperm(len(windows), generator=generator).tolist()[: per_epoch * size]
+        found: list[list[int]] = []
+        for start in range(0, len(order), _BATCHES_SORTED * size):
+            alike = sorted(order[start : start + _BATCHES_SORTED * size], key=lambda i: len(windows[i].tokens))
+            found.extend(alike[first : first + size] for first in range(0, len(alike), size))
+        for number in torch.randperm(per_epoch, generator=generator).tolist()[place:]:
+            yield [windows[i] for i in found[number]]
             step += 1

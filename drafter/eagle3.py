@@ -67,9 +67,9 @@ class Eagle3Model(DraftNetwork):
         return torch.cat([self.embed(tokens_BP, parents_BPH.dtype), parents_BPH], dim=-1)[:, :, None]
 
     def run_layers(
-        self, x_BP12H: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted_B: Tensor | None = None
+        self, x_BP12H: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None
     ) -> Tensor:
         """See DraftNetwork: [B, P, 1, 2H] -> u [B, P, 1, H]."""
-        asking = rows_of(wanted_B, x_BP12H.shape[1], 1)
+        asking = rows_of(wanted, x_BP12H.shape[1], 1)
         u: Tensor = self.midlayer(x_BP12H[:, :, 0], rotary, attend, asking)
         return u[:, :, None]

@@ -209,8 +209,9 @@ def take_rows(x_BTH: Tensor, rows_BA: Tensor) -> Tensor:
     return x_BTH.gather(1, rows_BA[:, :, None].expand(-1, -1, x_BTH.shape[-1]))
 
 
-def rows_of(wanted_B: Tensor | None, num_positions: int, width: int) -> Tensor | None:
-    """int64 [B, K]: the rows of the wanted positions; None if that is all there are."""
-    if wanted_B is None or num_positions == 1:
+def rows_of(wanted: Tensor | None, num_positions: int, width: int) -> Tensor | None:
+    """int64 [B, N * K]: the rows of the wanted positions [B] (N = 1) or [B, N]; None if that is all there are."""
+    if wanted is None or num_positions == 1:
         return None
-    return wanted_B[:, None] * width + torch.arange(width, device=wanted_B.device)
+    first_row = wanted.view(wanted.shape[0], -1, 1) * width
+    return (first_row + torch.arange(width, device=wanted.device)).flatten(1)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specblock.drafter.layers import rows_of
 from specblock.drafter.model import RANK_TOP, rank_class, rank_features
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.window import TrainingBatch
@@ -56,6 +57,12 @@ class LossReport:
     slot_top1: Tensor
 
 
+def labelled_positions(valid: Tensor) -> Tensor:
+    """Positions with a label, in order, int64 [B, N]; rows with fewer than N are filled up with others."""
+    count = max(1, int(valid.sum(dim=1).max()))
+    return torch.sort(valid.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :count]
+
+
 def later_positions(valid: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
     """Positions at which later blocks train: a random ``share`` of each row's valid ones.
 
@@ -75,7 +82,11 @@ def later_positions(valid: Tensor, share: float, generator: torch.Generator | No
 
 
 def train_blocks(
-    model: DraftNetwork, batch: TrainingBatch, consumed: list[int], later: Tensor | None = None
+    model: DraftNetwork,
+    batch: TrainingBatch,
+    consumed: list[int],
+    later: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> list[Tensor]:
     """Hidden states u of every block, all positions in parallel (method reference 6.2).
 
@@ -83,14 +94,17 @@ def train_blocks(
         model: the drafter.
         batch: windows.
         consumed: M_b, slots consumed from block b before block b+1 starts; ``len(consumed) + 1`` blocks are run.
-        later: int64 [B, N], the positions at which blocks after the first are computed; None: all T.
+        later: int64 [B, M], where blocks after the first are computed, as places in ``wanted``; None: all N.
+        wanted: int64 [B, N], the positions at which the first block's u is; the others are only looked at. None: all T.
 
     Returns:
-        Block 1: [B, T, K, H]; later ones [B, N, K, H].
+        Block 1: [B, N, K, H]; later ones [B, M, K, H].
     """
     tokens, num_positions = batch.tokens, batch.features.shape[1]
     every = torch.arange(num_positions, device=tokens.device).expand(tokens.shape[0], -1)
-    later = every if later is None else later
+    asked = every if wanted is None else wanted
+    places = torch.arange(asked.shape[1], device=tokens.device).expand(tokens.shape[0], -1) if later is None else later
+    later = asked.gather(1, places)
     rows_cached: list[list[tuple[Tensor, Tensor]]] = []  # [block][layer] rotated keys and values
     outputs: list[Tensor] = []
     offset = 0
@@ -102,12 +116,12 @@ def train_blocks(
             offset += consumed[block - 1]
             parents = outputs[-1][:, :, consumed[block - 1] - 1]
             if block == 1:
-                parents = parents.gather(1, later[..., None].expand(-1, -1, parents.shape[-1]))
+                parents = parents.gather(1, places[..., None].expand(-1, -1, parents.shape[-1]))
             x = model.later_inputs(parents, tokens.gather(1, (later + 1 + offset).clamp(max=num_positions)))
         rows_cached.append([])
-        attention = _BlockAttention(model, rows_cached, consumed[:block], later, num_positions)
+        attention = _BlockAttention(model, rows_cached, consumed[:block], later, num_positions, wanted)
         rotary = model.rotary_tables(model.rotary_index(positions, offset))
-        outputs.append(model.run_layers(x, rotary, attention))
+        outputs.append(model.run_layers(x, rotary, attention, wanted if block == 0 else None))
     return outputs
 
 
@@ -125,12 +139,15 @@ class _BlockAttention:
         consumed: list[int],
         later: Tensor,
         num_positions: int,
+        wanted: Tensor | None,
     ) -> None:
         self._cached = cached
-        self._mask = None
+        self._mask = self._wanted_mask = None
+        width = model.config.num_slots
         if consumed:
-            width, published = model.config.num_slots, model.config.published_mask
-            self._mask = later_block_mask(later, num_positions, width, consumed, published)[:, None]
+            self._mask = later_block_mask(later, num_positions, width, consumed, model.config.published_mask)[:, None]
+        elif (rows := rows_of(wanted, num_positions, width)) is not None:
+            self._wanted_mask = (torch.arange(num_positions * width, device=rows.device) <= rows[:, :, None])[:, None]
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         self._cached[-1].append((key, value))
@@ -140,10 +157,10 @@ class _BlockAttention:
         # On CPUs the backward pass of this kernel is two to three times faster in float32 than in bfloat16.
         kind = torch.float32 if query.device.type == "cpu" and query.dtype == torch.bfloat16 else query.dtype
         query, keys, values = query.to(kind), keys.to(kind), values.to(kind)
+        everyone = self._wanted_mask is None or query.shape[2] == keys.shape[2]
+        mask = self._mask if everyone else self._wanted_mask
         with torch.autocast(query.device.type, enabled=False):
-            mixed = F.scaled_dot_product_attention(
-                query, keys, values, attn_mask=self._mask, is_causal=self._mask is None
-            )
+            mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
         return mixed.transpose(1, 2)
 
 
@@ -187,16 +204,17 @@ def training_loss(
         generator: draws the positions of later blocks.
     """
     width = model.config.num_slots
-    later = later_positions(batch.valid, settings.later_share, generator)
-    hidden = train_blocks(model, batch, consumed, later)
+    wanted = _wanted(model, batch, len(consumed) + 1)
+    later = later_positions(batch.valid.gather(1, wanted), settings.later_share, generator)
+    hidden = train_blocks(model, batch, consumed, later, wanted)
     draft_ids = model.to_draft[batch.label_ids]
     usable = batch.valid & (draft_ids[..., 0] >= 0)  # m_j: the target's arg-max is in the draft vocabulary
     bias_BV = model.token_bias.of(batch.domains)
     offsets = [sum(consumed[:b]) for b in range(len(hidden))]
     draft_terms, rank_terms, top1 = [], [], []
-    every = torch.arange(usable.shape[1], device=usable.device).expand_as(usable)
     for number, (u, offset) in enumerate(zip(hidden, offsets, strict=True)):
-        block = BlockLabels.of(batch, draft_ids, usable, later if number else every, offset, width)
+        positions = wanted.gather(1, later) if number else wanted
+        block = BlockLabels.of(batch, draft_ids, usable, positions, offset, width)
         terms = _block_terms(model, u, block, bias_BV, settings)
         draft_terms.append(terms.draft)
         rank_terms.append(terms.rank)
@@ -206,6 +224,13 @@ def training_loss(
     draft = (torch.stack(draft_terms) * decay * block_decay[:, None]).sum()
     rank = torch.stack(rank_terms).sum()
     return LossReport(draft + settings.rank_weight * rank, draft.detach(), rank.detach(), torch.stack(top1))
+
+
+def _wanted(model: DraftNetwork, batch: TrainingBatch, num_blocks: int) -> Tensor:
+    """Positions [B, N] whose u the loss needs: labelled ones, and all where a later block looks at its other rows."""
+    if num_blocks > 1 and model.config.published_mask:
+        return torch.arange(batch.valid.shape[1], device=batch.valid.device).expand_as(batch.valid)
+    return labelled_positions(batch.valid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,14 +295,15 @@ def _block_terms(
     cross_entropy = -(labels.probs * log_q.gather(-1, labels.ids)).sum(dim=-1)
     with torch.no_grad():
         best = labels.ids[..., 0]
-        hit = logits.argmax(dim=-1) == best
+        rank = 1 + (logits > logits.gather(-1, best[..., None])).sum(dim=-1)
+        hit = rank == 1
         weight = slot_weights(log_q, hit, labels, settings.prefix)
         total = weight.sum(dim=0)
     draft = (weight * cross_entropy).sum(dim=0) / total.clamp(min=1e-6)
     top1 = (weight * hit).sum(dim=0) / total.clamp(min=1e-6)
     if not model.has_rank_head:
         return _BlockTerms(draft, draft.new_zeros(()), top1)
-    return _BlockTerms(draft, _rank_loss(model, normed, logits.detach(), best, labels.usable), top1)
+    return _BlockTerms(draft, _rank_loss(model, normed, logits.detach(), rank, labels.usable), top1)
 
 
 def slot_weights(log_q: Tensor, hit: Tensor, labels: BlockLabels, prefix: str) -> Tensor:
@@ -299,14 +325,13 @@ def slot_weights(log_q: Tensor, hit: Tensor, labels: BlockLabels, prefix: str) -
     return reached * labels.usable
 
 
-def _rank_loss(model: DraftNetwork, normed: Tensor, logits: Tensor, best: Tensor, usable: Tensor) -> Tensor:
+def _rank_loss(model: DraftNetwork, normed: Tensor, logits: Tensor, rank: Tensor, usable: Tensor) -> Tensor:
     """Method reference 6.4: frequency-weighted, under-estimation costs double, own valid-prefix chain."""
     top = torch.topk(logits, min(RANK_TOP, logits.shape[-1]), dim=-1).values
     top = F.pad(top, (0, RANK_TOP - top.shape[-1]), value=-1e4)
     rank_logits = model.rank_logits(normed, rank_features(top)).float()
     classes = torch.arange(rank_logits.shape[-1], device=logits.device)
     with torch.no_grad():
-        rank = 1 + (logits > logits.gather(-1, best[..., None])).sum(dim=-1)
         true = rank_class(rank)
         predicted = rank_logits.argmax(dim=-1)
         right = (true == predicted).float()

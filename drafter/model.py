@@ -148,12 +148,12 @@ class SpecBlockModel(DraftNetwork):
         return self.input_layer.rows(parents_BPH, tokens_BP, self.embedding, projects=False)
 
     def run_layers(
-        self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted_B: Tensor | None = None
+        self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None
     ) -> Tensor:
         """See DraftNetwork: decoder layers with the layer-wise shift between them."""
         batch, positions, slots, hidden = x_BPKH.shape
         x_BTH = x_BPKH.reshape(batch, positions * slots, hidden)
-        asking = rows_of(wanted_B, positions, slots)
+        asking = rows_of(wanted, positions, slots)
         rows = attend.all_rows() if isinstance(attend, SlotAttend) else None
         if rows is not None:
             u, _ = self._stack()(x_BTH, (rotary[0][:, 0], rotary[1][:, 0]), rows, asking=asking)

@@ -84,12 +84,12 @@ class DraftNetwork(nn.Module, ABC):
 
     @abstractmethod
     def run_layers(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted_B: Tensor | None = None
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None
     ) -> Tensor:
         """The layers: rows of ``first_inputs`` or ``later_inputs`` -> u [B, P, K, H] (pre-final-norm).
 
-        With ``wanted_B`` int64 [B], only u of that position is computed, [B, 1, K, H]; all positions still leave their
-        keys and values.
+        With ``wanted`` int64 [B] (N = 1) or [B, N], only u of those positions is computed, [B, N, K, H]; all positions
+        still leave their keys and values.
         """
 
     def rank_logits(self, normed: Tensor, features: Tensor) -> Tensor:

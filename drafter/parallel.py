@@ -47,11 +47,11 @@ class ParallelModel(DraftNetwork):
         raise AssertionError("a parallel drafter has one block")
 
     def run_layers(
-        self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted_B: Tensor | None = None
+        self, x_BPKH: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None
     ) -> Tensor:
         """See DraftNetwork: a residual block per head."""
-        if wanted_B is not None:
-            x_BPKH = x_BPKH[torch.arange(len(wanted_B), device=wanted_B.device), wanted_B][:, None]
+        if wanted is not None:
+            x_BPKH = x_BPKH[torch.arange(len(wanted), device=wanted.device)[:, None], wanted.view(len(wanted), -1)]
         return torch.stack(
             [x + F.silu(head(x)) for head, x in zip(self.heads, x_BPKH.unbind(dim=2), strict=True)], dim=2
         )

@@ -11,7 +11,7 @@ import torch
 from specblock.drafter.checkpoint import load_drafter, load_weights, save_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.dataset import load_windows, save_windows
-from specblock.drafter.loss import LossSettings, later_positions, train_blocks, training_loss
+from specblock.drafter.loss import LossSettings, labelled_positions, later_positions, train_blocks, training_loss
 from specblock.drafter.precision import NumberFormat
 from specblock.drafter.train import TrainRun, TrainSettings, heldout_acceptance, train_to_deadline
 from specblock.drafter.window import collate
@@ -63,6 +63,31 @@ def test_valid_prefix_loss_equals_the_definition(consumed: list[int]) -> None:
     model.lm_head.weight[7] += 0.3 * model.norm.weight
     report = training_loss(model, collate(windows), consumed, LossSettings(rank_weight=0.0))
     assert float(report.draft) == pytest.approx(slow_draft_loss(model, windows, consumed, 0.8), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "consumed"), [("specblock", []), ("specblock", [2, 4]), ("eagle3", [1, 1]), ("parallel", [])]
+)
+def test_u_of_wanted_positions_alone_is_that_of_all_and_so_are_gradients(kind: str, consumed: list[int]) -> None:
+    shape = {"num_slots": 1, "num_hidden_layers": 1} if kind == "eagle3" else {}
+    batch = collate([random_window(i, prompt_tokens=4 + 3 * i, generated=9 + i) for i in range(3)])
+    wanted = labelled_positions(batch.valid)
+    assert wanted.shape[1] == 11
+    assert batch.valid.gather(1, wanted).sum() == batch.valid.sum()
+    gradients = []
+    for asked in (None, wanted):
+        model = tiny_model(kind=kind, **shape)
+        blocks = train_blocks(model, batch, consumed, wanted=asked)
+        total = torch.zeros(())
+        for u in blocks:
+            rows = u if asked is not None else u.gather(1, wanted[:, :, None, None].expand(-1, -1, *u.shape[2:]))
+            real = batch.valid.gather(1, wanted)
+            total = total + (rows[real] * torch.linspace(-1, 1, rows[real].numel()).view_as(rows[real])).sum()
+        total.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=2e-4, rtol=1e-3)
 
 
 def test_later_blocks_on_a_share_of_positions_equal_those_rows_of_all() -> None:
