@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from specblock.drafter.batches import batches
-from specblock.drafter.loss import BlockLabels, slot_weights, train_blocks
+from specblock.drafter.labels import BlockLabels, slot_weights
+from specblock.drafter.loss import train_blocks
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.window import TrainingBatch, Window, collate
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from specblock.drafter.head_loss import head_loss
+from specblock.drafter.labels import BlockLabels, labelled_positions, later_positions
 from specblock.drafter.layers import rows_of
 from specblock.drafter.model import RANK_TOP, rank_class, rank_features
 from specblock.drafter.network import DraftNetwork
@@ -55,30 +57,6 @@ class LossReport:
     draft: Tensor
     rank: Tensor
     slot_top1: Tensor
-
-
-def labelled_positions(valid: Tensor) -> Tensor:
-    """Positions with a label, in order, int64 [B, N]; rows with fewer than N are filled up with others."""
-    count = max(1, int(valid.sum(dim=1).max()))
-    return torch.sort(valid.to(torch.uint8), dim=1, descending=True, stable=True).indices[:, :count]
-
-
-def later_positions(valid: Tensor, share: float, generator: torch.Generator | None = None) -> Tensor:
-    """Positions at which later blocks train: a random ``share`` of each row's valid ones.
-
-    Args:
-        valid: bool [B, T].
-        share: 1 takes every position, valid or not, in order.
-        generator: on the CPU.
-
-    Returns:
-        int64 [B, N]; rows with fewer than N valid positions are filled up with others.
-    """
-    if share == 1:
-        return torch.arange(valid.shape[1], device=valid.device).expand_as(valid)
-    count = max(1, round(share * int(valid.sum(dim=1).max())))
-    keys = torch.rand(valid.shape, generator=generator).to(valid.device) + valid
-    return torch.topk(keys, count, dim=1).indices
 
 
 def train_blocks(
@@ -187,6 +165,13 @@ def later_block_mask(later: Tensor, num_positions: int, width: int, consumed: li
     return torch.cat([*seen, current], dim=2)
 
 
+def _wanted(model: DraftNetwork, batch: TrainingBatch, num_blocks: int) -> Tensor:
+    """Positions [B, N] whose u the loss needs: labelled ones, and all where a later block looks at its other rows."""
+    if num_blocks > 1 and model.config.published_mask:
+        return torch.arange(batch.valid.shape[1], device=batch.valid.device).expand_as(batch.valid)
+    return labelled_positions(batch.valid)
+
+
 def training_loss(
     model: DraftNetwork,
     batch: TrainingBatch,
@@ -210,127 +195,30 @@ def training_loss(
     draft_ids = model.to_draft[batch.label_ids]
     usable = batch.valid & (draft_ids[..., 0] >= 0)  # m_j: the target's arg-max is in the draft vocabulary
     bias_BV = model.token_bias.of(batch.domains)
-    offsets = [sum(consumed[:b]) for b in range(len(hidden))]
-    draft_terms, rank_terms, top1 = [], [], []
-    for number, (u, offset) in enumerate(zip(hidden, offsets, strict=True)):
+    bias_BV = None if bias_BV is None else bias_BV.float()
+    decay = [settings.slot_decay**slot for slot in range(width)]
+    draft, rank, top1 = batch.features.new_zeros((), dtype=torch.float32), [], []
+    for number, u in enumerate(hidden):
         positions = wanted.gather(1, later) if number else wanted
-        block = BlockLabels.of(batch, draft_ids, usable, positions, offset, width)
-        terms = _block_terms(model, u, block, bias_BV, settings)
-        draft_terms.append(terms.draft)
-        rank_terms.append(terms.rank)
-        top1.append(terms.top1)
-    decay = settings.slot_decay ** torch.arange(width, device=batch.tokens.device)
-    block_decay = settings.block_decay ** torch.arange(len(hidden), device=batch.tokens.device)
-    draft = (torch.stack(draft_terms) * decay * block_decay[:, None]).sum()
-    rank = torch.stack(rank_terms).sum()
-    return LossReport(draft + settings.rank_weight * rank, draft.detach(), rank.detach(), torch.stack(top1))
+        labels = BlockLabels.of(batch, draft_ids, usable, positions, sum(consumed[:number]), width)
+        normed = model.norm(u.flatten(0, 1)[labels.where])  # [R, K, H]
+        factors = [settings.block_decay**number * own for own in decay]
+        top_count = min(RANK_TOP, model.config.draft_vocab_size) if model.has_rank_head else 0
+        found = head_loss(normed, model.lm_head.weight, labels, bias_BV, factors, settings.prefix, top_count)
+        draft = draft + found.loss
+        top1.append(found.top1)
+        if model.has_rank_head:
+            rank.append(_rank_loss(model, normed, found.top, found.rank, labels.usable))
+    rank_total = torch.stack(rank).sum() if rank else draft.new_zeros(())
+    total = draft + settings.rank_weight * rank_total
+    return LossReport(total, draft.detach(), rank_total.detach(), torch.stack(top1))
 
 
-def _wanted(model: DraftNetwork, batch: TrainingBatch, num_blocks: int) -> Tensor:
-    """Positions [B, N] whose u the loss needs: labelled ones, and all where a later block looks at its other rows."""
-    if num_blocks > 1 and model.config.published_mask:
-        return torch.arange(batch.valid.shape[1], device=batch.valid.device).expand_as(batch.valid)
-    return labelled_positions(batch.valid)
-
-
-@dataclass(frozen=True, slots=True)
-class BlockLabels:
-    """Labels of one block, selected rows only: where [R] flat places in the block's rows, row [R] their window's
-    place in the batch; the rest [R, K, ...]."""
-
-    where: Tensor
-    row: Tensor
-    ids: Tensor
-    probs: Tensor
-    usable: Tensor
-    actual: Tensor
-    actual_log_prob: Tensor
-
-    @classmethod
-    def of(
-        cls,
-        batch: TrainingBatch,
-        draft_ids: Tensor,
-        usable: Tensor,
-        positions: Tensor,
-        offset: int,
-        width: int,
-    ) -> BlockLabels:
-        """positions: int64 [B, N], where the block was computed."""
-        size, num_positions = usable.shape
-        # Eligible positions: A_{i,0} = l_i m_i, un-shifted for every block (method reference 6.3).
-        where = usable.gather(1, positions).flatten().nonzero().squeeze(1)
-        row, position = where // positions.shape[1], positions.flatten()[where]
-        label = position[:, None] + offset + torch.arange(width, device=where.device)
-        inside = label < num_positions
-        flat = row[:, None] * num_positions + label.clamp(max=num_positions - 1)
-        ids = draft_ids.flatten(0, 1)[flat]
-        log_probs = batch.label_log_probs.flatten(0, 1)[flat]
-        probs = torch.where(ids >= 0, log_probs, -torch.inf)
-        probs = torch.nan_to_num(torch.softmax(probs, dim=-1))
-        actual_target = batch.tokens.gather(
-            1, torch.arange(2, num_positions + 2, device=where.device).clamp(max=num_positions).expand(size, -1)
-        ).flatten()[flat]
-        match = batch.label_ids.flatten(0, 1)[flat] == actual_target[..., None]
-        actual_log_prob = torch.where(match, log_probs, -torch.inf).amax(dim=-1)
-        actual = torch.where(match, ids, -1).amax(dim=-1)
-        return cls(where, row, ids.clamp(min=0), probs, usable.flatten()[flat] & inside, actual, actual_log_prob)
-
-
-@dataclass(frozen=True, slots=True)
-class _BlockTerms:
-    draft: Tensor
-    rank: Tensor
-    top1: Tensor
-
-
-def _block_terms(
-    model: DraftNetwork, u: Tensor, labels: BlockLabels, bias_BV: Tensor | None, settings: LossSettings
-) -> _BlockTerms:
-    normed = model.norm(u.flatten(0, 1)[labels.where])  # [R, K, H]
-    logits = model.lm_head(normed).float()
-    if bias_BV is not None:
-        logits = logits + bias_BV.float()[labels.row][:, None]
-    log_q = torch.log_softmax(logits, dim=-1)
-    cross_entropy = -(labels.probs * log_q.gather(-1, labels.ids)).sum(dim=-1)
-    with torch.no_grad():
-        best = labels.ids[..., 0]
-        rank = 1 + (logits > logits.gather(-1, best[..., None])).sum(dim=-1)
-        hit = rank == 1
-        weight = slot_weights(log_q, hit, labels, settings.prefix)
-        total = weight.sum(dim=0)
-    draft = (weight * cross_entropy).sum(dim=0) / total.clamp(min=1e-6)
-    top1 = (weight * hit).sum(dim=0) / total.clamp(min=1e-6)
-    if not model.has_rank_head:
-        return _BlockTerms(draft, draft.new_zeros(()), top1)
-    return _BlockTerms(draft, _rank_loss(model, normed, logits.detach(), rank, labels.usable), top1)
-
-
-def slot_weights(log_q: Tensor, hit: Tensor, labels: BlockLabels, prefix: str) -> Tensor:
-    """How much each slot counts, float32 [R, K]: whether, or how likely, it is reached and labelled.
-
-    Args:
-        log_q: [R, K, Vd], the drafter's log-probabilities.
-        hit: bool [R, K], it agrees with the target's arg-max.
-        labels: of the rows.
-        prefix: see ``LossSettings``.
-    """
-    if prefix == "argmax":
-        step = hit.float()
-    else:
-        q = log_q.gather(-1, labels.actual.clamp(min=0)[..., None]).squeeze(-1)
-        step = (q - labels.actual_log_prob).clamp(max=0).exp() * (labels.actual >= 0)
-    step = step * labels.usable
-    reached = torch.cumprod(torch.cat([torch.ones_like(step[:, :1]), step[:, :-1]], dim=1), dim=1)
-    return reached * labels.usable
-
-
-def _rank_loss(model: DraftNetwork, normed: Tensor, logits: Tensor, rank: Tensor, usable: Tensor) -> Tensor:
+def _rank_loss(model: DraftNetwork, normed: Tensor, top: Tensor, rank: Tensor, usable: Tensor) -> Tensor:
     """Method reference 6.4: frequency-weighted, under-estimation costs double, own valid-prefix chain."""
-    top = torch.topk(logits, min(RANK_TOP, logits.shape[-1]), dim=-1).values
     top = F.pad(top, (0, RANK_TOP - top.shape[-1]), value=-1e4)
     rank_logits = model.rank_logits(normed, rank_features(top)).float()
-    classes = torch.arange(rank_logits.shape[-1], device=logits.device)
+    classes = torch.arange(rank_logits.shape[-1], device=top.device)
     with torch.no_grad():
         true = rank_class(rank)
         predicted = rank_logits.argmax(dim=-1)

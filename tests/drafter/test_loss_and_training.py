@@ -11,7 +11,8 @@ import torch
 from specblock.drafter.checkpoint import load_drafter, load_weights, save_drafter
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.dataset import load_windows, save_windows
-from specblock.drafter.loss import LossSettings, labelled_positions, later_positions, train_blocks, training_loss
+from specblock.drafter.labels import labelled_positions, later_positions
+from specblock.drafter.loss import LossSettings, train_blocks, training_loss
 from specblock.drafter.precision import NumberFormat
 from specblock.drafter.train import TrainRun, TrainSettings, heldout_acceptance, train_to_deadline
 from specblock.drafter.window import collate
