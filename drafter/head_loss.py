@@ -63,7 +63,7 @@ def head_loss(
         top_count: m, how many logits are handed on; 0 for none.
     """
     given = (labels, bias_BV, tuple(factors), prefix, top_count, torch.is_grad_enabled())
-    return HeadLoss(*_HeadLoss.apply(normed_RKH, head, given))
+    return HeadLoss(*_HeadLoss.apply(normed_RKH, head, given))  # type: ignore[no-untyped-call]
 
 
 def head_loss_reference(
