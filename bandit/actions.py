@@ -102,6 +102,19 @@ class SwapReport:
     version: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Focus:
+    """What an update is meant for in one kind of text.
+
+    Attributes:
+        weight: how much, against others; at least 0.
+        part: share of its conversations, about, that need it: those that are hardest to draft for.
+    """
+
+    weight: float
+    part: float = 1.0
+
+
 class Actions(Protocol):
     """The outside world. Every method may raise; the service then abandons and charges the update."""
 
@@ -118,12 +131,12 @@ class Actions(Protocol):
         base_version: str,
         fraction: float,
         resume: bool,
-        weights: Mapping[str, float],
+        focus: Mapping[str, Focus],
     ) -> TrainReport:
         """Runs steps of ``arm`` from ``base_version`` until ``fraction`` of them are done.
 
-        ``resume`` continues this decision's micro-profile instead of starting at the base; ``weights`` say how much
-        the update is meant for each domain.
+        ``resume`` continues this decision's micro-profile instead of starting at the base; ``focus`` says what the
+        update is meant for, by domain.
         """
 
     def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:

@@ -25,6 +25,9 @@ class Arm:
     learning_rate: float = 0.0
     matrix_rate: float = 0.0
     """Rate of the hidden matrices under orthogonalised momentum (Muon); 0: they take ``learning_rate`` as the rest."""
+    blend: float = 1.0
+    """Share of the way from the weights it starts at to the trained ones that is taken: about half keeps most of what
+    an update learned and forgets a fraction of what it would (after Wortsman et al., Robust fine-tuning, CVPR 2022)."""
     positions_per_step: int = 2048
     """Training positions one step is expected to process; replaced by what is measured."""
     prior_s_per_position: float = 1e-4
@@ -62,6 +65,7 @@ class Arm:
                 positions_per_step=self.positions_per_step,
                 prior_s_per_position=self.prior_s_per_position,
             )
+        require(0 < self.blend <= 1, f"{path}.blend", "above 0 and at most 1", self.blend)
         positive(path, prior_gain_sd=self.prior_gain_sd)
         require(0 <= self.drop_recovery <= 1, f"{path}.drop_recovery", "between 0 and 1", self.drop_recovery)
         positive(path, probe_gain_share_sd=self.probe_gain_share_sd)

@@ -33,7 +33,7 @@ from specblock.bandit.decision import (
 )
 from specblock.bandit.exploring import draw, explore_probability, near_margin
 from specblock.bandit.forecast import complete_value, faded, remaining_value, score_s
-from specblock.bandit.reach import domain_weights, targets
+from specblock.bandit.reach import targets, training_focus
 
 MIN_PROBED = 2
 """Held-out conversations without which a micro-profile has measured nothing."""
@@ -204,7 +204,7 @@ def _effective(reached: tuple[Target, ...], counts: dict[str, int], enough: int,
 
     More than ``enough`` in one domain makes up for missing ones in another only a little: by a third.
     """
-    weights = domain_weights(reached, config.min_drop)
+    weights = {name: one.weight for name, one in training_focus(reached, config.min_drop).items()}
     total, most = math.fsum(weights.values()), enough * 4 / 3
     return (
         math.fsum(w * min(counts.get(domain, 0), most) for domain, w in weights.items()) / total if total > 0 else 0.0

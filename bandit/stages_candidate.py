@@ -15,7 +15,7 @@ from specblock.bandit.gate import GateEvidence, gate_rows, judge, pooled_saving
 from specblock.bandit.learning import learn_training
 from specblock.bandit.outside import attempt
 from specblock.bandit.policy import decide, inputs_digest, may_pay
-from specblock.bandit.reach import domain_weights
+from specblock.bandit.reach import training_focus
 from specblock.bandit.stage_tools import StageTools
 from specblock.bandit.state import PendingUpdate
 
@@ -72,7 +72,7 @@ def _micro_profile(tools: StageTools, pending: PendingUpdate, now_s: float) -> t
     """Train the arm's first steps; the candidate, and what is charged for it."""
     config, arm, share = tools.config, tools.config.arm(pending.arm), tools.config.probe_fraction
     tools.begin(pending, "probing", now_s, train=share)
-    focus = domain_weights(pending.targets, config.min_drop)
+    focus = training_focus(pending.targets, config.min_drop)
     key, base = pending.decision_id, pending.base_version
     trained = attempt(lambda: tools.actions.train(key, arm, base, share, False, focus))
     tools.state.policy = learn_training(tools.state.policy, arm, share, trained)
@@ -84,7 +84,7 @@ def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     config, arm = tools.config, tools.config.arm(pending.arm)
     rest = 1 - config.probe_fraction
     tools.begin(pending, "training", now_s, train=rest)
-    key, focus = pending.decision_id, domain_weights(pending.targets, config.min_drop)
+    key, focus = pending.decision_id, training_focus(pending.targets, config.min_drop)
     report = attempt(lambda: tools.actions.train(key, arm, pending.base_version, 1.0, True, focus))
     tools.state.policy = learn_training(tools.state.policy, arm, rest, report)
     tools.journal.write(

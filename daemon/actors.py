@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from specblock.bandit.actions import CompareReport, ParityReport, TrainReport
+from specblock.bandit.actions import CompareReport, Focus, ParityReport, TrainReport
 from specblock.bandit.config import Arm, StreamConfig
 from specblock.bandit.producer import EventProducer
 from specblock.bandit.stream import RedisStream
@@ -214,10 +214,10 @@ class TrainerActor:
         fraction: float,
         resume: bool,
         windows: list[Window],
-        weights: dict[str, float],
+        focus: dict[str, Focus],
     ) -> TrainReport:
         """See Trainer.train."""
-        return self._trainer.train(decision_id, arm, base_version, fraction, resume, windows, weights)
+        return self._trainer.train(decision_id, arm, base_version, fraction, resume, windows, focus)
 
     def parity(self, version: str, windows: list[Window]) -> ParityReport:
         """See Trainer.parity."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.decision import Target
-from specblock.bandit.reach import domain_weights
+from specblock.bandit.reach import training_focus
 from specblock.daemon.breakeven import Update
 from specblock.daemon.collect import CollectSettings, collect, read_prompts
 from specblock.daemon.config import NOTHING_TO_ADAPT, DaemonConfig
@@ -136,7 +136,7 @@ class Stage:
         """One update from its trial to the swap, then back to the base."""
         trainer, base = self.trainer, self.base
         key = f"{domain}-{arm.name}"
-        focus = domain_weights((Target(domain=domain, share=1.0, drop=0.0, drop_se=0.0),), self.policy.min_drop)
+        focus = training_focus((Target(domain=domain, share=1.0, drop=0.0, drop_se=0.0),), self.policy.min_drop)
         probe = trainer.train(key, arm, base, self.policy.probe_fraction, False, windows, focus)
         trial = trainer.compare(base, probe.candidate_version, judged, cycle_s)
         rest = trainer.train(key, arm, base, 1.0, True, windows, focus)

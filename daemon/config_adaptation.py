@@ -44,6 +44,8 @@ class ArmConfig(Section):
     """Step size of the optimiser at its peak; for token_bias the share of the counted difference that is taken over."""
     matrix_rate: float = Field(default=0.0, ge=0, le=1)
     """Peak step size of Muon, which then moves the hidden matrices; 0: AdamW moves them too."""
+    blend: float = Field(default=_PRIOR["blend"], gt=0, le=1)
+    """Share of the way from the weights it starts at to the trained ones that is taken; less forgets less."""
     cooldown_s: float | None = Field(default=None, ge=0)
     """Seconds without updates after one of this arm; null takes adaptation.cooldown_s."""
     prior_s_per_position: float = Field(default=_PRIOR["prior_s_per_position"], gt=0)
@@ -85,6 +87,7 @@ class ArmConfig(Section):
             steps=self.steps,
             learning_rate=self.learning_rate,
             matrix_rate=self.matrix_rate,
+            blend=self.blend,
             positions_per_step=positions_per_step,
             prior_s_per_position=self.prior_s_per_position,
             prior_gain_sd=self.prior_gain_sd,

@@ -9,6 +9,7 @@ import ray
 
 from specblock.bandit.actions import (
     CompareReport,
+    Focus,
     ParityReport,
     SwapReport,
     TrainReport,
@@ -44,12 +45,12 @@ class RayActions:
         base_version: str,
         fraction: float,
         resume: bool,
-        weights: Mapping[str, float],
+        focus: Mapping[str, Focus],
     ) -> TrainReport:
         """Trains on the newest windows of the training side of the split, above all on those it is meant for."""
         windows = self._engine.pull_windows.remote(False, None, None, TRAIN_WINDOWS, self._train_positions)
         report: TrainReport = self._get(
-            self._trainer.train.remote(decision_id, arm, base_version, fraction, resume, windows, dict(weights))
+            self._trainer.train.remote(decision_id, arm, base_version, fraction, resume, windows, dict(focus))
         )
         return report
 

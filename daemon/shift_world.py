@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from specblock.bandit.actions import CompareReport, ParityReport, SwapReport, TrainReport, WindowSummary
+from specblock.bandit.actions import CompareReport, Focus, ParityReport, SwapReport, TrainReport, WindowSummary
 from specblock.bandit.config import Arm, CostConfig
 from specblock.bandit.cost import charge_s
 from specblock.bandit.events import AcceptanceEvent
@@ -124,14 +124,14 @@ class RecordedWorld:
         base_version: str,
         fraction: float,
         resume: bool,
-        weights: Mapping[str, float],
+        focus: Mapping[str, Focus],
     ) -> TrainReport:
         """Trains on the newest conversations of the training side."""
         if not resume:
             self.trainings += 1
         kept = self._store.pull(heldout=False)[-TRAIN_WINDOWS:]
         windows = newest_within(kept, self._bench.config.trainer.max_positions)
-        report = self._bench.trainer.train(decision_id, arm, base_version, fraction, resume, windows, weights)
+        report = self._bench.trainer.train(decision_id, arm, base_version, fraction, resume, windows, focus)
         self._spend(report.device_s, report.train_s)
         return report
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from specblock.bandit.actions import CompareReport, PairedReplay, ParityReport, ParityRow, TrainReport
+from specblock.bandit.actions import CompareReport, Focus, PairedReplay, ParityReport, ParityRow, TrainReport
 from specblock.bandit.config import Arm
 from specblock.daemon.config import TrainerConfig
 from specblock.daemon.registry import DrafterRegistry
@@ -42,6 +42,12 @@ class _Candidate:
     arm: Arm
     base_version: str
     cutoff_time_s: float
+    start: Weights
+
+    def taken(self) -> Weights:
+        """What would serve: between the weights it started from and the trained ones, as far as the arm says."""
+        trained = self.run.model.state_dict()
+        return trained | {name: old.lerp(trained[name], self.arm.blend) for name, old in self.start.items()}
 
 
 class Trainer:
@@ -78,11 +84,11 @@ class Trainer:
         fraction: float,
         resume: bool,
         windows: Sequence[Window],
-        weights: Mapping[str, float],
+        focus: Mapping[str, Focus],
     ) -> TrainReport:
         """Runs steps of ``arm`` until ``fraction`` of them are done; ``resume`` continues the micro-profile.
 
-        ``weights`` say how much the update is meant for each domain; see ``training_mix``.
+        ``focus`` says what the update is meant for, by domain; see ``training_mix``.
 
         Raises:
             ValueError: no training windows, or nothing to resume.
@@ -99,7 +105,7 @@ class Trainer:
         candidate = self._candidates[name]
         until = max(1, round(arm.steps * fraction))
         before = candidate.run.positions
-        chosen = mixed(windows, weights) if candidate.run.rehearses else meant(windows, weights)
+        chosen = mixed(windows, focus) if candidate.run.rehearses else meant(windows, focus)
         if not chosen:
             raise ValueError("no training windows of the kinds of text that this update is meant for")
         for batch in candidate.run.batches(chosen):
@@ -170,7 +176,7 @@ class Trainer:
         candidate = self._candidates[name]
 
         def write(directory: Path) -> None:
-            save_drafter(candidate.run.model, directory, self._stored)
+            save_drafter(self._copy(candidate, torch.float32), directory, self._stored)
 
         metadata = {
             "decision_id": decision_id,
@@ -222,7 +228,10 @@ class Trainer:
             blocks=training_blocks(model.config.kind, self._settings.blocks),
             loss=loss_settings(model.config.kind, "acceptance", 1.0),
         )
-        return _Candidate(update_run(model.train(), settings), arm, base_version, max(w.time_s for w in windows))
+        run = update_run(model.train(), settings)
+        moving = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        start = moving if arm.blend < 1 else {}
+        return _Candidate(run, arm, base_version, max(w.time_s for w in windows), start)
 
     def _cycles(
         self, version: str, windows: Sequence[Window], chosen: Sequence[int], limits: Limits | None
@@ -245,10 +254,16 @@ class Trainer:
             path = self.registry.path(version)
             model = load_drafter(path, self._embedding, dtype=self._numbers.dtype, device=self._embedding.device)
             return model.serve_in(self._numbers)
-        trained = candidate.run.model
-        model = new_network(trained.config, self._embedding)
-        load_weights(model, stored(trained, self._stored), version)  # what is judged is what will serve
+        model = self._copy(candidate, self._stored)  # what is judged is what will serve
         return model.to(self._embedding.device).serve_in(self._numbers)
+
+    def _copy(self, candidate: _Candidate, dtype: torch.dtype) -> DraftNetwork:
+        """A network of its own with what would serve of a candidate, whose weights are numbers of ``dtype``."""
+        taken = new_network(candidate.run.model.config, self._embedding)
+        taken.to(self._embedding.device)
+        taken.load_state_dict(candidate.taken())
+        load_weights(taken, stored(taken, dtype), candidate.base_version)
+        return taken
 
 
 def _served_with(window: Window, sizes: tuple[int, ...]) -> bool:

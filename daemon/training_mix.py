@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from specblock.bandit.actions import Focus
 from specblock.drafter.window import Window
 
 REHEARSAL = 0.25
@@ -13,42 +14,80 @@ REHEARSAL = 0.25
 MOST_REPEATS = 4
 """A new kind of text has few windows at first; more repeats than this would only learn them by heart."""
 
+LEAST_PART = 0.3
+"""The hardest conversations are at least this share of all: fewer are mostly hard by chance."""
+
 FEWEST_WINDOWS = 8
 
 
-def meant(windows: Sequence[Window], weights: Mapping[str, float]) -> list[Window]:
+def meant(windows: Sequence[Window], focus: Mapping[str, Focus]) -> list[Window]:
     """Windows of the domains that an update is meant for, oldest first; of all domains, if it is meant for none.
 
     Domains with fewer than ``FEWEST_WINDOWS`` are left out: an update that rehearses nothing would learn them by heart.
     """
-    meant_for = {domain for domain, weight in weights.items() if weight > 0}
+    meant_for = {domain for domain, one in focus.items() if one.weight > 0}
     sizes = Counter(window.domain for window in windows if not meant_for or window.domain in meant_for)
     wanted = [window for window in windows if sizes[window.domain] >= FEWEST_WINDOWS]
     return sorted(wanted, key=lambda window: window.time_s)
 
 
-def mixed(windows: Sequence[Window], weights: Mapping[str, float]) -> list[Window]:
-    """A training set as large as ``windows`` (at most) whose domains follow ``weights``.
+def mixed(windows: Sequence[Window], focus: Mapping[str, Focus]) -> list[Window]:
+    """A training set as large as ``windows`` (at most) whose domains follow the focus.
 
     Args:
         windows: oldest first.
-        weights: how much an update is meant for a domain, at least 0; missing domains and a sum of 0 weigh nothing.
+        focus: what an update is meant for; missing domains and weights whose sum is 0 weigh nothing.
 
     Returns:
-        Oldest first; windows of wanted domains up to ``MOST_REPEATS`` times, the newest first to be repeated, and of
-        the others the newest that their share of ``REHEARSAL`` has room for (at least one of each domain).
+        Oldest first; of wanted domains the windows that are ``hardest``, up to ``MOST_REPEATS`` times, the newest first
+        to be repeated; and of all domains the newest that their share of ``REHEARSAL`` has room for (at least one).
     """
     by_domain: dict[str, list[Window]] = {}
     for window in windows:
         by_domain.setdefault(window.domain, []).append(window)
-    wanted = {domain: max(0.0, weights.get(domain, 0.0)) for domain in by_domain}
+    wanted = {domain: max(0.0, focus[domain].weight) if domain in focus else 0.0 for domain in by_domain}
     total = sum(wanted.values())
     if total <= 0:
         return list(windows)
     chosen: list[Window] = []
     for domain, own in by_domain.items():
-        share = (1 - REHEARSAL) * wanted[domain] / total + REHEARSAL * len(own) / len(windows)
-        count = min(max(1, round(share * len(windows))), MOST_REPEATS * len(own))
-        rounds, rest = divmod(count, len(own))
-        chosen += own * rounds + (own[-rest:] if rest else [])
+        meant_for = (1 - REHEARSAL) * wanted[domain] / total * len(windows)
+        as_they_came = REHEARSAL * len(own)
+        hard = hardest(own, focus[domain].part) if wanted[domain] else own
+        if len(hard) == len(own):
+            chosen += _newest(own, max(1, round(meant_for + as_they_came)))
+        else:
+            chosen += _newest(hard, round(meant_for)) + _newest(own, max(1, round(as_they_came)))
     return sorted(chosen, key=lambda window: window.time_s)
+
+
+def hardest(windows: Sequence[Window], part: float) -> list[Window]:
+    """About that part of the windows that took the most cycles per token, oldest first.
+
+    Cycles are held against the mean of the drafter version that served: a later version drafts better. Windows of which
+    no cycles are known are as hard as the mean.
+    """
+    count = max(FEWEST_WINDOWS, round(max(LEAST_PART, part) * len(windows)))
+    if count >= len(windows):
+        return list(windows)
+    cycles: Counter[str] = Counter()
+    tokens: Counter[str] = Counter()
+    for window in windows:
+        cycles[window.drafter_version] += len(window.accepted)
+        tokens[window.drafter_version] += len(window.accepted) + sum(window.accepted)
+
+    def ease(window: Window) -> float:
+        if not window.accepted:
+            return 1.0
+        version = window.drafter_version
+        per_cycle = (len(window.accepted) + sum(window.accepted)) / len(window.accepted)
+        return per_cycle * cycles[version] / tokens[version]
+
+    chosen = sorted(windows, key=ease)[:count]
+    return sorted(chosen, key=lambda window: window.time_s)
+
+
+def _newest(windows: Sequence[Window], count: int) -> list[Window]:
+    """So many of the windows, the newest first to be taken and to be repeated."""
+    rounds, rest = divmod(min(count, MOST_REPEATS * len(windows)), len(windows))
+    return [*windows] * rounds + (list(windows[-rest:]) if rest else [])

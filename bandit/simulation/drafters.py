@@ -8,13 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from specblock.bandit.actions import Focus
 from specblock.bandit.config import Arm
 from specblock.bandit.simulation.curves import Curves
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
-REHEARSAL, MOST_REPEATS = 0.25, 4
+REHEARSAL, MOST_REPEATS, LEAST_PART, FEWEST_WINDOWS = 0.25, 4, 0.3, 8
 """How the daemon's trainer focuses an update on domains: the same numbers as ``daemon/training_mix.py``."""
 
 
@@ -37,29 +38,50 @@ class Levels:
         )
 
 
-def training_mix(domain_N: Ints, kind_N: Ints, num_kinds: int, weights: Mapping[int, float]) -> Floats:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversations:
+    """What can be trained on: domains and kinds of text as indices, and cycles over those usual for their version."""
+
+    domain: Ints
+    kind: Ints
+    hardness: Floats
+
+
+def training_mix(given: Conversations, num_kinds: int, focus: Mapping[int, Focus]) -> Floats:
     """Shares of the kinds of text in a training set; uniform if there is nothing to train on.
 
     Args:
-        domain_N: domains of the conversations that can be trained on.
-        kind_N: their kinds of text.
+        given: the conversations, oldest first.
         num_kinds: kinds of text in all.
-        weights: how much the update is meant for each domain; empty: conversations are taken as they came.
+        focus: what the update is meant for, by domain; empty: conversations are taken as they came.
     """
+    domain_N, kind_N = given.domain, given.kind
     mix_K = np.zeros(num_kinds)
     if not len(domain_N):
         return np.full(num_kinds, 1 / num_kinds)
-    wanted = {domain: max(0.0, weights.get(domain, 0.0)) for domain in np.unique(domain_N).tolist()}
+    wanted = {d: max(0.0, focus[d].weight) if d in focus else 0.0 for d in np.unique(domain_N).tolist()}
     total = sum(wanted.values())
     for domain, weight in wanted.items():
-        own_K = np.bincount(kind_N[domain_N == domain], minlength=num_kinds)
-        count, share = int(own_K.sum()), own_K.sum() / len(domain_N)
+        own = domain_N == domain
+        count = float(own.sum())
+        hard = _hardest(given.hardness[own], focus[domain].part) if weight > 0 else np.ones(int(count), dtype=bool)
+        of_hard, as_they_came = 0.0, count
         if total > 0:
-            share = (1 - REHEARSAL) * weight / total + REHEARSAL * share
-        # A conversation repeated too often would only be learned by heart.
-        mix_K += own_K / count * min(share * len(domain_N), MOST_REPEATS * count)
+            of_hard, as_they_came = (1 - REHEARSAL) * weight / total * len(domain_N), REHEARSAL * count
+        if hard.all():  # a conversation repeated too often would only be learned by heart
+            of_hard, as_they_came = 0.0, min(of_hard + as_they_came, MOST_REPEATS * count)
+        own_K, hard_K = (np.bincount(k, minlength=num_kinds) for k in (kind_N[own], kind_N[own][hard]))
+        mix_K += own_K / count * as_they_came + hard_K / hard.sum() * min(of_hard, MOST_REPEATS * float(hard.sum()))
     mix: Floats = mix_K / mix_K.sum()
     return mix
+
+
+def _hardest(hardness_N: Floats, part: float) -> NDArray[np.bool_]:
+    """Which conversations of a domain are about that part of it that is hardest."""
+    count = max(FEWEST_WINDOWS, round(max(LEAST_PART, part) * len(hardness_N)))
+    chosen_N = np.zeros(len(hardness_N), dtype=bool)
+    chosen_N[np.argsort(-hardness_N, kind="stable")[:count]] = True
+    return chosen_N
 
 
 def described_steps(arm: Arm, curves: Curves) -> float:

@@ -15,11 +15,18 @@ import math
 
 import numpy as np
 
+from specblock.bandit.actions import Focus
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.cost import charge_s
-from specblock.bandit.simulation.drafters import Floats, after_update, described_steps, training_mix
+from specblock.bandit.simulation.drafters import (
+    Conversations,
+    Floats,
+    after_update,
+    described_steps,
+    training_mix,
+)
 from specblock.bandit.simulation.scenario import START_S
-from specblock.bandit.simulation.world import World
+from specblock.bandit.simulation.world import BASE, World
 
 EPOCH_S = 60.0
 GRID = 21
@@ -50,9 +57,9 @@ class Oracle:
             if cost_s < cheapest_s:
                 best, cheapest_s = (arm, focus), cost_s
         if best is not None:
-            name, weights = f"d{self._decisions:06d}", {best[1]: 1.0} if best[1] else {}
+            name = f"d{self._decisions:06d}"
             self._decisions += 1
-            report = world.train(name, best[0], world.serving_version(), 1.0, False, weights)
+            report = world.train(name, best[0], world.serving_version(), 1.0, False, self.value.focus(epoch, best[1]))
             self._candidate = report.candidate_version
 
     def close(self) -> None:
@@ -68,9 +75,13 @@ class Value:
         self.axes = [np.linspace(low, high, GRID) for low, high in zip(known.floor, known.ceiling, strict=True)]
         self.grid_SK = np.stack([axis.ravel() for axis in np.meshgrid(*self.axes, indexing="ij")], axis=-1)
         self.left_ES = np.zeros((epochs + 1, len(self.grid_SK)))
-        # "" takes conversations as they came; with one domain there is nothing else to choose.
-        self.focuses = ("", *world.traffic.domains) if len(world.traffic.domains) > 1 else ("",)
-        self.work_EK, self.mix = _known_traffic(world, epochs, self.focuses)
+        # "" takes conversations as they came.
+        self.focuses = ("", *world.traffic.domains)
+        self.work_EK, self.mix, self.part_E = _known_traffic(world, epochs, self.focuses)
+
+    def focus(self, epoch: int, domain: str) -> dict[str, Focus]:
+        """An update for one domain, and there for the part of it that is new."""
+        return {domain: Focus(weight=1.0, part=float(self.part_E[min(epoch, self.epochs - 1)]))} if domain else {}
 
     def serve_s(self, epoch: int, levels_XK: Floats, passed_s: float, until_s: float) -> Floats:
         """Device-seconds of serving a part of an epoch."""
@@ -136,8 +147,10 @@ def _solve(world: World, arms: list[Arm]) -> Value:
     return value
 
 
-def _known_traffic(world: World, epochs: int, focuses: tuple[str, ...]) -> tuple[Floats, dict[str, Floats]]:
-    """Per epoch and kind: device-seconds at one token per cycle; per focus: the mix a training at its start sees."""
+def _known_traffic(world: World, epochs: int, focuses: tuple[str, ...]) -> tuple[Floats, dict[str, Floats], Floats]:
+    """Per epoch and kind: device-seconds at one token per cycle; per focus: the mix a training at its start sees, with
+    conversations as hard as the first version found them; per epoch: the part of a lone domain that is new.
+    """
     traffic, curves = world.traffic, world.curves
     kinds = len(traffic.kinds)
     epoch_N = np.minimum(((traffic.time_s - START_S) / EPOCH_S).astype(np.int64), epochs - 1)
@@ -147,9 +160,13 @@ def _known_traffic(world: World, epochs: int, focuses: tuple[str, ...]) -> tuple
     np.add.at(work_EK, (epoch_N, traffic.kind), work_N)
     train = np.flatnonzero(~traffic.heldout)
     mixes = {focus: np.zeros((epochs, kinds)) for focus in focuses}
+    first, part_E = world.drafters[BASE].cycles.astype(np.float64), np.ones(epochs)
     for epoch in range(epochs):
         newest = train[: np.searchsorted(epoch_N[train], epoch)][-curves.train_windows :]
+        if len(traffic.domains) == 1 and len(newest):
+            part_E[epoch] = (traffic.kind[newest] > 0).mean() or 1.0
         for focus, mix_EK in mixes.items():
-            weights = {traffic.domains.index(focus): 1.0} if focus else {}
-            mix_EK[epoch] = training_mix(traffic.domain[newest], traffic.kind[newest], kinds, weights)
-    return work_EK, mixes
+            meant = {traffic.domains.index(focus): Focus(weight=1.0, part=float(part_E[epoch]))} if focus else {}
+            given = Conversations(domain=traffic.domain[newest], kind=traffic.kind[newest], hardness=first[newest])
+            mix_EK[epoch] = training_mix(given, kinds, meant)
+    return work_EK, mixes, part_E

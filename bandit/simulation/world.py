@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from specblock.bandit.actions import (
     CompareReport,
     DomainWindows,
+    Focus,
     PairedReplay,
     ParityReport,
     ParityRow,
@@ -22,14 +23,21 @@ from specblock.bandit.config import Arm, CostConfig
 from specblock.bandit.cost import charge_s
 from specblock.bandit.events import AcceptanceEvent
 from specblock.bandit.simulation.curves import Curves
-from specblock.bandit.simulation.drafters import Floats, Levels, after_update, described_steps, training_mix
+from specblock.bandit.simulation.drafters import (
+    Conversations,
+    Floats,
+    Levels,
+    after_update,
+    described_steps,
+    training_mix,
+)
 from specblock.bandit.simulation.scenario import START_S, Traffic
 from specblock.bandit.simulation.versions import Version, base_version, child_version, histogram, whole_cycles
 
 BASE, CANDIDATE = "v0", "candidate-"
 DRAFT_SHARE = 0.25
 """Share of a cycle that drafting takes (README.md: 7.5 of 28.7 ms); nothing in the rule depends on it."""
-NOTHING: Mapping[str, float] = MappingProxyType({})
+NOTHING: Mapping[str, Focus] = MappingProxyType({})
 """An update that is meant for no domain in particular."""
 
 
@@ -110,12 +118,16 @@ class World:
             draft_nodes=7 * cycles,
         )
 
-    def mix(self, weights: Mapping[str, float]) -> Floats:
-        """Shares of the kinds of text in the training set of an update that is meant for ``weights``."""
-        newest = self._kept(heldout=False)[-self.curves.train_windows :]
-        by_index = {self.traffic.domains.index(name): w for name, w in weights.items() if name in self.traffic.domains}
-        kinds = len(self.traffic.kinds)
-        return training_mix(self.traffic.domain[newest], self.traffic.kind[newest], kinds, by_index)
+    def mix(self, focus: Mapping[str, Focus]) -> Floats:
+        """Shares of the kinds of text in the training set of an update that is meant for ``focus``."""
+        traffic, newest = self.traffic, self._kept(heldout=False)[-self.curves.train_windows :]
+        by_index = {traffic.domains.index(name): one for name, one in focus.items() if name in traffic.domains}
+        cycles = self.live_cycles[newest].astype(np.float64)
+        version = np.array([self.live_version[n] for n in newest], dtype=object)
+        for name in set(version.tolist()):
+            cycles[version == name] /= cycles[version == name].mean()
+        given = Conversations(domain=traffic.domain[newest], kind=traffic.kind[newest], hardness=cycles)
+        return training_mix(given, len(traffic.kinds), by_index)
 
     def windows(self) -> WindowSummary:
         """Conversations kept now, per domain."""
@@ -156,9 +168,9 @@ class World:
         base_version: str,
         fraction: float,
         resume: bool,
-        weights: Mapping[str, float] = NOTHING,
+        focus: Mapping[str, Focus] = NOTHING,
     ) -> TrainReport:
-        """Train up to ``fraction`` of the arm's steps on the newest conversations, focused by ``weights``.
+        """Train up to ``fraction`` of the arm's steps on the newest conversations, on what it is meant for.
 
         Raises:
             ValueError: the curves say nothing of such an arm.
@@ -170,7 +182,7 @@ class World:
         seed = [self.seed, 1, self.trainings]
         luck = max(0.0, 1 + self.curves.luck_sd * float(np.random.default_rng(seed).standard_normal()))
         base = self.drafters[base_version]
-        done, mix_K = fraction * described, self.mix(weights)
+        done, mix_K = fraction * described, self.mix(focus)
         levels_K = after_update(base.levels, arm.name, done, mix_K, luck, self.curves, self.known)
         progress = min(1.0, self.curves.progress(done))
         seed, first = [self.seed, 2, self.trainings], max(0, self.served - self.curves.kept_windows)

@@ -13,7 +13,7 @@ from specblock.bandit.decision import ArmEvidence, PolicyState, Target
 from specblock.bandit.estimate import LinearEvidence, ShareEvidence
 from specblock.bandit.forecast import complete_value, domain_gain, faded, gate_conversations, gate_outlook, shown_share
 from specblock.bandit.learning import learn_gain, learn_shown
-from specblock.bandit.reach import reachable_drop, told_drop
+from specblock.bandit.reach import FOUND, reachable_drop, told_drop
 from tests.bandit.test_policy import CONFIG, CONTEXT, HEAD, checked, saving
 
 TARGET = Target(domain="python", share=1.0, drop=0.3, drop_se=0.02)
@@ -58,23 +58,26 @@ def test_a_small_drop_is_reason_enough_to_look_at_what_served_before() -> None:
     assert reachable_drop(restore, replace(small, drop_se=0.01), CONFIG) == 0.0, "it may be noise"
 
 
+REACHED = 0.25 + FOUND * 0.75  # of a drop that comes from a quarter of the text
+
+
 def test_an_update_reaches_a_drop_in_proportion_to_the_part_of_the_text_it_comes_from() -> None:
     part = replace(TARGET, part=0.25)
-    assert reachable_drop(HEAD, part, CONFIG) == pytest.approx(0.25 * 0.3)
+    assert reachable_drop(HEAD, part, CONFIG) == pytest.approx(REACHED * 0.3)
     restore = Arm(name="restore", restores=True)
     assert reachable_drop(restore, part, CONFIG) == 0.3, "nothing is trained"
     whole, quarter = (domain_gain(HEAD, target, PolicyState(), CONFIG).mean for target in (TARGET, part))
-    assert quarter == pytest.approx(0.25 * whole)
+    assert quarter == pytest.approx(REACHED * whole)
 
 
 def test_what_a_mixture_gained_does_not_make_the_arm_look_bad() -> None:
-    """A quarter of the gain for a quarter of the text is what was expected, not a failure."""
+    """Half of the gain for a quarter of the text is what was expected, not a failure."""
     fresh = domain_gain(HEAD, TARGET, PolicyState(), CONFIG).mean
-    small, whole = saving(0.25 * fresh, 0.004), replace(TARGET, part=1.0)
+    small, whole = saving(REACHED * fresh, 0.004), replace(TARGET, part=1.0)
     as_part = learn_gain(PolicyState(), HEAD, (replace(TARGET, part=0.25),), small, CONFIG, 1000.0)
     as_whole = learn_gain(PolicyState(), HEAD, (whole,), small, CONFIG, 1000.0)
     assert domain_gain(HEAD, TARGET, as_part, CONFIG).mean == pytest.approx(fresh, rel=0.02)
-    assert domain_gain(HEAD, TARGET, as_whole, CONFIG).mean < 0.6 * fresh
+    assert domain_gain(HEAD, TARGET, as_whole, CONFIG).mean < 0.8 * fresh
 
 
 def test_a_small_gain_is_dear_to_prove() -> None:

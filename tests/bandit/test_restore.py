@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from specblock.bandit.actions import CompareReport, SwapReport, TrainReport
+from specblock.bandit.actions import CompareReport, Focus, SwapReport, TrainReport
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.context import build_context
 from specblock.bandit.decision import PROBE, SKIP, PastLevel
@@ -97,10 +97,10 @@ class Forgetful(World):
         base_version: str,
         fraction: float,
         resume: bool,
-        weights: Mapping[str, float],
+        focus: Mapping[str, Focus],
     ) -> TrainReport:
-        report = super().train(decision_id, arm, base_version, fraction, resume, weights)
-        meant = max(weights, key=lambda name: weights[name])
+        report = super().train(decision_id, arm, base_version, fraction, resume, focus)
+        meant = max(focus, key=lambda name: focus[name].weight)
         base = self.rates[base_version]
         part = 1.0 if resume else 0.5
         self.rates[report.candidate_version] = {

@@ -15,6 +15,7 @@ import numpy as np
 from specblock.bandit.actions import (
     CompareReport,
     DomainWindows,
+    Focus,
     PairedReplay,
     ParityReport,
     ParityRow,
@@ -161,7 +162,7 @@ class World:
         base_version: str,
         fraction: float,
         resume: bool,
-        weights: Mapping[str, float],
+        focus: Mapping[str, Focus],
     ) -> TrainReport:
         self.calls.append(f"train {arm.name} {fraction:g}")
         self.outside.append((decision_id, f"train {fraction:g}"))

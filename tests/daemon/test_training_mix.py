@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from specblock.daemon.training_mix import MOST_REPEATS, REHEARSAL, mixed
+from specblock.bandit.actions import Focus
+from specblock.bandit.simulation.drafters import Conversations, training_mix
+from specblock.daemon.training_mix import MOST_REPEATS, REHEARSAL, hardest, mixed
 from specblock.drafter.window import Window
 from tests.drafter.helpers import random_window
 
@@ -26,7 +29,7 @@ def share(chosen: list[Window], domain: str) -> float:
 
 
 def test_a_new_kind_of_text_gets_most_of_the_training_though_it_has_few_windows() -> None:
-    chosen = mixed(windows(python=60, cpp=20), {"cpp": 0.6})
+    chosen = mixed(windows(python=60, cpp=20), {"cpp": Focus(weight=0.6)})
     assert share(chosen, "cpp") == pytest.approx(0.75 + REHEARSAL * 20 / 80, abs=0.02)
     assert len(chosen) == 80
     repeats = Counter(w.conversation_id for w in chosen if w.domain == "cpp")
@@ -34,7 +37,7 @@ def test_a_new_kind_of_text_gets_most_of_the_training_though_it_has_few_windows(
 
 
 def test_the_newest_are_kept_and_repeated_first() -> None:
-    chosen = mixed(windows(python=60, cpp=20), {"cpp": 1.0})
+    chosen = mixed(windows(python=60, cpp=20), {"cpp": Focus(weight=1.0)})
     kept = sorted({w.time_s for w in chosen if w.domain == "python"})
     assert kept == [float(n) for n in range(60 - len(kept), 60)]
     counts = Counter(w.time_s for w in chosen if w.domain == "cpp")
@@ -43,7 +46,7 @@ def test_the_newest_are_kept_and_repeated_first() -> None:
 
 
 def test_few_windows_are_not_repeated_without_end() -> None:
-    chosen = mixed(windows(python=100, cpp=2), {"cpp": 1.0})
+    chosen = mixed(windows(python=100, cpp=2), {"cpp": Focus(weight=1.0)})
     assert sum(w.domain == "cpp" for w in chosen) == 2 * MOST_REPEATS
     assert 20 <= sum(w.domain == "python" for w in chosen) <= 30
 
@@ -51,9 +54,65 @@ def test_few_windows_are_not_repeated_without_end() -> None:
 @pytest.mark.parametrize("weights", [{}, {"cpp": 0.0}, {"absent": 1.0}])
 def test_without_a_wish_everything_is_taken_as_it_came(weights: dict[str, float]) -> None:
     made = windows(python=5, cpp=3)
-    assert mixed(made, weights) == made
+    assert mixed(made, {name: Focus(weight=weight) for name, weight in weights.items()}) == made
 
 
 def test_weights_that_follow_the_windows_change_nothing_but_rounding() -> None:
     made = windows(python=30, cpp=10)
-    assert [w.conversation_id for w in mixed(made, {"python": 3.0, "cpp": 1.0})] == [w.conversation_id for w in made]
+    chosen = mixed(made, {"python": Focus(weight=3.0), "cpp": Focus(weight=1.0)})
+    assert [w.conversation_id for w in chosen] == [w.conversation_id for w in made]
+
+
+def _served(made: list[Window], version: str, drafts: list[int]) -> list[Window]:
+    """Ten cycles each, with so many accepted drafts in all of them."""
+    return [replace(w, drafter_version=version, accepted=(d,) * 10) for w, d in zip(made, drafts, strict=True)]
+
+
+def test_where_a_part_fell_its_hard_conversations_are_most_of_the_training() -> None:
+    made = _served(windows(default=100), "v1", [0 if n % 3 == 0 else 2 for n in range(100)])
+    chosen = mixed(made, {"default": Focus(weight=1.0, part=0.34)})
+    hard = sum(w.accepted[0] == 0 for w in chosen)
+    assert len(chosen) == 100 and hard == pytest.approx(75 + 25 / 3, abs=1)
+    assert {w.conversation_id for w in made if w.accepted[0] == 0} <= {w.conversation_id for w in chosen}
+    assert [w.time_s for w in chosen] == sorted(w.time_s for w in chosen)
+
+
+def test_hardness_is_relative_to_the_version_that_served() -> None:
+    made = windows(default=40)
+    old = _served(made[:20], "v1", [1] * 10 + [0] * 10)  # all of these are slower than
+    new = _served(made[20:], "v2", [5] * 10 + [2] * 10)  # these
+    assert hardest([*old, *new], 0.5) == [*old[10:], *new[10:]]
+
+
+def test_unknown_cycles_count_as_the_mean_and_few_windows_are_not_sifted() -> None:
+    made = _served(windows(default=40), "v1", [0] * 20 + [2] * 20)
+    made[0] = replace(made[0], accepted=())
+    assert made[0] not in hardest(made, 0.2) and len(hardest(made, 0.2)) == 12, "never fewer than LEAST_PART"
+    assert hardest(made[:8], 0.3) == made[:8]
+
+
+@pytest.mark.parametrize("part", [0.1, 0.3, 0.6, 1.0])
+def test_the_hardest_are_taken_as_the_trainer_takes_them(part: float) -> None:
+    """The modelled mix against the daemon's own on the same conversations."""
+    random = np.random.default_rng(4)
+    kind = (random.uniform(size=200) < 0.3).astype(np.int64)
+    cycles = np.clip(np.round(random.normal(20 + 8 * kind, 4)), 5, 60).astype(int)
+    windows = [
+        replace(
+            random_window(0),
+            conversation_id=f"c{n}",
+            domain="default",
+            time_s=float(n),
+            drafter_version="v1",
+            accepted=(1,) * int(60 - cycles[n]) + (0,) * int(2 * cycles[n] - 60)
+            if cycles[n] >= 30
+            else (60 // int(cycles[n]) - 1,) * int(cycles[n]),
+        )
+        for n in range(200)
+    ]
+    spent = np.array([len(w.accepted) / (len(w.accepted) + sum(w.accepted)) for w in windows])
+    given = Conversations(domain=np.zeros(200, dtype=np.int64), kind=kind, hardness=spent)
+    modelled = training_mix(given, 2, {0: Focus(weight=1.0, part=part)})
+    chosen = [int(w.conversation_id[1:]) for w in mixed(windows, {"default": Focus(weight=1.0, part=part)})]
+    assert kind[chosen].mean() == pytest.approx(modelled[1], abs=0.03)
+    assert (kind[chosen].mean() > kind.mean() + 0.05) == (part < 1)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from specblock.bandit.actions import Focus
 from specblock.bandit.config import Arm
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.config import TrainerConfig
@@ -159,6 +160,25 @@ def test_micro_profile_then_rest_then_store_and_reload(trainer: Trainer) -> None
     assert trainer.registry.show(version).metadata["decision_id"] == "d000001"
 
 
+def test_a_blend_lies_between_the_start_and_what_was_trained(trainer: Trainer) -> None:
+    windows, base = [random_window(i) for i in range(4)], trainer.registry.serving()
+    assert base is not None
+    found = {}
+    for blend in (1.0, 0.25):
+        arm = replace(FULL, patterns=("lm_head.*", "layers.0.*"), blend=blend)
+        name = trainer.train("d000001", arm, base, 0.2, False, windows, {}).candidate_version
+        name = trainer.train("d000001", arm, base, 1.0, True, windows, {}).candidate_version
+        version = trainer.store(name, "d000001")
+        found[blend] = trainer.weights(version)
+        assert all(torch.equal(value, trainer.weights(name)[key]) for key, value in found[blend].items())
+    before = trainer.weights(base)
+    moved = {name for name in before if not torch.equal(before[name], found[1.0][name])}
+    assert moved and all(name.startswith(("lm_head", "layers.0")) for name in moved)
+    for name, old in before.items():
+        expected = old.lerp(found[1.0][name], 0.25) if name in moved else old
+        torch.testing.assert_close(found[0.25][name], expected, atol=2e-3, rtol=2e-2)
+
+
 def test_an_arm_without_gradients_is_counted_stored_and_compared(trainer: Trainer) -> None:
     counted = Arm(name="statistics", patterns=("token_bias.*",), steps=4, learning_rate=1.0)
     windows, base = [random_window(2 * i) for i in range(8)], trainer.registry.serving()
@@ -176,12 +196,13 @@ def test_counting_leaves_kinds_of_text_alone_that_it_is_not_meant_for(trainer: T
     counted = Arm(name="statistics", patterns=("token_bias.*",), steps=2, learning_rate=1.0)
     windows, base = [random_window(i) for i in range(18)], trainer.registry.serving()
     assert base is not None and {w.domain for w in windows} == {"python", "cpp"}
-    name = trainer.train("d000001", counted, base, 1.0, False, windows, {"cpp": 0.5, "python": 0.0}).candidate_version
+    meant_for = {"cpp": Focus(weight=0.5), "python": Focus(weight=0.0)}
+    name = trainer.train("d000001", counted, base, 1.0, False, windows, meant_for).candidate_version
     keys = trainer.weights(name)["token_bias.domains"]
     assert keys[keys != 0].tolist() == [domain_key("cpp")]
     for few in (windows[:14], [w for w in windows if w.domain == "python"]):
         with pytest.raises(ValueError, match="meant for"):
-            trainer.train("d000002", counted, base, 1.0, False, few, {"cpp": 0.5, "python": 0.0})
+            trainer.train("d000002", counted, base, 1.0, False, few, meant_for)
 
 
 def test_parity_of_a_version_with_itself_has_no_difference(trainer: Trainer) -> None:

@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from specblock.bandit.actions import Focus
 from specblock.bandit.codec import dumps
 from specblock.bandit.simulation.curves import demo_curves, read_curves
-from specblock.bandit.simulation.drafters import Levels, after_update, training_mix
+from specblock.bandit.simulation.drafters import Conversations, Levels, after_update, training_mix
 from tests.bandit.simulation.small import CURVES
 
 KINDS = ("python", "cpp", "javascript")
@@ -49,11 +50,13 @@ def test_an_update_on_other_text_helps_in_proportion() -> None:
 
 
 def test_training_follows_weights_with_rehearsal_and_few_repeats() -> None:
-    domain, kind = np.array([0] * 90 + [1] * 10), np.array([0] * 90 + [1] * 10)
-    assert training_mix(domain, kind, 2, {}).tolist() == [0.9, 0.1]
+    kind = np.array([0] * 90 + [1] * 10)
+    given = Conversations(domain=kind, kind=kind, hardness=np.ones(100))
+    assert training_mix(given, 2, {}).tolist() == [0.9, 0.1]
     # The new domain would get 77.5 of 100 places; ten conversations fill 40 of them at most.
-    assert training_mix(domain, kind, 2, {1: 1.0})[1] == pytest.approx(40 / 62.5)
-    assert training_mix(domain[:0], kind[:0], 2, {}).tolist() == [0.5, 0.5]
+    assert training_mix(given, 2, {1: Focus(weight=1.0)})[1] == pytest.approx(40 / 62.5)
+    none = Conversations(domain=kind[:0], kind=kind[:0], hardness=np.ones(0))
+    assert training_mix(none, 2, {}).tolist() == [0.5, 0.5]
 
 
 def test_other_numbers_are_read_from_json() -> None:
