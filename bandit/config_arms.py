@@ -66,10 +66,17 @@ class Arm:
                 prior_s_per_position=self.prior_s_per_position,
             )
         require(0 < self.blend <= 1, f"{path}.blend", "above 0 and at most 1", self.blend)
+        trains = not self.restores and not self.counts
+        require(trains or self.blend == 1, f"{path}.blend", "1, as no weights are trained", self.blend)
         positive(path, prior_gain_sd=self.prior_gain_sd)
         require(0 <= self.drop_recovery <= 1, f"{path}.drop_recovery", "between 0 and 1", self.drop_recovery)
         positive(path, probe_gain_share_sd=self.probe_gain_share_sd)
         require(0 < self.probe_gain_share <= 1, f"{path}.probe_gain_share", "in (0, 1]", self.probe_gain_share)
+
+    @property
+    def counts(self) -> bool:
+        """Whether it counts tokens instead of training."""
+        return self.patterns == ("token_bias.*",)
 
     @property
     def acts(self) -> bool:

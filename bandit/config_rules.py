@@ -97,7 +97,7 @@ class ParityConfig:
     """A result this old is repeated before anything is trained."""
     retry_s: float = 60.0
     """Time between checks while parity is broken; doubles with every check that finds it still broken."""
-    max_share: float = 0.002
+    max_share: float = 0.001
     """Share of serving time that regular checks, and looks at whether a fault has gone, may cost; where one is dear
     they come less often than ``every_s``. A fault that moves acceptance is looked into at once all the same."""
 

@@ -15,6 +15,9 @@ FOUND = 0.34
 alone. Of the demo's python with a quarter of cpp, 0.52 and 0.60 of the hardest were cpp, with two fifths 0.69 and 0.73;
 three quarters of the training are such conversations, the rest is taken as it came."""
 
+SMALLEST_FOUND = 0.3
+"""Part from which on that holds; the trainer takes no fewer of the hardest than this."""
+
 SETTLING_HALF_LIVES = 3.0
 """Half-lives of the flow after which shares show what came or went."""
 
@@ -57,7 +60,10 @@ def training_focus(reached: tuple[Target, ...], min_drop: float) -> dict[str, Fo
     A domain at its reference still counts with ``min_drop``, below which a drop is not told from noise.
     """
     return {
-        target.domain: Focus(weight=target.share * max(target.drop, min_drop), part=target.part) for target in reached
+        target.domain: Focus(
+            weight=target.share * max(target.drop, min_drop), part=target.part if target.drop > min_drop else 1.0
+        )
+        for target in reached
     }
 
 
@@ -79,4 +85,6 @@ def reachable_drop(arm: Arm, target: Target, config: PolicyConfig) -> float:
     if arm.restores:
         # Nothing is trained: no drop is too small for a look at what served before, only too uncertain.
         return target.drop if target.drop > PAST_Z * target.drop_se else 0.0
-    return (target.part + FOUND * (1 - target.part)) * told_drop(target, config)
+    # Of a small part even the hardest conversations are mostly hard by chance; counting takes all conversations alike.
+    found = 0.0 if arm.counts else FOUND * min(1.0, target.part / SMALLEST_FOUND)
+    return (target.part + found * (1 - target.part)) * told_drop(target, config)

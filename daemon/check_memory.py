@@ -15,6 +15,7 @@ from specblock.daemon.safetensors_header import TensorInfo
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2}
 _RESIDENT_DRAFTERS = 2  # serving and previous
 _TRAINING_BYTES_PER_PARAMETER = 16  # float32 master weights, gradients and two Adam moments
+_BLENDING_BYTES_PER_PARAMETER = 8  # the weights it started from, and what is taken of both
 _MIB = 2**20
 MOST_ROWS = 96  # of a recorded forward; verifier/graphs.py, which takes PyTorch to import
 _NVIDIA_SMI_DEADLINE_S = 20
@@ -50,7 +51,9 @@ def needs_bytes(
     needs[_device(config.target.device)] = needs.get(_device(config.target.device), 0) + engine
     if config.adaptation.enabled:
         trainer = _device(config.trainer.device)
-        needs[trainer] = needs.get(trainer, 0) + drafter_elements * _TRAINING_BYTES_PER_PARAMETER
+        blends = any(arm.blend < 1 for arm in config.adaptation.arms)
+        per_parameter = _TRAINING_BYTES_PER_PARAMETER + blends * _BLENDING_BYTES_PER_PARAMETER
+        needs[trainer] = needs.get(trainer, 0) + drafter_elements * per_parameter
     return needs
 
 

@@ -73,6 +73,8 @@ class ArmConfig(Section):
         given = [name for name in ("patterns", "steps", "learning_rate") if getattr(self, name)]
         if self.restores and given:
             raise ValueError(f"restores an earlier version and trains nothing: leave out {', '.join(given)}")
+        if self.blend < 1 and (self.restores or self.patterns == ("token_bias.*",)):
+            raise ValueError("trains no weights, so there is nothing to blend: leave out blend")
         missing = [name for name in ("patterns", "steps", "learning_rate") if name not in given]
         if not self.restores and missing:
             raise ValueError(f"trains, so it needs {', '.join(missing)} (or restores: true)")

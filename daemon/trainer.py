@@ -176,7 +176,8 @@ class Trainer:
         candidate = self._candidates[name]
 
         def write(directory: Path) -> None:
-            save_drafter(self._copy(candidate, torch.float32), directory, self._stored)
+            taken = self._copy(candidate, torch.float32) if candidate.start else candidate.run.model
+            save_drafter(taken, directory, self._stored)
 
         metadata = {
             "decision_id": decision_id,

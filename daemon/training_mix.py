@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from specblock.bandit.actions import Focus
+from specblock.daemon.feedback import sampling_class
 from specblock.drafter.window import Window
 
 REHEARSAL = 0.25
@@ -64,27 +65,32 @@ def mixed(windows: Sequence[Window], focus: Mapping[str, Focus]) -> list[Window]
 def hardest(windows: Sequence[Window], part: float) -> list[Window]:
     """About that part of the windows that took the most cycles per token, oldest first.
 
-    Cycles are held against the mean of the drafter version that served: a later version drafts better. Windows of which
-    no cycles are known are as hard as the mean.
+    Cycles with drafts are held against the mean of what the same drafter version needed at the same temperatures: a
+    later version drafts better, and hot text is harder. Windows without such cycles are as hard as the mean.
     """
     count = max(FEWEST_WINDOWS, round(max(LEAST_PART, part) * len(windows)))
     if count >= len(windows):
         return list(windows)
-    cycles: Counter[str] = Counter()
-    tokens: Counter[str] = Counter()
-    for window in windows:
-        cycles[window.drafter_version] += len(window.accepted)
-        tokens[window.drafter_version] += len(window.accepted) + sum(window.accepted)
+    drafted = [_drafted(window) for window in windows]
+    alike = [(window.drafter_version, sampling_class(window.sampling.temperature)) for window in windows]
+    totals: dict[tuple[str, str], tuple[int, int]] = {}
+    for key, (cycles, tokens) in zip(alike, drafted, strict=True):
+        before = totals.get(key, (0, 0))
+        totals[key] = before[0] + cycles, before[1] + tokens
+    # Tokens per cycle over those of windows alike.
+    ease = [
+        tokens / cycles * totals[key][0] / totals[key][1] if cycles else 1.0
+        for key, (cycles, tokens) in zip(alike, drafted, strict=True)
+    ]
+    easiest_last = sorted(range(len(windows)), key=lambda index: ease[index])
+    return [windows[index] for index in sorted(easiest_last[:count])]
 
-    def ease(window: Window) -> float:
-        if not window.accepted:
-            return 1.0
-        version = window.drafter_version
-        per_cycle = (len(window.accepted) + sum(window.accepted)) / len(window.accepted)
-        return per_cycle * cycles[version] / tokens[version]
 
-    chosen = sorted(windows, key=ease)[:count]
-    return sorted(chosen, key=lambda window: window.time_s)
+def _drafted(window: Window) -> tuple[int, int]:
+    """Whole cycles that had drafts, and the tokens they committed; of old windows, whose plans are unknown, all."""
+    plans = window.plans or ((1,),) * len(window.accepted)
+    accepted = [count for count, plan in zip(window.accepted, plans, strict=False) if plan[0] > 0]
+    return len(accepted), len(accepted) + sum(accepted)
 
 
 def _newest(windows: Sequence[Window], count: int) -> list[Window]:

@@ -119,7 +119,7 @@ class _BlockAttention:
         num_positions: int,
         wanted: Tensor | None,
     ) -> None:
-        self._cached = cached
+        self._cached, self._num_layers = cached, model.config.num_hidden_layers
         self._mask = self._wanted_mask = None
         width = model.config.num_slots
         if consumed:
@@ -135,8 +135,8 @@ class _BlockAttention:
         # On CPUs the backward pass of this kernel is two to three times faster in float32 than in bfloat16.
         kind = torch.float32 if query.device.type == "cpu" and query.dtype == torch.bfloat16 else query.dtype
         query, keys, values = query.to(kind), keys.to(kind), values.to(kind)
-        everyone = self._wanted_mask is None or query.shape[2] == keys.shape[2]
-        mask = self._mask if everyone else self._wanted_mask
+        last = layer + 1 == self._num_layers  # where only wanted rows ask
+        mask = self._wanted_mask if last and self._wanted_mask is not None else self._mask
         with torch.autocast(query.device.type, enabled=False):
             mixed = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None)
         return mixed.transpose(1, 2)

@@ -123,9 +123,9 @@ class World:
         traffic, newest = self.traffic, self._kept(heldout=False)[-self.curves.train_windows :]
         by_index = {traffic.domains.index(name): one for name, one in focus.items() if name in traffic.domains}
         cycles = self.live_cycles[newest].astype(np.float64)
-        version = np.array([self.live_version[n] for n in newest], dtype=object)
-        for name in set(version.tolist()):
-            cycles[version == name] /= cycles[version == name].mean()
+        alike = np.array([f"{traffic.domain[n]} {self.live_version[n]}" for n in newest])
+        for one in np.unique(alike):
+            cycles[alike == one] /= cycles[alike == one].mean()
         given = Conversations(domain=traffic.domain[newest], kind=traffic.kind[newest], hardness=cycles)
         return training_mix(given, len(traffic.kinds), by_index)
 

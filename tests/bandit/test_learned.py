@@ -13,7 +13,7 @@ from specblock.bandit.decision import ArmEvidence, PolicyState, Target
 from specblock.bandit.estimate import LinearEvidence, ShareEvidence
 from specblock.bandit.forecast import complete_value, domain_gain, faded, gate_conversations, gate_outlook, shown_share
 from specblock.bandit.learning import learn_gain, learn_shown
-from specblock.bandit.reach import FOUND, reachable_drop, told_drop
+from specblock.bandit.reach import FOUND, reachable_drop, told_drop, training_focus
 from tests.bandit.test_policy import CONFIG, CONTEXT, HEAD, checked, saving
 
 TARGET = Target(domain="python", share=1.0, drop=0.3, drop_se=0.02)
@@ -58,7 +58,7 @@ def test_a_small_drop_is_reason_enough_to_look_at_what_served_before() -> None:
     assert reachable_drop(restore, replace(small, drop_se=0.01), CONFIG) == 0.0, "it may be noise"
 
 
-REACHED = 0.25 + FOUND * 0.75  # of a drop that comes from a quarter of the text
+REACHED = 0.25 + FOUND * 0.25 / 0.3 * 0.75  # of a drop that comes from a quarter of the text
 
 
 def test_an_update_reaches_a_drop_in_proportion_to_the_part_of_the_text_it_comes_from() -> None:
@@ -68,6 +68,17 @@ def test_an_update_reaches_a_drop_in_proportion_to_the_part_of_the_text_it_comes
     assert reachable_drop(restore, part, CONFIG) == 0.3, "nothing is trained"
     whole, quarter = (domain_gain(HEAD, target, PolicyState(), CONFIG).mean for target in (TARGET, part))
     assert quarter == pytest.approx(REACHED * whole)
+
+
+def test_little_is_found_of_a_small_part_and_counting_looks_for_none() -> None:
+    tiny, counting = (
+        replace(TARGET, part=0.03),
+        Arm(name="statistics", patterns=("token_bias.*",), steps=1, learning_rate=1),
+    )
+    assert reachable_drop(HEAD, tiny, CONFIG) == pytest.approx((0.03 + 0.034 * 0.97) * 0.3)
+    assert reachable_drop(counting, replace(TARGET, part=0.25), CONFIG) == pytest.approx(0.25 * 0.3)
+    focus = training_focus((replace(tiny, drop=0.0), replace(TARGET, domain="fell", part=0.4)), CONFIG.min_drop)
+    assert {name: one.part for name, one in focus.items()} == {TARGET.domain: 1.0, "fell": 0.4}, "noise is no part"
 
 
 def test_what_a_mixture_gained_does_not_make_the_arm_look_bad() -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from specblock.bandit.actions import Focus
 from specblock.bandit.simulation.drafters import Conversations, training_mix
+from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.training_mix import MOST_REPEATS, REHEARSAL, hardest, mixed
 from specblock.drafter.window import Window
 from tests.drafter.helpers import random_window
@@ -82,6 +83,17 @@ def test_hardness_is_relative_to_the_version_that_served() -> None:
     old = _served(made[:20], "v1", [1] * 10 + [0] * 10)  # all of these are slower than
     new = _served(made[20:], "v2", [5] * 10 + [2] * 10)  # these
     assert hardest([*old, *new], 0.5) == [*old[10:], *new[10:]]
+
+
+def test_cycles_without_drafts_and_hotter_text_say_nothing_of_hardness() -> None:
+    made = _served(windows(default=40), "v1", [1] * 10 + [2] * 20 + [0] * 10)
+    drafted, plain = (7, 0), (0, 0)
+    hard = [replace(w, plans=(drafted,) * 10) for w in made[:10]]
+    easy = [replace(w, plans=(drafted,) * 5 + (plain,) * 5, accepted=(2,) * 5 + (0,) * 5) for w in made[10:30]]
+    undrafted = [replace(w, plans=(plain,) * 10) for w in made[30:]]
+    assert hardest([*hard, *easy, *undrafted], 0.25)[:10] == hard
+    hot = [replace(w, sampling=SamplingParams(temperature=1.5), plans=(drafted,) * 10) for w in made[30:]]
+    assert hardest([*hard, *easy, *hot], 0.25)[:10] == hard
 
 
 def test_unknown_cycles_count_as_the_mean_and_few_windows_are_not_sifted() -> None:

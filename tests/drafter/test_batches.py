@@ -26,6 +26,16 @@ def test_an_epoch_takes_windows_once_and_sorts_what_it_batches() -> None:
     assert [[w.conversation_id for w in b] for b in found[:7]] != [[w.conversation_id for w in b] for b in found[7:]]
 
 
+def test_copies_of_a_window_come_in_different_batches_and_few_windows_in_new_company() -> None:
+    few = [random_window(i, prompt_tokens=1 + i, generated=4) for i in range(6)]
+    windows = few * 4 + [random_window(9 + i, prompt_tokens=1 + i % 7, generated=4) for i in range(32)]
+    for batch in islice(batches(windows, 8, 3, 0), 28):
+        assert len({w.conversation_id for w in batch}) >= 6
+    small = [random_window(i, prompt_tokens=1 + i, generated=4) for i in range(24)]
+    found = [frozenset(w.conversation_id for w in batch) for batch in islice(batches(small, 8, 3, 0), 12)]
+    assert len(set(found)) > 6
+
+
 def test_a_resumed_order_goes_on_where_it_stopped() -> None:
     windows = _windows()
     whole = [[w.conversation_id for w in batch] for batch in islice(batches(windows, 4, 3, 0), 20)]
