@@ -7,7 +7,7 @@ sudden change leaves the newest requests alone, a slow drift as many as hardly d
 
 Text of a new kind that is the part ``f`` of all, and alone has dropped, gives beside the drop ``d`` of the whole a
 scatter between the two kinds of ``d^2 (1 - f) / f``. What requests scatter beyond what they did at the reference tells
-``f``. It matters because an update learns the less of the new text the smaller its part is. Kinds of text that scatter by
+``f``. An update learns the less of the new text the smaller its part is. Kinds of text that scatter by
 themselves by different amounts blur this; what an arm then gains is learned like everything else about it. A domain
 whose reference is what others reach has nothing that fell: all of its text is new.
 
