@@ -152,17 +152,17 @@ def demo_curves() -> Curves:
                 "the other; 0.6 ms per token and version, times 3.07"
             ),
             "steps_scale": (
-                "docs/results/breakeven.json: a fifth of the steps of both arms showed 0.50 to 0.60 of what all saved on "
-                "every kind of text, python's loss included"
+                "docs/results/breakeven.json: a fifth of the steps of both arms showed 0.50 to 0.60 of what all saved "
+                "on every kind of text, python's loss included"
             ),
             "paired_sd": (
-                "docs/results/breakeven.json: intervals of 40 pairs are as wide as scatters of 0.065 to 0.17 (full; widest "
-                "where most is saved) and 0.05 to 0.1 (head)"
+                "docs/results/breakeven.json: intervals of 40 pairs are as wide as scatters of 0.065 to 0.17 (full; "
+                "widest where most is saved) and 0.05 to 0.1 (head)"
             ),
-            "cycles_sd": "same ledger: standard errors of the drop in cpp (0.024) and python (0.05)",
+            "cycles_sd": "ledger of an earlier demo: standard errors of the drop in cpp (0.024) and python (0.05)",
             "train_windows": "configs/demo.yaml: 20000 positions, of prompts of about 60 and answers of 64 tokens",
             "luck_sd": "assumed",
-            "stall_s": "same ledger",
+            "stall_s": "ledger of an earlier demo",
             "fault_loss": "assumed",
         },
         kinds={

@@ -60,7 +60,7 @@ def test_json_holds_every_run_and_where_the_numbers_come_from(policy: str) -> No
     found = json.loads(out)
     assert code == ExitCode.OK and found["modelled"] is True and "fault:" in err
     assert {o["seed"] for o in found["outcomes"]} == {0, 1} and len(found["outcomes"]) == 2 * len(found["rows"])
-    assert "README.md" in found["curves"]["origin"]["arms.full"]
+    assert "breakeven.json" in found["curves"]["origin"]["seconds"]
 
 
 def test_other_curves_are_used_and_bad_ones_refused(policy: str, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_other_curves_are_used_and_bad_ones_refused(policy: str, tmp_path: Path)
     fitted.write_text(dumps(demo_curves()).replace('"cycle_s":0.0132', '"cycle_s":0.0264'))
     code, out, _ = run("-c", policy, "--scenario", "stationary", "--hours", "0.1", "--curves", str(fitted))
     never = next(line for line in out.splitlines() if line.startswith("stationary  never"))
-    assert code == ExitCode.OK and str(fitted) in out and float(never.split()[2]) == pytest.approx(83.0, rel=0.05)
+    assert code == ExitCode.OK and str(fitted) in out and float(never.split()[2]) == pytest.approx(88.4, rel=0.05)
     fitted.write_text("{}")
     code, _, err = run("-c", policy, "--curves", str(fitted))
     assert code == ExitCode.CONFIG and "field 'kinds' is missing" in err and str(fitted) in err
