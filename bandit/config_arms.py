@@ -107,6 +107,7 @@ def default_arms() -> tuple[Arm, ...]:
             steps=40,
             learning_rate=8e-4,
             matrix_rate=0.02,
+            blend=0.5,
             prior_s_per_position=4e-4,
             prior_gain_sd=0.03,
             drop_recovery=0.6,

@@ -229,7 +229,7 @@ def test_memory_is_counted_where_it_is_used(folder: Path) -> None:
     assert kv_bytes(base, TARGET) == 2 * 2 * 2 * 1 * 4 * 160 * 4
     engine = 10 * 4 + kv_bytes(base, TARGET) + 10 * 4 * 2
     host = base.windows.budget_bytes + base.ray.object_store_memory_bytes + base.redis.maxmemory_bytes
-    assert needs_bytes(base, TARGET, tensors, tensors) == {"cpu": host + engine + 10 * 16}
+    assert needs_bytes(base, TARGET, tensors, tensors) == {"cpu": host + engine + 10 * (16 + 8)}, "full blends"
     assert kv_bytes(base.with_dtype("float32"), TARGET) == kv_bytes(base, TARGET), "what is multiplied is rounded"
     assert kv_bytes(base.with_dtype("float64"), TARGET) == 2 * kv_bytes(base, TARGET)
     on_gpu = ("target.device=cuda", "ray.engine_gpus=1", "adaptation.enabled=false", "target.dtype=bfloat16")
