@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from specblock.bandit.config_checks import at_least, not_negative, positive, require
 
+COUNTED = ("token_bias.*",)
+"""Patterns of an arm that counts tokens instead of training."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
@@ -76,7 +79,7 @@ class Arm:
     @property
     def counts(self) -> bool:
         """Whether it counts tokens instead of training."""
-        return self.patterns == ("token_bias.*",)
+        return self.patterns == COUNTED
 
     @property
     def acts(self) -> bool:
@@ -91,7 +94,7 @@ def default_arms() -> tuple[Arm, ...]:
         Arm(name="restore", restores=True, prior_gain_sd=0.05),
         Arm(
             name="statistics",
-            patterns=("token_bias.*",),
+            patterns=COUNTED,
             steps=10,
             learning_rate=1.0,
             prior_gain_sd=0.01,

@@ -1,4 +1,7 @@
-"""What an update can reach: the domains of now, how far they fell, how much of its training each should get. Pure."""
+"""What an update can reach: the domains of now, how far they fell, how much of its training each should get. Pure.
+
+The numbers of the training mix are here for those who make it: the trainer, and the simulator's model of it.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,21 @@ from specblock.bandit.decision import DecisionContext, DomainContext, Target
 from specblock.bandit.past import PAST_Z
 from specblock.bandit.presence import FIRST_SHARE, Presence
 
+REHEARSAL = 0.25
+"""Share of the windows drawn as they came, so that kinds of text that need no update are not forgotten."""
+
+MOST_REPEATS = 4
+"""A new kind of text has few windows at first; more repeats than this would only learn them by heart."""
+
+LEAST_PART = 0.3
+"""The hardest conversations are at least this share of all: fewer are mostly hard by chance."""
+
+FEWEST_WINDOWS = 8
+
 FOUND = 0.34
 """How far training on the hardest conversations goes from training on all of them to training on the part that fell
 alone. Of the demo's python with a quarter of cpp, 0.52 and 0.60 of the hardest were cpp, with two fifths 0.69 and 0.73;
 three quarters of the training are such conversations, the rest is taken as it came."""
-
-SMALLEST_FOUND = 0.3
-"""Part from which on that holds; the trainer takes no fewer of the hardest than this."""
 
 SETTLING_HALF_LIVES = 3.0
 """Half-lives of the flow after which shares show what came or went."""
@@ -67,6 +78,11 @@ def training_focus(reached: tuple[Target, ...], min_drop: float) -> dict[str, Fo
     }
 
 
+def num_hardest(part: float, conversations: int) -> int:
+    """How many of a domain's conversations are taken as the part of it that fell; all of them, or more, where few."""
+    return max(FEWEST_WINDOWS, round(max(LEAST_PART, part) * conversations))
+
+
 def told_drop(target: Target, config: PolicyConfig) -> float:
     """The drop, if it is told from noise, else 0.
 
@@ -86,5 +102,5 @@ def reachable_drop(arm: Arm, target: Target, config: PolicyConfig) -> float:
         # Nothing is trained: no drop is too small for a look at what served before, only too uncertain.
         return target.drop if target.drop > PAST_Z * target.drop_se else 0.0
     # Of a small part even the hardest conversations are mostly hard by chance; counting takes all conversations alike.
-    found = 0.0 if arm.counts else FOUND * min(1.0, target.part / SMALLEST_FOUND)
+    found = 0.0 if arm.counts else FOUND * min(1.0, target.part / LEAST_PART)
     return (target.part + found * (1 - target.part)) * told_drop(target, config)

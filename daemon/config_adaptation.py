@@ -19,6 +19,7 @@ from specblock.bandit.config import (
     PolicyConfig,
     default_arms,
 )
+from specblock.bandit.config_arms import COUNTED
 from specblock.daemon.config_types import Count, Fraction, Seconds, Section, Strings
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -64,7 +65,7 @@ class ArmConfig(Section):
     @field_validator("patterns")
     @classmethod
     def _counted_alone(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        if any(pattern.startswith("token_bias") for pattern in patterns) and patterns != ("token_bias.*",):
+        if any(pattern.startswith("token_bias") for pattern in patterns) and patterns != COUNTED:
             raise ValueError("token_bias.* is counted, not trained, and whole: give it an arm of its own")
         return patterns
 
@@ -73,7 +74,7 @@ class ArmConfig(Section):
         given = [name for name in ("patterns", "steps", "learning_rate") if getattr(self, name)]
         if self.restores and given:
             raise ValueError(f"restores an earlier version and trains nothing: leave out {', '.join(given)}")
-        if self.blend < 1 and (self.restores or self.patterns == ("token_bias.*",)):
+        if self.blend < 1 and (self.restores or self.patterns == COUNTED):
             raise ValueError("trains no weights, so there is nothing to blend: leave out blend")
         missing = [name for name in ("patterns", "steps", "learning_rate") if name not in given]
         if not self.restores and missing:

@@ -260,11 +260,9 @@ class Trainer:
 
     def _copy(self, candidate: _Candidate, dtype: torch.dtype) -> DraftNetwork:
         """A network of its own with what would serve of a candidate, whose weights are numbers of ``dtype``."""
-        taken = new_network(candidate.run.model.config, self._embedding)
-        taken.to(self._embedding.device)
-        taken.load_state_dict(candidate.taken())
-        load_weights(taken, stored(taken, dtype), candidate.base_version)
-        return taken
+        copy = new_network(candidate.run.model.config, self._embedding)
+        load_weights(copy, stored(candidate.taken(), dtype), candidate.base_version)
+        return copy
 
 
 def _served_with(window: Window, sizes: tuple[int, ...]) -> bool:

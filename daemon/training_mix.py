@@ -6,19 +6,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from specblock.bandit.actions import Focus
+from specblock.bandit.reach import FEWEST_WINDOWS, MOST_REPEATS, REHEARSAL, num_hardest
 from specblock.daemon.feedback import sampling_class
 from specblock.drafter.window import Window
-
-REHEARSAL = 0.25
-"""Share of the windows drawn as they came, so that kinds of text that need no update are not forgotten."""
-
-MOST_REPEATS = 4
-"""A new kind of text has few windows at first; more repeats than this would only learn them by heart."""
-
-LEAST_PART = 0.3
-"""The hardest conversations are at least this share of all: fewer are mostly hard by chance."""
-
-FEWEST_WINDOWS = 8
 
 
 def meant(windows: Sequence[Window], focus: Mapping[str, Focus]) -> list[Window]:
@@ -68,7 +58,7 @@ def hardest(windows: Sequence[Window], part: float) -> list[Window]:
     Cycles with drafts are held against the mean of what the same drafter version needed at the same temperatures: a
     later version drafts better, and hot text is harder. Windows without such cycles are as hard as the mean.
     """
-    count = max(FEWEST_WINDOWS, round(max(LEAST_PART, part) * len(windows)))
+    count = num_hardest(part, len(windows))
     if count >= len(windows):
         return list(windows)
     drafted = [_drafted(window) for window in windows]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -19,12 +20,9 @@ _OURS = ("token_bias.table", "token_bias.domains", "token_bias.stamps")
 """Not part of the published format: written only where something was counted, zero where they are missing."""
 
 
-def stored(model: DraftNetwork, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+def stored(state: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
     """A drafter's tensors as they are stored: weights as ``dtype``, vocabulary maps as they are."""
-    return {
-        name: tensor.detach() if name in _BUFFERS else tensor.detach().to(dtype)
-        for name, tensor in model.state_dict().items()
-    }
+    return {name: tensor.detach() if name in _BUFFERS else tensor.detach().to(dtype) for name, tensor in state.items()}
 
 
 def save_drafter(model: DraftNetwork, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -33,7 +31,7 @@ def save_drafter(model: DraftNetwork, directory: Path, dtype: torch.dtype = torc
     (directory / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
     tensors = {
         name: tensor.cpu().contiguous()
-        for name, tensor in stored(model, dtype).items()
+        for name, tensor in stored(model.state_dict(), dtype).items()
         if name not in _OURS or bool(model.token_bias.domains.any())
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})

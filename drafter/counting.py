@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from specblock.drafter.batches import batches
-from specblock.drafter.labels import BlockLabels, slot_weights
+from specblock.drafter.labels import BlockLabels, labelled_positions, slot_weights
 from specblock.drafter.loss import train_blocks
 from specblock.drafter.network import DraftNetwork
 from specblock.drafter.window import TrainingBatch, Window, collate
@@ -109,14 +109,14 @@ def expected_counts(model: DraftNetwork, batch: TrainingBatch, bias_BV: Tensor) 
     Returns:
         By the target's laws (as training has them: over the draft vocabulary), by the drafter's.
     """
-    hidden, draft_ids = train_blocks(model, batch, [])[0], model.to_draft[batch.label_ids]
+    wanted = labelled_positions(batch.valid)
+    hidden, draft_ids = train_blocks(model, batch, [], wanted=wanted)[0], model.to_draft[batch.label_ids]
     usable = batch.valid & (draft_ids[..., 0] >= 0)
-    every = torch.arange(usable.shape[1], device=usable.device).expand_as(usable)
     by_target, by_draft = torch.zeros_like(bias_BV), torch.zeros_like(bias_BV)
     for row in range(bias_BV.shape[0]):
         one = slice(row, row + 1)  # one window at a time bounds the memory that its laws take
         own = TrainingBatch(*(getattr(batch, name)[one] for name in TrainingBatch.__dataclass_fields__))
-        labels = BlockLabels.of(own, draft_ids[one], usable[one], every[one], 0, hidden.shape[2])
+        labels = BlockLabels.of(own, draft_ids[one], usable[one], wanted[one], 0, hidden.shape[2])
         logits = model.lm_head(model.norm(hidden[row][labels.where])).float() + bias_BV[row]
         log_q = torch.log_softmax(logits, dim=-1)
         hit = logits.argmax(dim=-1) == labels.ids[..., 0]

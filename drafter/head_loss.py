@@ -108,7 +108,8 @@ class _HeadLoss(torch.autograd.Function):
         reached = torch.ones(rows, device=device)
         for slot in range(width):
             weight_R = reached * labels.usable[:, slot]
-            scale = factors[slot] / weight_R.sum().clamp(min=_LEAST_WEIGHT)
+            total = weight_R.sum().clamp(min=_LEAST_WEIGHT)
+            scale = factors[slot] / total
             for start in range(0, rows, count):
                 part = slice(start, start + count)
                 x, ids, probs = normed[part, slot].to(kind), labels.ids[part, slot], labels.probs[part, slot]
@@ -134,7 +135,7 @@ class _HeadLoss(torch.autograd.Function):
                     of_rows[part, slot] = slope @ weight
                 if of_head is not None:
                     of_head += slope.T @ x
-            top1[slot] /= weight_R.sum().clamp(min=_LEAST_WEIGHT)
+            top1[slot] /= total
         ctx.save_for_backward(of_rows, of_head)
         ctx.head_dtype = head.dtype
         ctx.mark_non_differentiable(top1, rank, top)

@@ -10,13 +10,11 @@ from numpy.typing import NDArray
 
 from specblock.bandit.actions import Focus
 from specblock.bandit.config import Arm
+from specblock.bandit.reach import MOST_REPEATS, REHEARSAL, num_hardest
 from specblock.bandit.simulation.curves import Curves
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-
-REHEARSAL, MOST_REPEATS, LEAST_PART, FEWEST_WINDOWS = 0.25, 4, 0.3, 8
-"""How the daemon's trainer focuses an update on domains: the same numbers as ``daemon/training_mix.py``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class Conversations:
 
 
 def training_mix(given: Conversations, num_kinds: int, focus: Mapping[int, Focus]) -> Floats:
-    """Shares of the kinds of text in a training set; uniform if there is nothing to train on.
+    """Shares of the kinds of text in the trainer's set (``daemon/training_mix.py``); uniform without conversations.
 
     Args:
         given: the conversations, oldest first.
@@ -78,9 +76,8 @@ def training_mix(given: Conversations, num_kinds: int, focus: Mapping[int, Focus
 
 def _hardest(hardness_N: Floats, part: float) -> NDArray[np.bool_]:
     """Which conversations of a domain are about that part of it that is hardest."""
-    count = max(FEWEST_WINDOWS, round(max(LEAST_PART, part) * len(hardness_N)))
     chosen_N = np.zeros(len(hardness_N), dtype=bool)
-    chosen_N[np.argsort(-hardness_N, kind="stable")[:count]] = True
+    chosen_N[np.argsort(-hardness_N, kind="stable")[: num_hardest(part, len(hardness_N))]] = True
     return chosen_N
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from specblock.bandit.actions import Focus
+from specblock.bandit.reach import MOST_REPEATS, REHEARSAL
 from specblock.bandit.simulation.drafters import Conversations, training_mix
 from specblock.cuda_ext.sampling import SamplingParams
-from specblock.daemon.training_mix import MOST_REPEATS, REHEARSAL, hardest, mixed
+from specblock.daemon.training_mix import hardest, mixed
 from specblock.drafter.window import Window
 from tests.drafter.helpers import random_window
 
