@@ -134,8 +134,8 @@ def demo_curves() -> Curves:
             ),
             "arms.full": (
                 "the same, 40 steps and half of the way: 1.68 to 2.00 on cpp, so 0.48 of the assumed gap is closed "
-                "(0.34 on manual, 0.20 on javascript); 42.7 s of training on average. Python loses 2 % to updates "
-                "meant for cpp (1.9 % with 24 steps, 1.7 to 3.5 % with 48; seen, printed by no command)"
+                "(0.34 on manual, 0.20 on javascript); 42.7 s of training on average. Python lost 0.4 to 1.4 % "
+                "to updates meant for others; 2 % are taken"
             ),
             "arms.statistics": (
                 "an experiment on the demo drafter of then, no command repeats it: +3.5 % on cpp from 48 conversations "
@@ -144,7 +144,7 @@ def demo_curves() -> Curves:
             ),
             "arms.head": (
                 "docs/results/breakeven.json: 1.68 to 1.81 on cpp, so 0.2 of the gap, in 7.8 s. That it reaches a "
-                "quarter of the gap is assumed, and that it forgets half as much as full"
+                "quarter of the gap is assumed, and that it forgets 1 %; python lost 1.1 to 3.3 % there"
             ),
             "cycle_s": "docs/results/breakeven.json: 4.30 ms, times 3.07",
             "replay_s_per_token": (
