@@ -25,6 +25,12 @@ STEADY_Z = 2.0
 OLDER = 15
 """Windows kept in sums behind the newest one: half an hour at the demo's load, in which little drifts."""
 
+TOGETHER = 4
+"""Windows behind these that are kept as one."""
+
+OLDEST = 48
+"""So many of them: six hours and a half at the demo's load, in which slow drift shows."""
+
 OTHER = "(other)"
 """Where domains and strata beyond the bounds are pooled."""
 
@@ -108,6 +114,41 @@ class Segment:
     cycles: int
     tokens: int
     device_s: float
+    time_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Block:
+    """Events that are only remembered together.
+
+    Attributes:
+        windows: that it holds, the newest of which may not be complete.
+        time_s: mean time of its events.
+        strata: sums of their cycles and tokens.
+    """
+
+    windows: int = 1
+    time_s: float = 0.0
+    strata: dict[str, RatioSums] = field(default_factory=dict)
+
+    @property
+    def units(self) -> int:
+        """Events."""
+        return sum(sums.units for sums in self.strata.values())
+
+    def add(self, segment: Segment) -> None:
+        """Take one event."""
+        self.time_s += (segment.time_s - self.time_s) / (self.units + 1)
+        self.strata.setdefault(segment.stratum, RatioSums()).add(segment.cycles, segment.tokens)
+
+    def plus(self, other: Block) -> Block:
+        """Both as one."""
+        names, units = self.strata.keys() | other.strata.keys(), self.units + other.units
+        return Block(
+            self.windows + other.windows,
+            (self.units * self.time_s + other.units * other.time_s) / max(units, 1),
+            {n: self.strata.get(n, RatioSums()).plus(other.strata.get(n, RatioSums())) for n in sorted(names)},
+        )
 
 
 @dataclass(slots=True)
@@ -121,7 +162,8 @@ class VersionStatistics:
         level: the first cycles over all strata.
         strata: the first cycles per sampling class and load band.
         recent: newest segments.
-        older: the windows before them, the newest last: sums of the segments' cycles and tokens by stratum.
+        older: the windows before them, the newest last.
+        oldest: what was before these, ``TOGETHER`` windows in a block, the newest last.
         block_cycles: the detector's unfinished block.
         total_cycles: all cycles; never forgotten, like tokens and requests.
         last_time_s: newest event time.
@@ -139,7 +181,8 @@ class VersionStatistics:
     level: Level = field(default_factory=Level)
     strata: dict[str, Level] = field(default_factory=dict)
     recent: list[Segment] = field(default_factory=list)
-    older: list[dict[str, RatioSums]] = field(default_factory=list)
+    older: list[Block] = field(default_factory=list)
+    oldest: list[Block] = field(default_factory=list)
     block_cycles: int = 0
     block_tokens: int = 0
     block_expected: float = 0.0
@@ -156,6 +199,7 @@ class VersionStatistics:
             self.resumed = False
             self.recent.clear()
             self.older.clear()
+            self.oldest.clear()
             self.block_cycles, self.block_tokens, self.block_expected = 0, 0, 0.0
         self._forget_and_add(event, config)
         stratum = self._stratum(event, config)
@@ -163,7 +207,7 @@ class VersionStatistics:
         expected = level.acceptance(config.reference_cycles)
         level.fill(event.cycles, event.committed_tokens, config.reference_cycles)
         self.level.fill(event.cycles, event.committed_tokens, config.reference_cycles)
-        self.recent.append(Segment(stratum, event.cycles, event.committed_tokens, event.device_s))
+        self.recent.append(Segment(stratum, event.cycles, event.committed_tokens, event.device_s, event.time_s))
         for segment in self.recent[: -config.window_events]:
             self._pool(segment, config.window_events)
         del self.recent[: -config.window_events]
@@ -174,10 +218,13 @@ class VersionStatistics:
         return expected > 0 and self._block(event, expected, detector)
 
     def _pool(self, segment: Segment, window: int) -> None:
-        if not self.older or sum(sums.units for sums in self.older[-1].values()) >= window:
-            self.older.append({})
-            del self.older[:-OLDER]
-        self.older[-1].setdefault(segment.stratum, RatioSums()).add(segment.cycles, segment.tokens)
+        if not self.older or self.older[-1].units >= window:
+            self.older.append(Block())
+            for block in self.older[:-OLDER]:
+                fits = bool(self.oldest) and self.oldest[-1].windows < TOGETHER
+                self.oldest.append(self.oldest.pop().plus(block) if fits else block)
+            del self.older[:-OLDER], self.oldest[:-OLDEST]
+        self.older[-1].add(segment)
 
     def _stratum(self, event: AcceptanceEvent, config: StatisticsConfig) -> str:
         stratum = f"{event.sampling_class}|{event.batch_band}"
@@ -218,9 +265,11 @@ class DomainStatistics:
     tokens: DecayedSum = field(default_factory=DecayedSum)
     device_s: DecayedSum = field(default_factory=DecayedSum)
     changes: int = 0
+    requests: int = 0
 
     def learn(self, event: AcceptanceEvent, config: StatisticsConfig, detector: DetectorConfig) -> None:
         """Take one event; a flagged one (mixed versions) counts as traffic only."""
+        self.requests += event.last
         self.tokens.add(event.committed_tokens, event.time_s, config.rate_half_life_s)
         self.device_s.add(event.device_s, event.time_s, config.rate_half_life_s)
         if event.flagged or event.cycles == 0:

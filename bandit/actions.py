@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -109,10 +110,35 @@ class Focus:
     Attributes:
         weight: how much, against others; at least 0.
         part: share of its conversations, about, that need it: those that are hardest to draft for.
+        rehearsed: how much, against others, of what is trained on lest it be forgotten; where no domain says so,
+            conversations are taken for that as they came.
     """
 
     weight: float
     part: float = 1.0
+    rehearsed: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Which conversations a candidate is judged on: those that it is made for, and beside them what its horizon brings.
+
+    Attributes:
+        meant: domains that it is made for.
+        others: most conversations of other domains for each of these.
+    """
+
+    meant: tuple[str, ...]
+    others: float
+
+    def chosen(self, domains: Sequence[str]) -> list[int]:
+        """Positions of the conversations to take, of such domains, oldest first; of the others the newest.
+
+        It asks for nothing but domains, so that a test on what was chosen is as valid as one on all.
+        """
+        meant = {i for i, domain in enumerate(domains) if domain in self.meant}
+        others = [i for i in range(len(domains)) if i not in meant]
+        return sorted(meant | set(others[len(others) - min(math.floor(self.others * len(meant)), len(others)) :]))
 
 
 class Actions(Protocol):
@@ -139,8 +165,10 @@ class Actions(Protocol):
         update is meant for, by domain.
         """
 
-    def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
-        """Replays both versions on held-out conversations that arrived after ``after_time_s`` (None: all)."""
+    def compare(
+        self, old_version: str, new_version: str, after_time_s: float | None, mix: Mix | None = None
+    ) -> CompareReport:
+        """Replays both versions on held-out conversations that arrived after ``after_time_s`` (None: all), in a mix."""
 
     def versions(self) -> tuple[str, ...]:
         """Stored versions that may serve again, the base first, then the newest; some may turn out damaged."""

@@ -22,7 +22,7 @@ def attribute(context: DecisionContext, state: PolicyState, config: PolicyConfig
         worst = max(fallen, key=lambda d: d.share * d.drop)
         return DRIFT, (
             f"acceptance of {worst.domain} is {worst.acceptance:.2f}, {worst.drop:.0%} below its reference "
-            f"{worst.reference:.2f}"
+            f"{worst.reference:.2f}{', and still falling' if worst.growing_s > 0 else ''}"
         )
     if shifted := [d for d in measurable if d.raw_drop > max(floor, config.drop_z * max(d.drop_se, d.raw_drop_se))]:
         worst = max(shifted, key=lambda d: d.share * d.raw_drop)

@@ -123,8 +123,9 @@ class GateConfig:
     """Requests finished after the training cut-off before the first look."""
     look_growth: float = 1.5
     """Each further look waits until this factor more requests have finished."""
-    deadline_s: float = 900.0
-    """Undecided after this long: rejected and charged."""
+    deadline_s: float = 3600.0
+    """Undecided after this long: rejected. The text that a candidate is made for may be away for a while; as soon as
+    other text needs an update the wait ends."""
     max_domain_loss: float = 0.05
     """No domain may become slower by more than this share."""
     domain_min_conversations: int = 5

@@ -11,7 +11,9 @@ from specblock.bandit.decision import DecisionContext, DomainContext, PastLevel
 from specblock.bandit.fall import measured_fall
 from specblock.bandit.intervals import UNKNOWN_SE, ratio_of
 from specblock.bandit.presence import Presence
+from specblock.bandit.reach import meant_for
 from specblock.bandit.state import BanditState, PendingUpdate
+from specblock.bandit.trend import growing_s
 
 SHARE_PRIOR_S_PER_S = 1e-6
 """Prior flow of every known domain: keeps shares defined when nothing flows."""
@@ -109,6 +111,7 @@ def domain_context(
         drop=fall.drop,
         drop_se=fall.se,
         part=fall.part,
+        growing_s=growing_s(statistics, levels, fall),
         raw_drop=1 - raw.ratio if raw.x > 0 else 0.0,
         raw_drop_se=min(raw.se, 1.0) if raw.x > 0 else 0.0,
         cycles=cycles,
@@ -200,10 +203,7 @@ def trial_since_s(
     Every conversation replayed costs, and only those of the domains it is made for tell anything: so far back that
     these are expected to be ``probe_conversations``.
     """
-    heldout_per_s = 0.0
-    wanted = {target.domain for target in pending.targets if target.drop > config.min_drop} or {
-        target.domain for target in pending.targets
-    }
+    heldout_per_s, wanted = 0.0, meant_for(pending.targets, config.min_drop)
     for window in windows.domains:
         kept = window.num_train + window.num_heldout
         domain = state.domains.get(window.domain)

@@ -69,6 +69,7 @@ class DomainContext:
             traffic as a whole.
         past: earlier versions that could serve again and of which something is known here.
         part: share of its text, about, that the drop comes from; 1 where nothing tells.
+        growing_s: seconds in which the drop has grown to what it is; 0 if it does not grow.
     """
 
     domain: str
@@ -86,6 +87,7 @@ class DomainContext:
     presence: Presence | None = None
     past: tuple[PastLevel, ...] = ()
     part: float = 1.0
+    growing_s: float = 0.0
     raw_drop_se: float = 0.0
 
 
@@ -100,6 +102,7 @@ class Target:
         there: it is part of the traffic of now.
         settled: it has been there for long enough that shares show how much of traffic it is, or never stays so long.
         part: share of its text, about, that the drop comes from.
+        growing_s: seconds in which the drop has grown to what it is; 0 if it does not grow.
     """
 
     domain: str
@@ -112,6 +115,7 @@ class Target:
     there: bool = True
     settled: bool = True
     part: float = 1.0
+    growing_s: float = 0.0
 
     def level(self, version: str) -> PastLevel | None:
         """What is known of ``version`` there; None: nothing."""

@@ -55,7 +55,7 @@ def measured_fall(statistics: VersionStatistics, levels: Mapping[str, Level]) ->
 
     Strata without a reference are left out: nothing is known of them.
     """
-    known = {stratum: level for stratum, level in levels.items() if level.cycles > 0}
+    known = with_reference(levels)
     newest, cycles = RatioSums(), 0
     for segment in statistics.recent:
         if segment.stratum in known and segment.cycles > 0:
@@ -66,7 +66,7 @@ def measured_fall(statistics: VersionStatistics, levels: Mapping[str, Level]) ->
         return Fall()
     reference, kept = newest.x / cycles, newest
     for block in reversed(statistics.older):
-        older = _against(block, known)
+        older = against(block.strata, known)
         if not agree(older, kept, AGREE_Z):
             break
         kept = kept.plus(older)
@@ -77,7 +77,12 @@ def measured_fall(statistics: VersionStatistics, levels: Mapping[str, Level]) ->
     return Fall(drop=1 - kept.ratio, se=min(se, 1.0), reference=reference, part=part)
 
 
-def _against(block: Mapping[str, RatioSums], known: Mapping[str, Level]) -> RatioSums:
+def with_reference(levels: Mapping[str, Level]) -> dict[str, Level]:
+    """The strata of which something is known."""
+    return {stratum: level for stratum, level in levels.items() if level.cycles > 0}
+
+
+def against(block: Mapping[str, RatioSums], known: Mapping[str, Level]) -> RatioSums:
     """Sums of (cycles, tokens) as sums of (tokens that the references promise, tokens)."""
     total = RatioSums()
     for stratum, sums in block.items():

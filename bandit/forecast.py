@@ -30,6 +30,7 @@ from specblock.bandit.gate import Saving
 from specblock.bandit.intervals import one_sided_z
 from specblock.bandit.past import best_past, past_gain
 from specblock.bandit.reach import reachable_drop, targets
+from specblock.bandit.trend import growth
 
 PAIRED_SD = 0.09
 """Relative scatter of what a complete update saves from one conversation to the next, as every machine showed it."""
@@ -221,7 +222,9 @@ def _value(
     pairs += SETTLED_SHARE * config.gate.settle_requests
     # What is restored for the text of now serves until other text comes: then something else may be restored.
     lasting = tuple(target.staying_s if arm.restores else target.lasting_s for target in reached)
-    lasting_s, gains = _lasting(gains, lasting, config)
+    # What it is trained for grows, what was made for it once does not.
+    growing = tuple(0.0 if arm.restores else target.growing_s for target in reached)
+    lasting_s, gains = _lasting(gains, lasting, growing, config)
     terms = CostTerms(
         train=train_s(arm, 1 - config.probe_fraction, state, config),
         probe=train_s(arm, probe_fraction, state, config) if probe_fraction else Belief(mean=0.0, sd=0.0),
@@ -242,12 +245,18 @@ def _value(
 
 
 def _lasting(
-    gains: tuple[DomainGain, ...], lasting: tuple[float | None, ...], config: PolicyConfig
+    gains: tuple[DomainGain, ...], lasting: tuple[float | None, ...], growing: tuple[float, ...], config: PolicyConfig
 ) -> tuple[float | None, tuple[DomainGain, ...]]:
-    """Expected seconds of the targets' traffic, and the gains with their shares of it; None: nothing is known."""
+    """Expected seconds of the targets' traffic, and the gains with their shares of it; None: nothing is known.
+
+    A gain counts for as much more as the drop is expected to grow that it is in proportion to.
+    """
     known = [one_s for one_s in lasting if one_s is not None]
     total_s = math.fsum(known)
     if len(known) < len(lasting) or total_s <= 0:
         return None, gains
-    shared = tuple(replace(gain, share=one_s / total_s) for gain, one_s in zip(gains, known, strict=True))
-    return min(total_s, horizon_value_s(0.0, config.horizon)), shared
+    shared = []
+    for gain, one_s, drop_s in zip(gains, known, growing, strict=True):
+        grown = growth(drop_s, one_s / gain.share if gain.share > 0 else 0.0)
+        shared.append(replace(gain, share=grown * one_s / total_s))
+    return min(total_s, horizon_value_s(0.0, config.horizon)), tuple(shared)

@@ -167,18 +167,22 @@ def judge(rows: Sequence[GateRow], scale_s: float, config: GateConfig) -> GateEv
 def _verdict(
     count: int, low: float, high: float, domains: Iterable[DomainSaving], config: GateConfig
 ) -> tuple[GateVerdict, str]:
-    z = one_sided_z(0.95)
+    z, doubt = one_sided_z(0.95), ""
     for domain in domains:
-        loses = -domain.saving > config.max_domain_loss and -domain.saving - z * domain.se > 0
-        if loses and domain.conversations >= config.domain_min_conversations:
-            return "fail", f"domain {domain.domain} would cost {-domain.saving:.1%} more per token"
+        if -domain.saving <= config.max_domain_loss or domain.conversations < config.domain_min_conversations:
+            continue
+        words = f"cost {-domain.saving:.1%} more per token in domain {domain.domain}"
+        if -domain.saving - z * domain.se > config.max_domain_loss:
+            return "fail", f"it would {words}"
+        # A dozen conversations may look that bad by chance. It does not pass as long as they do.
+        doubt = f"it may {words}"
     if high < 0:
         return "fail", f"the candidate is slower: saving at most {high:.1%}"
-    if low > 0 and count >= config.min_conversations:
+    if low > 0 and count >= config.min_conversations and not doubt:
         return "pass", f"saves at least {low:.1%} of the device-seconds per token"
     if count >= config.max_conversations:
-        return "fail", f"no saving shown in {count} conversations (at least {low:.1%}, at most {high:.1%})"
-    return "undecided", f"{count} conversations leave the saving between {low:.1%} and {high:.1%}"
+        return "fail", doubt or f"no saving shown in {count} conversations (at least {low:.1%}, at most {high:.1%})"
+    return "undecided", doubt or f"{count} conversations leave the saving between {low:.1%} and {high:.1%}"
 
 
 def clipped_units(rows: Sequence[GateRow], scale_s: float, clip: float) -> Floats:

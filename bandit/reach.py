@@ -6,6 +6,7 @@ The numbers of the training mix are here for those who make it: the trainer, and
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from specblock.bandit.actions import Focus
 from specblock.bandit.config import Arm, PolicyConfig
@@ -14,7 +15,8 @@ from specblock.bandit.past import PAST_Z
 from specblock.bandit.presence import FIRST_SHARE, Presence
 
 REHEARSAL = 0.25
-"""Share of the windows drawn as they came, so that kinds of text that need no update are not forgotten."""
+"""Share of the training that is on kinds of text which need no update, so that they are not forgotten; where all need
+it, or there is but one, on conversations as they came. So much room is kept, too, for the newest of every domain."""
 
 MOST_REPEATS = 4
 """A new kind of text has few windows at first; more repeats than this would only learn them by heart."""
@@ -55,6 +57,7 @@ def _target(domain: DomainContext, config: PolicyConfig) -> Target:
         staying_s=known.staying_s(domain.share, config.horizon) if known else None,
         past=domain.past,
         part=domain.part,
+        growing_s=domain.growing_s,
         there=there,
         settled=there and (fleeting or (turned and presence.there)),
     )
@@ -68,14 +71,59 @@ def mean_drop(reached: tuple[Target, ...]) -> float:
 def training_focus(reached: tuple[Target, ...], min_drop: float) -> dict[str, Focus]:
     """What an update trains on, by domain: where most of the traffic has most to win back, and there what fell.
 
-    A domain at its reference still counts with ``min_drop``, below which a drop is not told from noise.
+    A domain at its reference still counts with ``min_drop``, below which a drop is not told from noise. What is
+    rehearsed beside are those that need less than the neediest, by what is expected of them within the horizon.
     """
+    need = {target.domain: max(target.drop, min_drop) for target in reached}
+    most = max(need.values(), default=1.0)
     return {
         target.domain: Focus(
-            weight=target.share * max(target.drop, min_drop), part=target.part if target.drop > min_drop else 1.0
+            weight=target.share * need[target.domain],
+            part=target.part if target.drop > min_drop else 1.0,
+            rehearsed=(1 - need[target.domain] / most) * _expected(target),
         )
         for target in reached
     }
+
+
+def _expected(target: Target) -> float:
+    """Seconds of traffic within the horizon, or only a share of the traffic of now where nothing more is known."""
+    return target.share if target.lasting_s is None else target.lasting_s
+
+
+def newest_of_each(domains: Sequence[str], sizes: Sequence[int], most: float) -> list[int]:
+    """Positions of the conversations to train on, oldest first: the newest, and the newest of every domain.
+
+    Args:
+        domains: of the conversations, oldest first.
+        sizes: of the conversations.
+        most: sum of the sizes that are taken; one conversation is always taken.
+    """
+    names = set(domains)
+    room = dict.fromkeys(names, REHEARSAL * most / max(len(names), 1))
+    newest_first = range(len(domains) - 1, -1, -1)
+    chosen: set[int] = set()
+    for index in newest_first:
+        if sizes[index] <= room[domains[index]]:
+            room[domains[index]] -= sizes[index]
+            chosen.add(index)
+        else:
+            room[domains[index]] = 0.0
+    left = most - sum(sizes[index] for index in chosen)
+    for index in newest_first:
+        if index in chosen:
+            continue
+        if sizes[index] > left:
+            break
+        left -= sizes[index]
+        chosen.add(index)
+    return sorted(chosen or ({len(domains) - 1} if domains else ()))
+
+
+def meant_for(reached: tuple[Target, ...], min_drop: float) -> tuple[str, ...]:
+    """Domains that an update that trains is made for: where acceptance fell, or all where it fell nowhere."""
+    fell = tuple(target.domain for target in reached if target.drop > min_drop)
+    return fell or tuple(target.domain for target in reached)
 
 
 def num_hardest(part: float, conversations: int) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
-from specblock.bandit.actions import Actions, CompareReport
+from specblock.bandit.actions import Actions, CompareReport, Mix
 from specblock.bandit.config import PolicyConfig
 from specblock.bandit.cost import Belief, charge_s
 from specblock.bandit.estimate import WHOLE
@@ -39,6 +40,10 @@ class StageTools:
         served = self.state.totals(pending.new_version).requests - pending.requests_mark
         return served >= wanted or now_s >= pending.deadline_s
 
+    def finished(self, domains: Iterable[str]) -> int:
+        """Requests of these domains that finished so far, by any version."""
+        return sum(known.requests for name in domains if (known := self.state.domains.get(name)))
+
     def begin(
         self,
         pending: PendingUpdate,
@@ -67,9 +72,9 @@ class StageTools:
         assert self.state.pending is not None
         self.state.pending = replace(self.state.pending, **changes)  # type: ignore[arg-type]
 
-    def compare(self, old: str, new: str, after_s: float | None) -> tuple[CompareReport, float]:
+    def compare(self, old: str, new: str, after_s: float | None, mix: Mix | None = None) -> tuple[CompareReport, float]:
         """Paired replay of two versions, and what it is charged with; its cost is learned."""
-        report = attempt(lambda: self.actions.compare(old, new, after_s))
+        report = attempt(lambda: self.actions.compare(old, new, after_s, mix))
         self.state.policy = learn_pairs(self.state.policy, len(report.rows), report.device_s)
         return report, charge_s(self.config.cost, device_s=report.device_s)
 

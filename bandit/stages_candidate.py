@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from specblock.bandit.actions import WindowSummary
+from specblock.bandit.actions import Mix, WindowSummary
 from specblock.bandit.context import build_context, trial_since_s
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import CONTINUE, Probed
@@ -15,7 +15,7 @@ from specblock.bandit.gate import GateEvidence, gate_rows, judge, pooled_saving
 from specblock.bandit.learning import learn_training
 from specblock.bandit.outside import attempt
 from specblock.bandit.policy import decide, inputs_digest, may_pay
-from specblock.bandit.reach import training_focus
+from specblock.bandit.reach import meant_for, targets, told_drop, training_focus
 from specblock.bandit.stage_tools import StageTools
 from specblock.bandit.state import PendingUpdate
 
@@ -62,7 +62,7 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         option=option,
         cutoff_s=now_s,
         deadline_s=now_s + config.gate.deadline_s,
-        requests_mark=tools.state.requests,
+        requests_mark=tools.finished(tools.state.domains),
         next_look=config.gate.first_look_requests,
     )
     return True
@@ -101,7 +101,7 @@ def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         candidate_version=report.candidate_version,
         cutoff_s=report.cutoff_time_s,
         deadline_s=now_s + report.train_s + config.gate.deadline_s,
-        requests_mark=tools.state.requests,
+        requests_mark=tools.finished(meant_for(pending.targets, config.min_drop)),
         next_look=config.gate.first_look_requests,
     )
     return True
@@ -109,16 +109,19 @@ def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
 
 def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     """Take the next look once enough requests finished, the last at the deadline; pass, reject or wait on."""
-    rules, requests = tools.config.gate, tools.state.requests - pending.requests_mark
-    # Requests that were served without drafts are not counted, but their conversations are there to be looked at.
-    late = now_s >= pending.deadline_s
-    if requests < pending.next_look and not late:
+    rules, mix, late = tools.config.gate, _mix(tools, pending), now_s >= pending.deadline_s
+    requests = tools.finished(mix.meant if mix else tools.state.domains) - pending.requests_mark
+    waiting = requests < pending.next_look and not late
+    needed = _needed_elsewhere(tools, mix, now_s) if waiting and mix else ""
+    if waiting and not needed:
         return False
+    if late or needed:  # the last look takes everything that came
+        mix = None
     look = pending.looks + 1
     tools.begin(pending, f"gating-{look}", now_s)
     # What an earlier look has seen need not be replayed again: a look costs what is new in it.
     since_s = max((row.time_s for row in pending.rows), default=pending.cutoff_s)
-    report, cost_s = tools.compare(pending.base_version, pending.candidate_version, since_s)
+    report, cost_s = tools.compare(pending.base_version, pending.candidate_version, since_s, mix)
     seen = {row.conversation_id for row in pending.rows}
     fresh = [r for r in gate_rows(report) if r.time_s > pending.cutoff_s and r.conversation_id not in seen]
     rows = (*pending.rows, *fresh)
@@ -131,11 +134,39 @@ def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         tools.move(stage="promoting")
     elif evidence.verdict == "fail":
         tools.reject(pending, now_s, evidence.reason, decided=True)
-    elif (outlook := _not_worth_looking_on(tools, pending, evidence)) and not late:
+    elif late or needed:
+        why = needed or "undecided at the deadline"
+        tools.reject(pending, now_s, f"{why}: {evidence.reason}", decided=False)
+    elif outlook := _not_worth_looking_on(tools, pending, evidence):
         tools.reject(pending, now_s, outlook, decided=False)
-    elif late:
-        tools.reject(pending, now_s, f"undecided at the deadline: {evidence.reason}", decided=False)
     return True
+
+
+def _mix(tools: StageTools, pending: PendingUpdate) -> Mix | None:
+    """What a trained candidate is judged on: text that it is made for may have gone, and comes back.
+
+    Other text counts as much as it is expected to count within the horizon. What is restored is meant for the text of
+    now, whatever that is (None).
+    """
+    if tools.config.arm(pending.arm).restores:
+        return None
+    meant = meant_for(pending.targets, tools.config.min_drop)
+    share = math.fsum(domain.share for domain in pending.option.value.domains if domain.domain in meant)
+    total = math.fsum(domain.share for domain in pending.option.value.domains)
+    return Mix(meant=meant, others=(total - share) / share) if share > 0 else None
+
+
+def _needed_elsewhere(tools: StageTools, mix: Mix, now_s: float) -> str:
+    """Why waiting for the text that a candidate is made for must end; empty if nothing else needs an update."""
+    context = build_context(
+        tools.state, attempt(tools.actions.windows), attempt(tools.actions.serving_version), now_s, tools.config
+    )
+    fallen = [
+        target.domain
+        for target in targets(context, tools.config)
+        if target.domain not in mix.meant and target.there and told_drop(target, tools.config) > 0
+    ]
+    return f"{', '.join(fallen)} fell and needs an update, which this one was not made for" if fallen else ""
 
 
 def _not_worth_looking_on(tools: StageTools, pending: PendingUpdate, evidence: GateEvidence) -> str:

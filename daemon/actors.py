@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from specblock.bandit.actions import CompareReport, Focus, ParityReport, TrainReport
+from specblock.bandit.actions import CompareReport, Focus, Mix, ParityReport, TrainReport
 from specblock.bandit.config import Arm, StreamConfig
 from specblock.bandit.producer import EventProducer
+from specblock.bandit.reach import newest_of_each
 from specblock.bandit.stream import RedisStream
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.cost_profile import profiled_planner
@@ -27,7 +28,7 @@ from specblock.daemon.models import draft_settings, format_of, load_target, serv
 from specblock.daemon.registry import DrafterRegistry
 from specblock.daemon.threads import use_threads
 from specblock.daemon.trainer import Trainer, Weights
-from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore
+from specblock.daemon.windows import DomainCount, WindowLimits, WindowStore, in_mix
 from specblock.drafter.interface import AnyDrafter
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
@@ -41,13 +42,9 @@ def waiter() -> Callable[[float], object]:
 
 
 def newest_within(windows: Sequence[Window], most_positions: int) -> list[Window]:
-    """The newest of ``windows`` (oldest first) with at most so many positions together, but always one."""
-    positions = 0
-    for index in range(len(windows) - 1, -1, -1):
-        positions += windows[index].tokens.shape[0] - 1
-        if positions > most_positions:
-            return list(windows[min(index + 1, len(windows) - 1) :])
-    return list(windows)
+    """The newest of ``windows`` (oldest first), some of every domain, with so many positions together or always one."""
+    sizes = [window.tokens.shape[0] - 1 for window in windows]
+    return [windows[i] for i in newest_of_each([window.domain for window in windows], sizes, most_positions)]
 
 
 def window_limits(config: DaemonConfig) -> WindowLimits:
@@ -173,9 +170,11 @@ class EngineActor:
         version: str | None,
         most: int,
         most_positions: int | None = None,
+        mix: Mix | None = None,
     ) -> list[Window]:
         """The newest windows that match, within both limits, oldest first; they travel through the object store."""
-        found = self._windows.pull(heldout=heldout, after_time_s=after_time_s, version=version)[-most:]
+        found = self._windows.pull(heldout=heldout, after_time_s=after_time_s, version=version)
+        found = in_mix(found, mix)[-most:]
         return found if most_positions is None else newest_within(found, most_positions)
 
     def close(self, deadline_s: float) -> None:

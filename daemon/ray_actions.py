@@ -10,6 +10,7 @@ import ray
 from specblock.bandit.actions import (
     CompareReport,
     Focus,
+    Mix,
     ParityReport,
     SwapReport,
     TrainReport,
@@ -54,9 +55,11 @@ class RayActions:
         )
         return report
 
-    def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
+    def compare(
+        self, old_version: str, new_version: str, after_time_s: float | None, mix: Mix | None = None
+    ) -> CompareReport:
         """Paired replay on the held-out side, newer than ``after_time_s``."""
-        windows = self._engine.pull_windows.remote(True, after_time_s, None, HELDOUT_WINDOWS)
+        windows = self._engine.pull_windows.remote(True, after_time_s, None, HELDOUT_WINDOWS, None, mix)
         status: EngineStatus = self._get(self._engine.status.remote())
         cycle_s = (status.draft_s + status.verify_s + status.other_s) / max(1, status.cycles)
         report: CompareReport = self._get(self._trainer.compare.remote(old_version, new_version, windows, cycle_s))

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from specblock.bandit.actions import CompareReport, Focus, ParityReport, SwapReport, TrainReport, WindowSummary
+from specblock.bandit.actions import CompareReport, Focus, Mix, ParityReport, SwapReport, TrainReport, WindowSummary
 from specblock.bandit.config import Arm, CostConfig
 from specblock.bandit.cost import charge_s
 from specblock.bandit.events import AcceptanceEvent
@@ -24,7 +24,14 @@ from specblock.daemon.bench_breakeven_stage import Stage
 from specblock.daemon.demo_fault import DesynchronisedDrafter
 from specblock.daemon.shift_recording import Accepted, Pools
 from specblock.daemon.shift_traffic import ShiftTraffic
-from specblock.daemon.windows import HELDOUT_WINDOWS, PARITY_WINDOWS, TRAIN_WINDOWS, WindowStore, window_summary
+from specblock.daemon.windows import (
+    HELDOUT_WINDOWS,
+    PARITY_WINDOWS,
+    TRAIN_WINDOWS,
+    WindowStore,
+    in_mix,
+    window_summary,
+)
 from specblock.drafter.replay import replay
 
 
@@ -135,9 +142,11 @@ class RecordedWorld:
         self._spend(report.device_s, report.train_s)
         return report
 
-    def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
+    def compare(
+        self, old_version: str, new_version: str, after_time_s: float | None, mix: Mix | None = None
+    ) -> CompareReport:
         """Replays both versions on the newest held-out conversations."""
-        windows = self._store.pull(heldout=True, after_time_s=after_time_s)[-HELDOUT_WINDOWS:]
+        windows = in_mix(self._store.pull(heldout=True, after_time_s=after_time_s), mix)[-HELDOUT_WINDOWS:]
         report = self._bench.trainer.compare(old_version, new_version, windows, self._cycle_s)
         self._spend(report.device_s)
         return report

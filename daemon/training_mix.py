@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -31,7 +32,8 @@ def mixed(windows: Sequence[Window], focus: Mapping[str, Focus]) -> list[Window]
 
     Returns:
         Oldest first; of wanted domains the windows that are ``hardest``, up to ``MOST_REPEATS`` times, the newest first
-        to be repeated; and of all domains the newest that their share of ``REHEARSAL`` has room for (at least one).
+        to be repeated; and of the domains to be rehearsed, or else of all, the newest that their share of ``REHEARSAL``
+        has room for (at least one).
     """
     by_domain: dict[str, list[Window]] = {}
     for window in windows:
@@ -40,10 +42,13 @@ def mixed(windows: Sequence[Window], focus: Mapping[str, Focus]) -> list[Window]
     total = sum(wanted.values())
     if total <= 0:
         return list(windows)
+    kept = {domain: focus[domain].rehearsed if domain in focus else 0.0 for domain in by_domain}
+    # What stays: some domains by their weight, or everything as it came.
+    staying = math.fsum(kept.values())
     chosen: list[Window] = []
     for domain, own in by_domain.items():
         meant_for = (1 - REHEARSAL) * wanted[domain] / total * len(windows)
-        as_they_came = REHEARSAL * len(own)
+        as_they_came = REHEARSAL * (kept[domain] / staying * len(windows) if staying > 0 else len(own))
         hard = hardest(own, focus[domain].part) if wanted[domain] else own
         if len(hard) == len(own):
             chosen += _newest(own, max(1, round(meant_for + as_they_came)))

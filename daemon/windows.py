@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 
-from specblock.bandit.actions import DomainWindows, WindowSummary
+from specblock.bandit.actions import DomainWindows, Mix, WindowSummary
 from specblock.drafter.window import Window
 
 PARITY_WINDOWS, HELDOUT_WINDOWS, TRAIN_WINDOWS = 32, 128, 1024
@@ -45,6 +45,11 @@ class DomainCount:
 def window_summary(counts: Iterable[DomainCount]) -> WindowSummary:
     """The counts as the bandit reads them."""
     return WindowSummary(domains=tuple(DomainWindows(**asdict(count)) for count in counts))
+
+
+def in_mix(windows: list[Window], mix: Mix | None) -> list[Window]:
+    """The windows, oldest first, that a candidate is judged on; without a mix all of them."""
+    return windows if mix is None else [windows[i] for i in mix.chosen([w.domain for w in windows])]
 
 
 class WindowStore:

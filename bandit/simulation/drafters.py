@@ -59,13 +59,16 @@ def training_mix(given: Conversations, num_kinds: int, focus: Mapping[int, Focus
         return np.full(num_kinds, 1 / num_kinds)
     wanted = {d: max(0.0, focus[d].weight) if d in focus else 0.0 for d in np.unique(domain_N).tolist()}
     total = sum(wanted.values())
+    kept = {d: focus[d].rehearsed if d in focus else 0.0 for d in wanted}
+    staying = sum(kept.values())
     for domain, weight in wanted.items():
         own = domain_N == domain
         count = float(own.sum())
+        rehearsed = REHEARSAL * (kept[domain] / staying * len(domain_N) if staying > 0 else count)
         hard = _hardest(given.hardness[own], focus[domain].part) if weight > 0 else np.ones(int(count), dtype=bool)
         of_hard, as_they_came = 0.0, count
         if total > 0:
-            of_hard, as_they_came = (1 - REHEARSAL) * weight / total * len(domain_N), REHEARSAL * count
+            of_hard, as_they_came = (1 - REHEARSAL) * weight / total * len(domain_N), max(1.0, rehearsed)
         if hard.all():  # a conversation repeated too often would only be learned by heart
             of_hard, as_they_came = 0.0, min(of_hard + as_they_came, MOST_REPEATS * count)
         own_K, hard_K = (np.bincount(k, minlength=num_kinds) for k in (kind_N[own], kind_N[own][hard]))

@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
 from specblock.bandit.actions import Focus
 from specblock.bandit.config import Arm, PolicyConfig
 from specblock.bandit.cost import charge_s
+from specblock.bandit.reach import newest_of_each
 from specblock.bandit.simulation.drafters import (
     Conversations,
     Floats,
@@ -80,8 +82,9 @@ class Value:
         self.work_EK, self.mix, self.part_E = _known_traffic(world, epochs, self.focuses)
 
     def focus(self, epoch: int, domain: str) -> dict[str, Focus]:
-        """An update for one domain, and there for the part of it that is new."""
-        return {domain: Focus(weight=1.0, part=float(self.part_E[min(epoch, self.epochs - 1)]))} if domain else {}
+        """An update for one domain, and there for the part of it that is new; the others are rehearsed."""
+        part = float(self.part_E[min(epoch, self.epochs - 1)])
+        return _focus(domain, part, self._world.traffic.domains) if domain else {}
 
     def serve_s(self, epoch: int, levels_XK: Floats, passed_s: float, until_s: float) -> Floats:
         """Device-seconds of serving a part of an epoch."""
@@ -137,6 +140,12 @@ class Value:
         return paid_X, after_XK, last
 
 
+def _focus(domain: str, part: float, domains: Sequence[str]) -> dict[str, Focus]:
+    """An update for one domain that rehearses the others."""
+    others = {name: Focus(weight=0.0, rehearsed=1.0) for name in domains if name != domain}
+    return {domain: Focus(weight=1.0, part=part)} | others
+
+
 def _solve(world: World, arms: list[Arm]) -> Value:
     """Backward induction."""
     value = Value(world, math.ceil((world.traffic.end_s - START_S) / EPOCH_S))
@@ -162,11 +171,16 @@ def _known_traffic(world: World, epochs: int, focuses: tuple[str, ...]) -> tuple
     mixes = {focus: np.zeros((epochs, kinds)) for focus in focuses}
     first, part_E = world.drafters[BASE].cycles.astype(np.float64), np.ones(epochs)
     for epoch in range(epochs):
-        newest = train[: np.searchsorted(epoch_N[train], epoch)][-curves.train_windows :]
+        kept = train[: np.searchsorted(epoch_N[train], epoch)][
+            -round(curves.kept_windows * (1 - curves.heldout_fraction)) :
+        ]
+        names = [traffic.domains[n] for n in traffic.domain[kept]]
+        newest = kept[newest_of_each(names, [1] * len(kept), curves.train_windows)]
         if len(traffic.domains) == 1 and len(newest):
             part_E[epoch] = (traffic.kind[newest] > 0).mean() or 1.0
         for focus, mix_EK in mixes.items():
-            meant = {traffic.domains.index(focus): Focus(weight=1.0, part=float(part_E[epoch]))} if focus else {}
+            wanted = _focus(focus, float(part_E[epoch]), traffic.domains) if focus else {}
+            meant = {traffic.domains.index(name): one for name, one in wanted.items()}
             given = Conversations(domain=traffic.domain[newest], kind=traffic.kind[newest], hardness=first[newest])
             mix_EK[epoch] = training_mix(given, kinds, meant)
     return work_EK, mixes, part_E

@@ -12,6 +12,7 @@ from specblock.bandit.actions import (
     CompareReport,
     DomainWindows,
     Focus,
+    Mix,
     PairedReplay,
     ParityReport,
     ParityRow,
@@ -22,6 +23,7 @@ from specblock.bandit.actions import (
 from specblock.bandit.config import Arm, CostConfig
 from specblock.bandit.cost import charge_s
 from specblock.bandit.events import AcceptanceEvent
+from specblock.bandit.reach import newest_of_each
 from specblock.bandit.simulation.curves import Curves
 from specblock.bandit.simulation.drafters import (
     Conversations,
@@ -120,7 +122,9 @@ class World:
 
     def mix(self, focus: Mapping[str, Focus]) -> Floats:
         """Shares of the kinds of text in the training set of an update that is meant for ``focus``."""
-        traffic, newest = self.traffic, self._kept(heldout=False)[-self.curves.train_windows :]
+        traffic, newest = self.traffic, self._kept(heldout=False)
+        names = [traffic.domains[traffic.domain[n]] for n in newest]
+        newest = newest[newest_of_each(names, [1] * len(newest), self.curves.train_windows)]
         by_index = {traffic.domains.index(name): one for name, one in focus.items() if name in traffic.domains}
         cycles = self.live_cycles[newest].astype(np.float64)
         alike = np.array([f"{traffic.domain[n]} {self.live_version[n]}" for n in newest])
@@ -199,11 +203,15 @@ class World:
             cutoff_time_s=self.now_s,
         )
 
-    def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
+    def compare(
+        self, old_version: str, new_version: str, after_time_s: float | None, mix: Mix | None = None
+    ) -> CompareReport:
         """Cycles of both versions on the newest held-out conversations; what the old one served is known."""
         kept = self._kept(heldout=True)
         if after_time_s is not None:
             kept = kept[self.traffic.time_s[kept] > after_time_s]
+        if mix is not None:
+            kept = kept[mix.chosen([self.traffic.domains[self.traffic.domain[n]] for n in kept])]
         kept = kept[-self.curves.heldout_windows :]
         known_N = np.array([self.live_version[n] == old_version for n in kept], dtype=bool)
         old_N, new_N = self.drafters[old_version].cycles[kept], self.drafters[new_version].cycles[kept]

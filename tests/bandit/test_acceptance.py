@@ -96,7 +96,7 @@ def test_windows_behind_the_newest_are_kept_in_bounded_sums_until_the_version_se
     for _ in range(10 * (OLDER + 5)):
         learn(statistics, EVENT, window_events=10)
     assert len(statistics.recent) == 10 and len(statistics.older) == OLDER
-    assert statistics.older[-2]["greedy|1"].units == 10 and statistics.older[-2]["greedy|1"].y == 240
+    assert statistics.older[-2].strata["greedy|1"].units == 10 and statistics.older[-2].strata["greedy|1"].y == 240
     assert loads(VersionStatistics, dumps(statistics)) == statistics
     statistics.resumed = True
     learn(statistics, EVENT, window_events=10)

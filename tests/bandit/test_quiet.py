@@ -47,9 +47,9 @@ def test_a_look_replays_only_what_no_earlier_look_has_seen(tmp_path: Path) -> No
     looked: list[tuple[float, int]] = []
     compare = world.compare
 
-    def watched(old: str, new: str, after_time_s: float | None) -> CompareReport:
+    def watched(old: str, new: str, after_time_s: float | None, mix: Mix | None = None) -> CompareReport:
         assert after_time_s is not None
-        report = compare(old, new, after_time_s)
+        report = compare(old, new, after_time_s, mix)
         # As good as the old version: the gate can neither pass nor fail it, and looks again.
         looked.append((after_time_s, len(report.rows)))
         return replace(report, rows=tuple(replace(row, cycles_new=row.cycles_old) for row in report.rows))

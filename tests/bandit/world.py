@@ -16,6 +16,7 @@ from specblock.bandit.actions import (
     CompareReport,
     DomainWindows,
     Focus,
+    Mix,
     PairedReplay,
     ParityReport,
     ParityRow,
@@ -178,9 +179,12 @@ class World:
             candidate_version=candidate, positions=positions, train_s=seconds, device_s=seconds, cutoff_time_s=newest
         )
 
-    def compare(self, old_version: str, new_version: str, after_time_s: float | None) -> CompareReport:
+    def compare(
+        self, old_version: str, new_version: str, after_time_s: float | None, mix: Mix | None = None
+    ) -> CompareReport:
         self.calls.append("compare")
         kept = [c for c in self.conversations if c.heldout and (after_time_s is None or c.time_s > after_time_s)]
+        kept = [kept[i] for i in mix.chosen([c.domain for c in kept])] if mix else kept
         rows = tuple(
             PairedReplay(
                 conversation_id=c.conversation_id,
