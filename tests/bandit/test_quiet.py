@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from specblock.bandit.actions import CompareReport, WindowSummary
+from specblock.bandit.actions import CompareReport, Mix, WindowSummary
 from specblock.bandit.context import build_context
 from specblock.bandit.state import BanditState
 from tests.bandit.test_acceptance import EVENT
