@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -114,3 +116,18 @@ def test_costs_are_cycles_times_the_time_of_a_cycle_in_order_of_arrival() -> Non
     assert (first.cost_old_s, first.cost_new_s) == (4.0, 6.0)
     saving = pooled_saving([first, second])
     assert saving.relative == pytest.approx(1 - 8 / 6) and saving.s_per_token == pytest.approx(-2 / 128)
+
+
+def test_a_few_conversations_that_look_bad_by_chance_neither_fail_nor_pass_a_candidate() -> None:
+    """A twentieth may be lost; six conversations that lost 8 % on average with a scatter of 12 % do not show it."""
+    random = np.random.default_rng(12)
+    gains, config = rows(random, 60, 0.3, 0.03), GateConfig()
+    few = rows(random, 6, 0.0, 0.12, "b")
+    off = 0.08 * 64 * SCALE_S - sum(r.cost_new_s - r.cost_old_s for r in few) / len(few)
+    few = [replace(row, cost_new_s=row.cost_new_s + off) for row in few]
+    evidence = judge([*gains, *few], SCALE_S, config)
+    assert evidence.lower > 0 and evidence.verdict == "undecided" and "it may cost 7.8%" in evidence.reason
+    more = rows(random, 60, 0.0, 0.03, "b")
+    assert judge([*gains, *more], SCALE_S, config).verdict == "pass"
+    last = replace(config, max_conversations=66)
+    assert judge([*gains, *few], SCALE_S, last).verdict == "fail", "and it does not pass at the end"

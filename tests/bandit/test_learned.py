@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from specblock.bandit.config import Arm
 from specblock.bandit.cost import Belief
@@ -13,7 +15,14 @@ from specblock.bandit.decision import ArmEvidence, PolicyState, Target
 from specblock.bandit.estimate import LinearEvidence, ShareEvidence
 from specblock.bandit.forecast import complete_value, domain_gain, faded, gate_conversations, gate_outlook, shown_share
 from specblock.bandit.learning import learn_gain, learn_shown
-from specblock.bandit.reach import FOUND, reachable_drop, told_drop, training_focus
+from specblock.bandit.reach import (
+    FOUND,
+    REHEARSAL,
+    newest_of_each,
+    reachable_drop,
+    told_drop,
+    training_focus,
+)
 from tests.bandit.test_policy import CONFIG, CONTEXT, HEAD, checked, saving
 
 TARGET = Target(domain="python", share=1.0, drop=0.3, drop_se=0.02)
@@ -79,6 +88,41 @@ def test_little_is_found_of_a_small_part_and_counting_looks_for_none() -> None:
     assert reachable_drop(counting, replace(TARGET, part=0.25), CONFIG) == pytest.approx(0.25 * 0.3)
     focus = training_focus((replace(tiny, drop=0.0), replace(TARGET, domain="fell", part=0.4)), CONFIG.min_drop)
     assert {name: one.part for name, one in focus.items()} == {TARGET.domain: 1.0, "fell": 0.4}, "noise is no part"
+
+
+def test_what_needs_least_is_rehearsed_most() -> None:
+    fell, fine, other = (
+        replace(TARGET, domain=name, drop=drop, share=share, lasting_s=lasting_s)
+        for name, drop, share, lasting_s in (
+            ("fell", 0.3, 0.9, 10.0),
+            ("fine", 0.0, 0.1, 60.0),
+            ("other", 0.15, 0.0, 60.0),
+        )
+    )
+    focus = training_focus((fell, fine, other), 0.03)
+    assert focus["fell"].rehearsed == 0.0 and focus["fine"].rehearsed == pytest.approx(0.9 * 60.0)
+    assert focus["other"].rehearsed == pytest.approx(0.5 * 60.0)
+    assert training_focus((replace(fine, lasting_s=None), fell), 0.03)["fine"].rehearsed == pytest.approx(0.9 * 0.1)
+    assert training_focus((), 0.03) == {}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), max_size=40),
+    names=st.lists(st.sampled_from("abc"), min_size=40, max_size=40),
+    most=st.integers(1, 400),
+)
+def test_the_newest_of_every_domain_are_trained_on(sizes: list[int], names: list[str], most: int) -> None:
+    domains = names[: len(sizes)]
+    chosen = newest_of_each(domains, sizes, most)
+    assert chosen == sorted(set(chosen)) and bool(chosen) == bool(sizes)
+    assert sum(sizes[i] for i in chosen) <= most or len(chosen) == 1
+    if sum(sizes) <= most:
+        assert len(chosen) == len(sizes)
+    room = REHEARSAL * most / max(len(set(domains)), 1)
+    for name in set(domains):
+        newest = max(i for i, domain in enumerate(domains) if domain == name)
+        assert sizes[newest] > room or newest in chosen, "there is room for the newest of each"
 
 
 def test_what_a_mixture_gained_does_not_make_the_arm_look_bad() -> None:

@@ -38,6 +38,18 @@ def test_a_new_kind_of_text_gets_most_of_the_training_though_it_has_few_windows(
     assert len(repeats) == 20 and max(repeats.values()) <= MOST_REPEATS
 
 
+def test_what_is_rehearsed_is_of_the_kinds_that_need_no_update() -> None:
+    focus = {
+        "cpp": Focus(weight=1.0),
+        "python": Focus(weight=0.0, rehearsed=3.0),
+        "manual": Focus(weight=0.0, rehearsed=1.0),
+    }
+    chosen = mixed(windows(python=30, manual=30, cpp=60), focus)
+    assert len(chosen) == 120 and share(chosen, "cpp") == pytest.approx(1 - REHEARSAL, abs=0.01)
+    assert share(chosen, "python") == pytest.approx(REHEARSAL * 3 / 4, abs=0.01)
+    assert share(chosen, "manual") == pytest.approx(REHEARSAL / 4, abs=0.01)
+
+
 def test_the_newest_are_kept_and_repeated_first() -> None:
     chosen = mixed(windows(python=60, cpp=20), {"cpp": Focus(weight=1.0)})
     kept = sorted({w.time_s for w in chosen if w.domain == "python"})
