@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, WayName
+from specblock.daemon.bench_rows import COST_CHOSEN, PLAIN, TRANSFORMERS, WayName
 from specblock.daemon.bench_ways import Question, Way, engine_way, transformers_way
 from specblock.daemon.collect import Prompt
 from specblock.daemon.cost_profile import profiled_planner
@@ -71,7 +71,7 @@ def ways(target: TargetModel, untouched: TargetModel, found: dict[str, DraftNetw
     drafter = LookupDrafter(_LOOKUP, target.device, target.dtype)
     yield WayName("prompt_lookup", None, "fixed"), engine_way(target, drafter)
     yield (
-        WayName("prompt_lookup", None, "cost_chosen"),
+        WayName("prompt_lookup", None, COST_CHOSEN),
         engine_way(target, drafter, profiled_planner(target, drafter, 1, 0)),
     )
     tuned = tuned_settings()
@@ -89,11 +89,11 @@ def ways(target: TargetModel, untouched: TargetModel, found: dict[str, DraftNetw
         ceiling = replace(LARGEST[kind], noise_scale=best.noise_scale, rank_head=best.rank_head)
         largest = BlockDrafter(network, ceiling)
         planner = profiled_planner(target, largest, slots=1, seed=0)
-        yield WayName(name, True, "cost_chosen"), engine_way(target, largest, planner)
+        yield WayName(name, True, COST_CHOSEN), engine_way(target, largest, planner)
     if "specblock" in found:
         untrained = BlockDrafter(random_network(target, found["specblock"]), LARGEST["specblock"])
         planner = profiled_planner(target, untrained, slots=1, seed=0)
-        yield WayName(RANDOM, True, "cost_chosen"), engine_way(target, untrained, planner)
+        yield WayName(RANDOM, True, COST_CHOSEN), engine_way(target, untrained, planner)
 
 
 def random_network(target: TargetModel, like: DraftNetwork) -> DraftNetwork:

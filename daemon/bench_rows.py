@@ -22,6 +22,7 @@ class WayName:
     tree: str | None = None
 
 
+COST_CHOSEN = "cost_chosen"
 PLAIN = WayName("plain")
 TRANSFORMERS = WayName("transformers_generate")
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from specblock.daemon import bench_rivals as rivals
-from specblock.daemon.bench_rows import PLAIN, TRANSFORMERS, Row, WayName, make_row
+from specblock.daemon.bench_rows import COST_CHOSEN, PLAIN, TRANSFORMERS, Row, WayName, make_row
 from specblock.daemon.bench_ways import Question, Run, Way
 from specblock.daemon.collect import Prompt, read_prompts
 from specblock.daemon.errors import ConfigError
@@ -29,6 +29,8 @@ from specblock.drafter.precision import number_format
 DOMAINS = ("python", "cpp", "javascript", "manual")
 ALL = "all"
 SEED = 1000
+LEARNING_PROMPTS = 6
+"""Per kind of text, answered uncounted before the first counted one where tree sizes are chosen by what was learned."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +82,8 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
         for domain in DOMAINS:
             prompts = read_prompts(settings.prompts / f"{domain}.jsonl")
             count = min(settings.per_domain, len(prompts) - 1)
-            by_domain[domain] = interleaved(ways, prompts[-count:], how, warm_up=prompts[0])
+            others = prompts[:-count]
+            by_domain[domain] = interleaved(ways, prompts[-count:], how, others[0], others[:LEARNING_PROMPTS])
             say(f"temperature {temperature}: {domain} done")
         pooled = {name: [r for runs in by_domain.values() for r in runs[name]] for name in ways}
         for domain, runs in {**by_domain, ALL: pooled}.items():
@@ -118,13 +121,18 @@ def asked_for(ways: dict[WayName, Way], drafters: Sequence[str]) -> dict[WayName
 
 
 def interleaved(
-    ways: dict[WayName, Way], prompts: Sequence[Prompt], how: Question, warm_up: Prompt
+    ways: dict[WayName, Way], prompts: Sequence[Prompt], how: Question, warm_up: Prompt, learning: Sequence[Prompt] = ()
 ) -> dict[WayName, list[Run]]:
-    """Every way's run of every prompt, in an order drawn anew for every prompt, after one uncounted ``warm_up``."""
+    """Every way's run of every prompt, in an order drawn anew for every prompt, after one uncounted ``warm_up``.
+
+    ``learning``: prompts that cost-chosen ways answer instead, uncounted too. A daemon runs for months; what its
+    planner does in its first minute, when it tries much, is not how fast it is.
+    """
     results: dict[WayName, list[Run]] = {name: [] for name in ways}
     order, rng = list(ways), Random(SEED)
-    for way in ways.values():
-        way(warm_up, how, 1)
+    for name, way in ways.items():
+        for number, prompt in enumerate(learning if name.tree == COST_CHOSEN and learning else [warm_up], start=1):
+            way(prompt, how, number)
     for index, prompt in enumerate(prompts):
         rng.shuffle(order)
         for name in order:

@@ -119,6 +119,24 @@ def test_every_way_answers_every_prompt_once_after_a_warm_up() -> None:
     assert [text for text, _ in asked["a"][1:]] == ["0", "1", "2", "3", "4"]
 
 
+def test_a_planner_learns_before_what_is_counted() -> None:
+    asked: dict[str, list[str]] = {"fixed": [], "cost_chosen": []}
+
+    def way(tree: str):  # type: ignore[no-untyped-def]
+        def answer(prompt: Prompt, how: Question, seed: int) -> Run:
+            asked[tree].append(prompt.text)
+            return a_run([1, 1], 1.0)
+
+        return answer
+
+    how, counted = Question(temperature=1.0, top_p=0.95, new_tokens=2), [Prompt("python", "counted")]
+    before = [Prompt("python", f"before {i}") for i in range(3)]
+    names = {WayName("a", True, tree): way(tree) for tree in asked}
+    results = interleaved(names, counted, how, before[0], before)
+    assert asked == {"fixed": ["before 0", "counted"], "cost_chosen": ["before 0", "before 1", "before 2", "counted"]}
+    assert all(len(runs) == 1 for runs in results.values())
+
+
 def test_some_drafters_can_be_asked_for_and_what_ratios_are_to_stays() -> None:
     names = [
         PLAIN,
