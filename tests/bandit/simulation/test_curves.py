@@ -21,11 +21,11 @@ CPP = np.array([0.0, 1.0, 0.0])
 
 def test_the_demo_numbers_are_those_of_its_runs() -> None:
     full = after_update(KNOWN.base, "full", 1.0, CPP, 1.0, CURVES, KNOWN)
-    assert full[1] == pytest.approx(2.00, abs=0.01), "breakeven: 1.68 to 2.00"
+    assert full[1] == pytest.approx(2.05, abs=0.01), "breakeven: 1.68 to 2.05"
     lost = 1 - full[2] / KNOWN.base[2]
-    assert lost == pytest.approx(0.02, abs=1e-6), "what updates for cpp cost python"
+    assert lost == pytest.approx(0.005, abs=1e-6), "what updates for cpp cost python"
     head = after_update(KNOWN.base, "head", 1.0, CPP, 1.0, CURVES, KNOWN)
-    assert head[1] == pytest.approx(1.81, abs=0.01), "breakeven: 1.68 to 1.81"
+    assert head[1] == pytest.approx(1.84, abs=0.01), "breakeven: 1.68 to 1.84"
     assert 0.5 < CURVES.progress(0.2) < 0.6, "breakeven: what trials of a fifth of the steps showed"
     assert CURVES.progress(0.0) == 0.0 and CURVES.progress(1.0) == pytest.approx(1.0)
     assert {"kinds", "arms.full", "arms.head", "cycle_s", "replay_s_per_token"} <= set(CURVES.origin)
@@ -44,7 +44,7 @@ def test_repeated_updates_saturate_and_forget_no_further_than_the_floor() -> Non
 def test_an_update_on_other_text_helps_in_proportion() -> None:
     half = after_update(KNOWN.base, "full", 1.0, np.array([0.5, 0.5, 0.0]), 1.0, CURVES, KNOWN)
     none = after_update(KNOWN.base, "full", 1.0, np.array([1.0, 0.0, 0.0]), 1.0, CURVES, KNOWN)
-    assert none[1] < KNOWN.base[1] < half[1] < 1.98
+    assert none[1] < KNOWN.base[1] < half[1] < 2.02
     assert (after_update(KNOWN.base, "full", 0.0, CPP, 1.0, CURVES, KNOWN) == KNOWN.base).all()
 
 
