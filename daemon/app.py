@@ -313,13 +313,14 @@ def bench_simulate(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of every scenario.")] = 1,
     hours: Annotated[float, typer.Option(min=0.1, max=48.0, help="Simulated hours of a run.")] = 2.0,
     curves: Annotated[Path | None, typer.Option(help="JSON with fitted numbers; default: the demo models'.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share the runs.")] = len(os.sched_getaffinity(0)),
     as_json: AsJson = False,
 ) -> int:
     """Compare the decision rule with simpler ones and an oracle on modelled drifting traffic."""
     from specblock.daemon import bench_simulate as simulation
 
     settings = simulation.SimulateSettings(
-        config=config, scenarios=tuple(scenario or ()), seeds=seeds, hours=hours, curves=curves
+        config=config, scenarios=tuple(scenario or ()), seeds=seeds, hours=hours, curves=curves, jobs=jobs
     )
     return simulation.run(settings, as_json, progress(as_json))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 from specblock.bandit.simulation.calibration import Calibration, calibration
@@ -19,6 +21,8 @@ from specblock.daemon.config_loader import load_config
 from specblock.daemon.errors import ConfigError, ExitCode
 
 Show = Callable[[str], None]
+Run = tuple[Scenario, str, int, Settings]
+"""Scenario, policy, seed, and the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +35,7 @@ class SimulateSettings:
         seeds: runs of each scenario, seeds 0, 1, ...
         curves: JSON with fitted numbers; None: those of the demo models.
         hours: simulated length of a run.
+        jobs: processes that share the runs; what comes out does not depend on it.
     """
 
     config: Path
@@ -38,6 +43,7 @@ class SimulateSettings:
     seeds: int = 1
     curves: Path | None = None
     hours: float = 2.0
+    jobs: int = 1
 
 
 def run(settings: SimulateSettings, as_json: bool, show: Show) -> int:
@@ -54,7 +60,8 @@ def run(settings: SimulateSettings, as_json: bool, show: Show) -> int:
         names = tuple(policies(chosen))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    outcomes = [one for scenario in scenarios for one in _all(scenario, names, settings.seeds, chosen, show)]
+    runs = [(s, name, seed, chosen) for s in scenarios for seed in range(settings.seeds) for name in names]
+    outcomes = _all(runs, settings.jobs, show)
     table = rows(outcomes)
     found = calibration([z for outcome in outcomes if outcome.policy == COST_AWARE for z in outcome.surprises])
     if as_json:
@@ -97,15 +104,25 @@ def calibration_line(found: Calibration | None) -> str:
     )
 
 
-def _all(scenario: Scenario, names: Sequence[str], seeds: int, settings: Settings, show: Show) -> list[Outcome]:
-    """Every policy in one scenario, seed by seed."""
-    show(f"{scenario.name}: {scenario.about}")
-    found = []
-    for seed in range(seeds):
-        for name in names:
-            with tempfile.TemporaryDirectory(prefix="specblock-simulate-") as directory:
-                found.append(simulate(scenario, name, seed, settings, Path(directory)))
-    return found
+def _all(runs: Sequence[Run], jobs: int, show: Show) -> list[Outcome]:
+    """Every run, in the order given; each scenario is named when its first run begins, or all at once."""
+    if jobs == 1:
+        found = []
+        for number, run_ in enumerate(runs):
+            if number == 0 or run_[0] != runs[number - 1][0]:
+                show(f"{run_[0].name}: {run_[0].about}")
+            found.append(_one(run_))
+        return found
+    for scenario in dict.fromkeys(run_[0] for run_ in runs):
+        show(f"{scenario.name}: {scenario.about}")
+    # A fresh interpreter each: forking would copy the threads' locks that numpy's libraries hold.
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(_one, runs))
+
+
+def _one(run_: Run) -> Outcome:
+    with tempfile.TemporaryDirectory(prefix="specblock-simulate-") as directory:
+        return simulate(*run_, Path(directory))
 
 
 def _curves(path: Path | None) -> Curves:

@@ -83,3 +83,12 @@ def test_an_unknown_scenario_or_arm_is_one_line(policy: str, tmp_path: Path) -> 
     other.write_text(POLICY + "adaptation: {arms: [{name: tiny, patterns: ['*'], steps: 1, learning_rate: 0.1}]}\n")
     code, _, err = run("-c", str(other))
     assert code == ExitCode.CONFIG and "'tiny' has no learning curve" in err and len(err.splitlines()) == 1
+
+
+def test_processes_share_the_runs_and_change_nothing(policy: str) -> None:
+    found = []
+    for jobs in ("1", "2"):
+        code, out, err = run("-c", policy, "--scenario", "abrupt", "--hours", "0.1", "--jobs", jobs, "--json")
+        assert code == ExitCode.OK, err
+        found.append(json.loads(out))
+    assert found[0]["outcomes"] and found[0] == found[1]
