@@ -78,7 +78,8 @@ def load_drafter(
     if target_fingerprint and config.target_fingerprint and config.target_fingerprint != target_fingerprint:
         raise ValueError(
             f"drafter {directory} was trained on target {config.target_fingerprint}, this target is "
-            f"{target_fingerprint}: train a drafter for it with `specblockd train`"
+            f"{target_fingerprint} (weights, vocabulary or chat template differ): train a drafter for it with "
+            "`specblockd train`"
         )
     if feature_layers and config.feature_layers and config.feature_layers != feature_layers:
         raise ValueError(

@@ -106,7 +106,8 @@ def eos_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 def fingerprint(model: Any, tokenizer: Any) -> str:
     """Sixteen hex digits that change when a drafter trained for this target would no longer fit it.
 
-    The weight sample is rounded to bfloat16 first, so the same checkpoint opened in another precision is the same.
+    The weight sample is rounded to bfloat16 first, so the same checkpoint opened in another precision is the same. Of
+    the tokenizer the vocabulary counts, and the chat template, if it has one: other roles and markers are other text.
     """
     digest = hashlib.sha256()
     identity = {name: getattr(model.config, name, None) for name in _IDENTITY_FIELDS}
@@ -120,4 +121,6 @@ def fingerprint(model: Any, tokenizer: Any) -> str:
         digest.update(sample.detach().to("cpu", torch.bfloat16).to(torch.float32).numpy().tobytes())
     if tokenizer is not None:
         digest.update(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
+        if template := getattr(tokenizer, "chat_template", None):
+            digest.update(json.dumps(template, sort_keys=True).encode())
     return digest.hexdigest()[:16]

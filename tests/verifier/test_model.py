@@ -177,6 +177,16 @@ def test_fingerprint_identifies_the_target():
     assert tiny_target("qwen3").fingerprint != tiny_target().fingerprint
 
 
+def test_another_chat_template_is_another_target():
+    source, tokenizer = tiny_hf_model(), byte_tokenizer()
+    without = TargetModel.from_model(source, tokenizer).fingerprint
+    tokenizer.chat_template = "{{ messages }}"
+    one = TargetModel.from_model(source, tokenizer).fingerprint
+    tokenizer.chat_template = "{{ messages }}!"
+    other = TargetModel.from_model(source, tokenizer).fingerprint
+    assert len({without, one, other}) == 3
+
+
 SMALL = {
     "vocab_size": 96,
     "hidden_size": 32,
