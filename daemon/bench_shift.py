@@ -24,7 +24,8 @@ from specblock.daemon.config import DaemonConfig
 from specblock.daemon.errors import ConfigError
 from specblock.daemon.facts import facts
 from specblock.daemon.shift_curves import curves
-from specblock.daemon.shift_policies import STATIC, Builder, policies, small_policies
+from specblock.daemon.shift_live import LivePhase, live_lines, live_rows
+from specblock.daemon.shift_policies import COST_AWARE, STATIC, Builder, policies, small_policies
 from specblock.daemon.shift_recording import Pools, record, requests_per_s
 from specblock.daemon.shift_rows import PolicyRun, ShiftRow, lines, shift_rows
 from specblock.daemon.shift_traffic import PhasePlan, ShiftTraffic, make_shift
@@ -54,6 +55,7 @@ class ShiftSettings:
         hours: simulated length of a phase.
         busy: share of the device's time that serving takes with the base drafter.
         seeds: runs, with traffic of their own.
+        live: conversations of every phase that are served live, too, for static and cost_aware; 0 for none.
         out: directory for the JSON and the page; None writes neither.
     """
 
@@ -65,6 +67,7 @@ class ShiftSettings:
     hours: float = 2.0
     busy: float = 0.65
     seeds: int = 1
+    live: int = 64
     out: Path | None = None
 
 
@@ -103,24 +106,34 @@ def run(settings: ShiftSettings, small: bool, as_json: bool, say: Say) -> int:
         if any(set(own.phase.tolist()) != set(range(len(phases))) for own in traffic.values()):
             raise ConfigError("a phase has no request at all: longer --hours, or a larger --busy")
         say(f"{rate:.2f} requests a second, {requests} in each phase of {settings.hours:g} h: {', '.join(phases)}")
-        runs = []
+        runs: list[PolicyRun] = []
+        live: dict[tuple[str, int], tuple[Sequence[LivePhase], float]] = {}
         for seed, own in traffic.items():
             for name in names:
                 bench = Stage(config, rules, sizes, Path(state) / f"{name}-{seed}")
                 try:
-                    world = RecordedWorld(bench, pools, own, rules.cost, cycle_s)
+                    served = settings.live if name in (STATIC, COST_AWARE) and settings.story != "fault" else 0
+                    world = RecordedWorld(bench, pools, own, rules.cost, cycle_s, served)
                     runs.append(_one(name, seed, builders[name], world, Path(state) / f"{name}-{seed}-bandit"))
                 finally:
                     bench.host.close()
+                if world.live_phases:
+                    live[name, seed] = (world.live_phases, world.charged_s)
                 say(_line(runs[-1]))
+    compared = live_rows(live, traffic, STATIC)
     result = _result(settings, phases, runs, traffic, known | {"cycle_s": cycle_s, "requests_per_s": rate})
+    result["live"] = [asdict(row) for row in compared]
+    result["live_phases"] = [
+        {"policy": name, "seed": seed} | asdict(one) for (name, seed), (own, _) in live.items() for one in own
+    ]
     if settings.out is not None:
         from specblock.daemon.shift_report import write_shift_report
 
         settings.out.mkdir(parents=True, exist_ok=True)
         (settings.out / f"{settings.story}.json").write_text(json.dumps(result, indent=2) + "\n")
         say(f"page: {write_shift_report(settings.out / f'{settings.story}.html', result)}")
-    for line in [json.dumps(result, indent=2)] if as_json else _table(shift_rows(runs, traffic, STATIC)):
+    words = [*_table(shift_rows(runs, traffic, STATIC)), *live_lines(compared)]
+    for line in [json.dumps(result, indent=2)] if as_json else words:
         say(line)
     return 0
 

@@ -113,6 +113,45 @@ def collect(
                     domain=prompt.domain,
                 )
             )
+    yield from _served(engine, keeper)
+
+
+def served_again(
+    target: TargetModel,
+    windows: Sequence[Window],
+    slots: int,
+    clock: Clock,
+    drafter: AnyDrafter | None,
+    drafter_version: str,
+) -> Iterator[tuple[Window, RequestStats]]:
+    """Answers the prompts of recorded conversations as then, with their seeds, and yields them as they finish.
+
+    Args:
+        target: the target model that answered.
+        windows: whole conversations.
+        slots: requests decoded together.
+        clock: seconds.
+        drafter: drafts if given; the text is the same either way.
+        drafter_version: recorded in the new windows.
+    """
+    settings = CollectSettings(max_tokens=max(w.num_generated for w in windows), slots=slots, heldout=True)
+    keeper = _Keeper(clock, settings)
+    sizes = EngineSettings(slots=slots, capacity_tokens=max(w.tokens.shape[0] for w in windows))
+    engine = Engine(target, drafter, sizes, clock, keeper, drafter_version)
+    for window in windows:
+        engine.submit(
+            GenerationRequest(
+                request_id=window.conversation_id,
+                prompt_tokens=tuple(window.tokens[: window.prompt_tokens].tolist()),
+                sampling=window.sampling,
+                max_tokens=window.num_generated,
+                domain=window.domain,
+            )
+        )
+    yield from _served(engine, keeper)
+
+
+def _served(engine: Engine, keeper: _Keeper) -> Iterator[tuple[Window, RequestStats]]:
     while not engine.idle:
         engine.step()
         yield from keeper.done

@@ -35,6 +35,7 @@ def shift_command(story: str) -> Callable[..., int]:
         conversations: Annotated[int | None, typer.Option(min=2, help="Per kind to train on; default 512.")] = None,
         heldout: Annotated[int | None, typer.Option(min=2, help="Per kind to serve and judge by; default 512.")] = None,
         tokens: Annotated[int | None, typer.Option(min=16, help="Per conversation; default 64.")] = None,
+        live: Annotated[int, typer.Option(min=0, help="Conversations of every phase to serve live, too.")] = 64,
         out: Annotated[Path | None, typer.Option(help="Directory for the JSON.")] = None,
         as_json: AsJson = False,
     ) -> int:
@@ -53,6 +54,7 @@ def shift_command(story: str) -> Callable[..., int]:
             hours=hours,
             busy=busy,
             seeds=seeds,
+            live=live,
             out=out,
         )
         return bench.run(settings, small, as_json, progress(as_json))

@@ -22,6 +22,7 @@ from specblock.bandit.simulation.world import DRAFT_SHARE
 from specblock.daemon.actors import newest_within, window_limits
 from specblock.daemon.bench_breakeven_stage import Stage
 from specblock.daemon.demo_fault import DesynchronisedDrafter
+from specblock.daemon.shift_live import LivePhase, live_phase
 from specblock.daemon.shift_recording import Accepted, Pools
 from specblock.daemon.shift_traffic import ShiftTraffic
 from specblock.daemon.windows import (
@@ -44,6 +45,7 @@ class RecordedWorld:
         traffic: every request of the run.
         cost: prices, the policy's own; applied to what was really used.
         cycle_s: device-seconds of one cycle of one request.
+        live: conversations served live at the end of every phase, see ``shift_live``; nobody pays for that.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class RecordedWorld:
         traffic: ShiftTraffic,
         cost: CostConfig,
         cycle_s: float,
+        live: int = 0,
     ) -> None:
         self._bench, self._pools, self.traffic, self._cost, self._cycle_s = bench, pools, traffic, cost, cycle_s
         self._store = WindowStore(window_limits(bench.config), lambda: self.now_s)
@@ -72,6 +75,7 @@ class RecordedWorld:
         self.promoted_s: list[float] = []
         self._versions: list[str] = []
         self._accepted: list[Accepted] = []
+        self._live, self.live_phases = live, list[LivePhase]()
         self.on_request: Callable[[int], None] = lambda number: None
 
     @property
@@ -84,6 +88,9 @@ class RecordedWorld:
         first, until = self.served, int(np.searchsorted(self.traffic.time_s, now_s))
         for number in range(first, until):
             self._serve(number)
+            last = number + 1 == len(self.traffic.phase)
+            if self._live and (last or self.traffic.phase[number + 1] != self.traffic.phase[number]):
+                self._serve_live(number)
         self.now_s, self.served = now_s, until
         for number in range(first, until):
             self.on_request(number)
@@ -204,6 +211,15 @@ class RecordedWorld:
         else:
             other = self._pools.train[domain][kept]
             self._store.add(replace(other, time_s=time_s, drafter_version="", accepted=(), plans=()))
+
+    def _serve_live(self, last: int) -> None:
+        """What the version that serves now takes for some of the phase that ends with the request ``last``."""
+        phase, domain = int(self.traffic.phase[last]), self._domain(last)
+        mine = self.traffic.served[: last + 1][self.traffic.phase[: last + 1] == phase]
+        chosen = list(dict.fromkeys(mine[::-1].tolist()))[: self._live]
+        windows, walked = self._pools.heldout[domain], self._walk(domain, broken=False)
+        found = [windows[n] for n in chosen], [walked[n] for n in chosen]
+        self.live_phases.append(live_phase(self._bench, phase, self._serving, *found, self._cycle_s))
 
     def _walk(self, domain: str, broken: bool) -> Sequence[Accepted]:
         """Accepted drafts of what serves now on every held-out conversation of a domain."""

@@ -22,6 +22,7 @@ from specblock.daemon.cli_replay import rule
 from specblock.daemon.config import DaemonConfig
 from specblock.daemon.config_loader import load_config
 from specblock.daemon.shift_curves import curves
+from specblock.daemon.shift_live import LivePhase, live_lines, live_rows
 from specblock.daemon.shift_recording import Pools, record, requests_per_s
 from specblock.daemon.shift_rows import PolicyRun, lines, shift_rows
 from specblock.daemon.shift_traffic import PhasePlan, ShiftTraffic, make_shift
@@ -153,6 +154,39 @@ def test_policies_are_driven_through_the_same_traffic(bench: Stage, pools: Pools
     assert idle.tokens == tokens
 
 
+def test_live_runs_accept_what_the_replay_says(bench: Stage, pools: Pools, rules: PolicyConfig) -> None:
+    plan = replace(PLAN, domains=("python", "python"), phase_s=100.0)
+    count = {"python": len(pools.heldout["python"])}
+    traffic = make_shift(plan, count, {"python": len(pools.train["python"])})
+    world = RecordedWorld(bench, pools, traffic, rules.cost, CYCLE_S, live=8)
+    drive(world, EveryN(world, rules, "head", 30), 20.0)
+    assert [one.phase for one in world.live_phases] == [0, 1]
+    first, second = world.live_phases
+    assert first.conversations == second.conversations == traffic.num_served[0] and first.tokens == second.tokens
+    assert second.version == world.serving_version() != bench.base
+    assert first.differ == second.differ == 0 and min(first.live_s, second.live_s) > 0
+    mine = world.request_s[traffic.phase == 1], traffic.served[traffic.phase == 1]
+    newest = {int(n): float(s) for s, n in zip(*mine, strict=True)}
+    assert second.replayed_s == pytest.approx(sum(newest.values()), rel=0.01)
+
+
+def test_live_and_replay_are_compared_with_every_cost_charged() -> None:
+    traffic = make_shift(PLAN, {"a": 14, "b": 8}, {"a": 5, "b": 2})
+    count = len(traffic.time_s)
+
+    def phases(live_s: float, replayed_s: float) -> list[LivePhase]:
+        same = {"domain": "a", "version": "v", "conversations": 2, "tokens": 20, "differ": 1}
+        return [LivePhase(phase=n, live_s=live_s, replayed_s=replayed_s, **same) for n in range(3)]
+
+    measured = {("static", 0): (phases(4.0, 2.0), 0.0), ("cost_aware", 0): (phases(2.0, 1.0), count * 0.1)}
+    idle, own = live_rows(measured, {0: traffic}, "static")
+    assert (idle.ratio, idle.replayed_ratio) == (1.0, 1.0) and own.differ == 3
+    assert own.ratio == pytest.approx(2.0 / 1.1) and own.replayed_ratio == pytest.approx(1.0 / 0.6)
+    assert own.s_per_token == pytest.approx(0.1) and own.replayed_s_per_token == pytest.approx(0.05)
+    [_, line] = live_lines([idle, own])
+    assert "1.818 x static, by replay 1.667 (+9.1%)" in line and "3 of 6" in line
+
+
 def test_arrivals_keep_the_device_as_busy_as_asked(pools: Pools) -> None:
     per_request_s = CYCLE_S * np.mean([len(accepted) for accepted in pools.base["python"]])
     assert requests_per_s(pools, CYCLE_S, 0.5) * per_request_s == pytest.approx(0.5)
@@ -239,6 +273,7 @@ def test_the_command_writes_figures_and_page(prompts: Path, tmp_path: Path) -> N
     assert [row["policy"] for row in result["rows"]] == ["static", "dual_ema", "oracle"]
     assert result["rows"][0]["ratio_to_static"] == 1.0 and result["facts"]["phase_hours"] == 0.05
     assert result["rows"][0]["net_tokens_per_s"] > 0 and len(result["curves"]) == 2
+    assert [row["policy"] for row in result["live"]] == ["static"] and result["live"][0]["differ"] == 0
     page = (tmp_path / "shift.html").read_text()
     assert "<svg" in page and "dual_ema" in page and "http" not in page.split("<svg")[0]
 
