@@ -274,7 +274,11 @@ class DomainStatistics:
         self.device_s.add(event.device_s, event.time_s, config.rate_half_life_s)
         if event.flagged or event.cycles == 0:
             return
-        version = self.versions.setdefault(event.drafter_version, VersionStatistics())
+        if event.drafter_version not in self.versions:
+            self.versions[event.drafter_version] = VersionStatistics()
+            for other in self.versions.values():  # only of what serves a slow drift is of interest
+                other.oldest.clear()
+        version = self.versions[event.drafter_version]
         self.changes += version.learn(event, config, detector)
         if len(self.versions) > config.max_versions:
             oldest = min(self.versions, key=lambda name: (self.versions[name].last_time_s, name))

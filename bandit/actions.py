@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from specblock.bandit.config import Arm
@@ -126,10 +126,12 @@ class Mix:
     Attributes:
         meant: domains that it is made for.
         others: most conversations of other domains for each of these.
+        owed: such that earlier looks were entitled to and did not take; below 0: that they took too many of.
     """
 
     meant: tuple[str, ...]
     others: float
+    owed: float = 0.0
 
     def chosen(self, domains: Sequence[str]) -> list[int]:
         """Positions of the conversations to take, of such domains, oldest first; of the others the newest.
@@ -138,7 +140,13 @@ class Mix:
         """
         meant = {i for i, domain in enumerate(domains) if domain in self.meant}
         others = [i for i in range(len(domains)) if i not in meant]
-        return sorted(meant | set(others[len(others) - min(math.floor(self.others * len(meant)), len(others)) :]))
+        room = max(0, math.floor(self.owed + self.others * len(meant)))
+        return sorted(meant | set(others[len(others) - min(room, len(others)) :]))
+
+    def after(self, domains: Sequence[str]) -> Mix:
+        """The mix of the next look, ``domains`` being those of all conversations that were taken so far."""
+        taken = sum(domain in self.meant for domain in domains)
+        return replace(self, owed=self.others * taken - (len(domains) - taken))
 
 
 class Actions(Protocol):

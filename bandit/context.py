@@ -75,6 +75,16 @@ def watch_presence(state: BanditState, now_s: float, config: PolicyConfig) -> No
         state.presence[name] = state.presence.get(name, Presence()).watched(flow[name] / total, passed_s)
 
 
+def expected_s(state: BanditState, now_s: float, config: PolicyConfig) -> dict[str, float]:
+    """Seconds of traffic that every known domain is expected to have within the horizon, in seconds of all traffic."""
+    flow = _flow(state, now_s, config)
+    total = math.fsum(flow.values())
+    return {
+        name: state.presence.get(name, Presence(there=True)).lasting_s(per_s / total, config.horizon)
+        for name, per_s in sorted(flow.items())
+    }
+
+
 def _flow(state: BanditState, now_s: float, config: PolicyConfig) -> dict[str, float]:
     """Recent device-seconds per second of every domain."""
     half_life_s = config.statistics.rate_half_life_s

@@ -26,12 +26,16 @@ class Belief:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DomainGain:
-    """Expected relative saving of device-seconds per token in one domain."""
+    """Expected relative saving of device-seconds per token in one domain.
+
+    ``growth``: what the gain is on average within the horizon, in gains of now.
+    """
 
     domain: str
     share: float
     mean: float
     sd: float
+    growth: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +125,11 @@ def _paid_back_s(gain_rate: float, cost: float, lasting_s: float) -> float | Non
     return cost / gain_rate if gain_rate > 0 and cost < gain_rate * lasting_s else None
 
 
+def growing_gain(domains: Iterable[DomainGain]) -> Belief:
+    """The same over the horizon: drops that grow make the gains grow that are in proportion to them."""
+    return pooled_gain(replace(d, share=d.growth * d.share) for d in domains)
+
+
 def pooled_gain(domains: Iterable[DomainGain]) -> Belief:
     """Traffic-weighted gain. One candidate moves all domains together, so the deviations add up."""
     gains = tuple(domains)
@@ -180,10 +189,10 @@ def net_value(
     ``lasting_s``, where known, is what the domains' traffic adds up to within the horizon, and their shares are shares
     of it; otherwise the whole of traffic lasts as long as ``hazard_per_s`` lets it.
     """
-    gain = pooled_gain(domains)
+    gain, lasting = pooled_gain(domains), growing_gain(domains)
     worth_s = horizon_value_s(hazard_per_s, horizon) if lasting_s is None else lasting_s
     seconds = busy_devices * worth_s
-    benefit, benefit_sd = gain.mean * seconds, gain.sd * seconds
+    benefit, benefit_sd = lasting.mean * seconds, lasting.sd * seconds
     trained = cost.price + cost.interference
     total = trained * (terms.train.mean + terms.probe.mean) + cost.price * terms.score.mean
     total += cost.serving_devices * terms.stall.mean
@@ -209,9 +218,9 @@ def net_value(
         net=net,
         net_sd=net_sd,
         net_lower=net - z * net_sd,
-        break_even_s=break_even_s(gain.mean * busy_devices, total, hazard_per_s, horizon)
+        break_even_s=break_even_s(lasting.mean * busy_devices, total, hazard_per_s, horizon)
         if lasting_s is None
-        else _paid_back_s(gain.mean * busy_devices, total, worth_s),
+        else _paid_back_s(lasting.mean * busy_devices, total, worth_s),
         domains=domains,
     )
 

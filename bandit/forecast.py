@@ -29,7 +29,7 @@ from specblock.bandit.estimate import GAIN_LUCK, GAIN_NOISE_SD, WHOLE, LinearPri
 from specblock.bandit.gate import Saving
 from specblock.bandit.intervals import one_sided_z
 from specblock.bandit.past import best_past, past_gain
-from specblock.bandit.reach import reachable_drop, targets
+from specblock.bandit.reach import reachable_drop, targets, told_drop
 from specblock.bandit.trend import growth
 
 PAIRED_SD = 0.09
@@ -161,7 +161,7 @@ def gate_outlook(value: NetValue, saving: Saving, state: PolicyState, config: Po
         before = believed.get(name)
         after = update_belief(before, found.saving, found.se) if before else Belief(mean=found.saving, sd=found.se)
         believed[name] = after
-    gain = math.fsum(domain.share * believed[domain.domain].mean for domain in value.domains)
+    gain = math.fsum(domain.growth * domain.share * believed[domain.domain].mean for domain in value.domains)
     # Only a saving on the conversations as they arrive can pass, and only one that the last look could still tell.
     parts = [(found.conversations, believed[name]) for name, found in measured.items()]
     # Where every kind of text was seen but once, only all together say anything.
@@ -223,7 +223,8 @@ def _value(
     # What is restored for the text of now serves until other text comes: then something else may be restored.
     lasting = tuple(target.staying_s if arm.restores else target.lasting_s for target in reached)
     # What it is trained for grows, what was made for it once does not.
-    growing = tuple(0.0 if arm.restores else target.growing_s for target in reached)
+    grows = tuple(not arm.restores and target.there and told_drop(target, config) > 0 for target in reached)
+    growing = tuple(target.growing_s if yes else 0.0 for target, yes in zip(reached, grows, strict=True))
     lasting_s, gains = _lasting(gains, lasting, growing, config)
     terms = CostTerms(
         train=train_s(arm, 1 - config.probe_fraction, state, config),
@@ -258,5 +259,5 @@ def _lasting(
     shared = []
     for gain, one_s, drop_s in zip(gains, known, growing, strict=True):
         grown = growth(drop_s, one_s / gain.share if gain.share > 0 else 0.0)
-        shared.append(replace(gain, share=grown * one_s / total_s))
+        shared.append(replace(gain, share=one_s / total_s, growth=grown))
     return min(total_s, horizon_value_s(0.0, config.horizon)), tuple(shared)

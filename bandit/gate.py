@@ -32,6 +32,8 @@ GRID = 401
 FIRST_SD = 0.15
 """Scatter of the units that the first bets assume. Any value keeps the error below ``alpha``; one near what drafters
 show (0.09) wins its evidence in a third of the conversations that the widest possible scatter would take."""
+SHOWN_Z, DOUBT_Z = one_sided_z(0.95), one_sided_z(0.8)
+"""Standard errors by which a domain's loss must be above ``max_domain_loss`` to end it, and below it to pass."""
 MAX_BET = 0.75
 """Share of the wealth that one conversation may cost."""
 
@@ -167,22 +169,25 @@ def judge(rows: Sequence[GateRow], scale_s: float, config: GateConfig) -> GateEv
 def _verdict(
     count: int, low: float, high: float, domains: Iterable[DomainSaving], config: GateConfig
 ) -> tuple[GateVerdict, str]:
-    z, doubt = one_sided_z(0.95), ""
+    loses = doubt = ""
     for domain in domains:
-        if -domain.saving <= config.max_domain_loss or domain.conversations < config.domain_min_conversations:
+        if domain.conversations < config.domain_min_conversations:
             continue
-        words = f"cost {-domain.saving:.1%} more per token in domain {domain.domain}"
-        if -domain.saving - z * domain.se > config.max_domain_loss:
+        loss, words = -domain.saving, f"cost {-domain.saving:.1%} more per token in domain {domain.domain}"
+        if loss - SHOWN_Z * domain.se > config.max_domain_loss:
             return "fail", f"it would {words}"
-        # A dozen conversations may look that bad by chance. It does not pass as long as they do.
-        doubt = f"it may {words}"
+        # A dozen conversations may look bad by chance, or good: until they say which, others are looked at.
+        loses = f"it may {words}" if loss > config.max_domain_loss else loses
+        doubt = f"it may {words}" if loss + DOUBT_Z * domain.se > config.max_domain_loss else doubt
+    last = count >= config.max_conversations
     if high < 0:
         return "fail", f"the candidate is slower: saving at most {high:.1%}"
-    if low > 0 and count >= config.min_conversations and not doubt:
+    if low > 0 and count >= config.min_conversations and not (loses if last else doubt):
         return "pass", f"saves at least {low:.1%} of the device-seconds per token"
-    if count >= config.max_conversations:
-        return "fail", doubt or f"no saving shown in {count} conversations (at least {low:.1%}, at most {high:.1%})"
-    return "undecided", doubt or f"{count} conversations leave the saving between {low:.1%} and {high:.1%}"
+    if last:
+        return "fail", loses or f"no saving shown in {count} conversations (at least {low:.1%}, at most {high:.1%})"
+    reason = f"{count} conversations leave the saving between {low:.1%} and {high:.1%}"
+    return "undecided", f"{reason}; {doubt}" if doubt and low > 0 else reason
 
 
 def clipped_units(rows: Sequence[GateRow], scale_s: float, clip: float) -> Floats:

@@ -6,7 +6,8 @@ The numbers of the training mix are here for those who make it: the trainer, and
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from specblock.bandit.actions import Focus
 from specblock.bandit.config import Arm, PolicyConfig
@@ -30,6 +31,8 @@ FOUND = 0.34
 """How far training on the hardest conversations goes from training on all of them to training on the part that fell
 alone. Of the demo's python with a quarter of cpp, 0.52 and 0.60 of the hardest were cpp, with two fifths 0.69 and 0.73;
 three quarters of the training are such conversations, the rest is taken as it came."""
+
+NO_DOMAINS: Mapping[str, float] = MappingProxyType({})
 
 SETTLING_HALF_LIVES = 3.0
 """Half-lives of the flow after which shares show what came or went."""
@@ -68,27 +71,25 @@ def mean_drop(reached: tuple[Target, ...]) -> float:
     return math.fsum(target.share * max(target.drop, 0.0) for target in reached)
 
 
-def training_focus(reached: tuple[Target, ...], min_drop: float) -> dict[str, Focus]:
+def training_focus(
+    reached: tuple[Target, ...], min_drop: float, expected_s: Mapping[str, float] = NO_DOMAINS
+) -> dict[str, Focus]:
     """What an update trains on, by domain: where most of the traffic has most to win back, and there what fell.
 
     A domain at its reference still counts with ``min_drop``, below which a drop is not told from noise. What is
-    rehearsed beside are those that need less than the neediest, by what is expected of them within the horizon.
+    rehearsed beside are those that need less than the neediest, by what is expected of them within the horizon
+    (``expected_s``), those of which nothing is known under the present version among them.
     """
     need = {target.domain: max(target.drop, min_drop) for target in reached}
     most = max(need.values(), default=1.0)
-    return {
-        target.domain: Focus(
+    focus = {name: Focus(weight=0.0, rehearsed=seconds) for name, seconds in expected_s.items()}
+    for target in reached:
+        focus[target.domain] = Focus(
             weight=target.share * need[target.domain],
             part=target.part if target.drop > min_drop else 1.0,
-            rehearsed=(1 - need[target.domain] / most) * _expected(target),
+            rehearsed=(1 - need[target.domain] / most) * expected_s.get(target.domain, 0.0),
         )
-        for target in reached
-    }
-
-
-def _expected(target: Target) -> float:
-    """Seconds of traffic within the horizon, or only a share of the traffic of now where nothing more is known."""
-    return target.share if target.lasting_s is None else target.lasting_s
+    return focus
 
 
 def newest_of_each(domains: Sequence[str], sizes: Sequence[int], most: float) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 
 from specblock.bandit.actions import Actions, CompareReport, Mix
@@ -40,8 +40,10 @@ class StageTools:
         served = self.state.totals(pending.new_version).requests - pending.requests_mark
         return served >= wanted or now_s >= pending.deadline_s
 
-    def finished(self, domains: Iterable[str]) -> int:
-        """Requests of these domains that finished so far, by any version."""
+    def finished(self, domains: Sequence[str]) -> int:
+        """Requests of these domains that finished so far, by any version; without domains of all."""
+        if not domains:
+            return self.state.requests
         return sum(known.requests for name in domains if (known := self.state.domains.get(name)))
 
     def begin(

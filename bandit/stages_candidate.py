@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from specblock.bandit.actions import Mix, WindowSummary
-from specblock.bandit.context import build_context, trial_since_s
+from specblock.bandit.context import build_context, expected_s, trial_since_s
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import CONTINUE, Probed
 from specblock.bandit.evidence import gate_numbers, saving_numbers
@@ -18,6 +18,9 @@ from specblock.bandit.policy import decide, inputs_digest, may_pay
 from specblock.bandit.reach import meant_for, targets, told_drop, training_focus
 from specblock.bandit.stage_tools import StageTools
 from specblock.bandit.state import PendingUpdate
+
+LOOK_AROUND_S = 60.0
+"""Between two looks, while a candidate waits for its text, whether other text needs an update."""
 
 
 def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
@@ -62,7 +65,7 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         option=option,
         cutoff_s=now_s,
         deadline_s=now_s + config.gate.deadline_s,
-        requests_mark=tools.finished(tools.state.domains),
+        requests_mark=tools.finished(()),
         next_look=config.gate.first_look_requests,
     )
     return True
@@ -72,7 +75,7 @@ def _micro_profile(tools: StageTools, pending: PendingUpdate, now_s: float) -> t
     """Train the arm's first steps; the candidate, and what is charged for it."""
     config, arm, share = tools.config, tools.config.arm(pending.arm), tools.config.probe_fraction
     tools.begin(pending, "probing", now_s, train=share)
-    focus = training_focus(pending.targets, config.min_drop)
+    focus = training_focus(pending.targets, config.min_drop, expected_s(tools.state, now_s, config))
     key, base = pending.decision_id, pending.base_version
     trained = attempt(lambda: tools.actions.train(key, arm, base, share, False, focus))
     tools.state.policy = learn_training(tools.state.policy, arm, share, trained)
@@ -84,7 +87,8 @@ def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     config, arm = tools.config, tools.config.arm(pending.arm)
     rest = 1 - config.probe_fraction
     tools.begin(pending, "training", now_s, train=rest)
-    key, focus = pending.decision_id, training_focus(pending.targets, config.min_drop)
+    key = pending.decision_id
+    focus = training_focus(pending.targets, config.min_drop, expected_s(tools.state, now_s, config))
     report = attempt(lambda: tools.actions.train(key, arm, pending.base_version, 1.0, True, focus))
     tools.state.policy = learn_training(tools.state.policy, arm, rest, report)
     tools.journal.write(
@@ -96,12 +100,14 @@ def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         charged_s=charge_s(config.cost, device_s=report.device_s, train_s=report.train_s),
         numbers={"train_s": report.train_s, "positions": float(report.positions)},
     )
+    meant = meant_for(pending.targets, config.min_drop)
     tools.move(
         stage="gating",
+        meant=meant,
         candidate_version=report.candidate_version,
         cutoff_s=report.cutoff_time_s,
         deadline_s=now_s + report.train_s + config.gate.deadline_s,
-        requests_mark=tools.finished(meant_for(pending.targets, config.min_drop)),
+        requests_mark=tools.finished(meant),
         next_look=config.gate.first_look_requests,
     )
     return True
@@ -109,19 +115,20 @@ def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
 
 def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     """Take the next look once enough requests finished, the last at the deadline; pass, reject or wait on."""
-    rules, mix, late = tools.config.gate, _mix(tools, pending), now_s >= pending.deadline_s
-    requests = tools.finished(mix.meant if mix else tools.state.domains) - pending.requests_mark
+    rules, late = tools.config.gate, now_s >= pending.deadline_s
+    requests = tools.finished(pending.meant) - pending.requests_mark
+    # Requests that were served without drafts are not counted, but their conversations are there to be looked at.
     waiting = requests < pending.next_look and not late
-    needed = _needed_elsewhere(tools, mix, now_s) if waiting and mix else ""
+    needed = _needed_elsewhere(tools, pending, now_s) if waiting else ""
     if waiting and not needed:
         return False
-    if late or needed:  # the last look takes everything that came
-        mix = None
     look = pending.looks + 1
     tools.begin(pending, f"gating-{look}", now_s)
     # What an earlier look has seen need not be replayed again: a look costs what is new in it.
     since_s = max((row.time_s for row in pending.rows), default=pending.cutoff_s)
-    report, cost_s = tools.compare(pending.base_version, pending.candidate_version, since_s, mix)
+    report, cost_s = tools.compare(
+        pending.base_version, pending.candidate_version, since_s, _mix(tools, pending, now_s)
+    )
     seen = {row.conversation_id for row in pending.rows}
     fresh = [r for r in gate_rows(report) if r.time_s > pending.cutoff_s and r.conversation_id not in seen]
     rows = (*pending.rows, *fresh)
@@ -142,31 +149,38 @@ def gate(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     return True
 
 
-def _mix(tools: StageTools, pending: PendingUpdate) -> Mix | None:
+def _mix(tools: StageTools, pending: PendingUpdate, now_s: float) -> Mix | None:
     """What a trained candidate is judged on: text that it is made for may have gone, and comes back.
 
-    Other text counts as much as it is expected to count within the horizon. What is restored is meant for the text of
-    now, whatever that is (None).
+    Other text counts as much as is expected of it within the horizon, by what is known now. What is restored is meant
+    for the text of now, whatever that is (None).
     """
-    if tools.config.arm(pending.arm).restores:
+    if not pending.meant:
         return None
-    meant = meant_for(pending.targets, tools.config.min_drop)
-    share = math.fsum(domain.share for domain in pending.option.value.domains if domain.domain in meant)
-    total = math.fsum(domain.share for domain in pending.option.value.domains)
-    return Mix(meant=meant, others=(total - share) / share) if share > 0 else None
+    expected = expected_s(tools.state, now_s, tools.config)
+    meant_s = math.fsum(expected.get(name, 0.0) for name in pending.meant)
+    if meant_s <= 0:
+        return None
+    mix = Mix(meant=pending.meant, others=(math.fsum(expected.values()) - meant_s) / meant_s)
+    return mix.after([row.domain for row in pending.rows])
 
 
-def _needed_elsewhere(tools: StageTools, mix: Mix, now_s: float) -> str:
-    """Why waiting for the text that a candidate is made for must end; empty if nothing else needs an update."""
+def _needed_elsewhere(tools: StageTools, pending: PendingUpdate, now_s: float) -> str:
+    """Why waiting for text that has gone must end; empty if it has not gone, or nothing else needs an update."""
+    presence = tools.state.presence
+    gone = pending.meant and not any(presence[name].there for name in pending.meant if name in presence)
+    if not gone or now_s - pending.around_s < LOOK_AROUND_S:
+        return ""
+    tools.move(around_s=now_s)
     context = build_context(
         tools.state, attempt(tools.actions.windows), attempt(tools.actions.serving_version), now_s, tools.config
     )
     fallen = [
         target.domain
         for target in targets(context, tools.config)
-        if target.domain not in mix.meant and target.there and told_drop(target, tools.config) > 0
+        if target.domain not in pending.meant and target.there and told_drop(target, tools.config) > 0
     ]
-    return f"{', '.join(fallen)} fell and needs an update, which this one was not made for" if fallen else ""
+    return f"the text it was made for has gone and {', '.join(fallen)} fell" if fallen else ""
 
 
 def _not_worth_looking_on(tools: StageTools, pending: PendingUpdate, evidence: GateEvidence) -> str:

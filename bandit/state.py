@@ -48,6 +48,9 @@ class PendingUpdate:
         requests_mark: finished requests at the start of the present wait.
         next_look: finished requests since then before the next look.
         looks: looks taken at the gate.
+        meant: domains that a trained candidate is made for and judged on; those whose requests are counted at the gate,
+            all if it is empty.
+        around_s: when it was looked at last whether other text needs an update.
         rows: gate conversations, in the order they became known.
         trial: what the micro-profile measured.
         promoted_s: time of the promotion.
@@ -71,6 +74,8 @@ class PendingUpdate:
     requests_mark: int = 0
     next_look: int = 0
     looks: int = 0
+    meant: tuple[str, ...] = ()
+    around_s: float = 0.0
     rows: tuple[GateRow, ...] = ()
     trial: Saving | None = None
     promoted_s: float = 0.0

@@ -6,7 +6,8 @@ waiting for too long. A drop that has grown steadily until now is taken to have 
 long as that it is expected to go on, on average: who sees something at a time of no particular choice sees it, in the
 mean, at half of its life.
 
-Only blocks that show at least half of the drop are looked at: across a sudden change everything looks like a slope.
+Only blocks that show at least half of the drop are looked at, and of these not the oldest, in which the change itself
+may lie: across a sudden change everything looks like a slope.
 
 Source of the expectation: Gott, Implications of the Copernican principle for our future prospects (Nature 1993).
 """
@@ -29,6 +30,10 @@ TREND_Z = 3.0
 """Standard errors by which a slope must exceed 0, to be told from noise: it is looked at hundreds of times a day."""
 
 
+LEAST_SE = 1e-6
+"""Where all requests are alike."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Point:
     time_s: float
@@ -44,9 +49,10 @@ def growing_s(statistics: VersionStatistics, levels: Mapping[str, Level], fall: 
     points: list[_Point] = []
     for block in _newest_first(statistics):
         sums = against(block.strata, known)
-        if sums.units < 2 or 1 - sums.ratio < fall.drop / 2:
+        if sums.units < 2 or block.time_s <= 0 or 1 - sums.ratio < fall.drop / 2:
             break
-        points.append(_Point(block.time_s, 1 - sums.ratio, sums.se))
+        points.append(_Point(block.time_s, 1 - sums.ratio, max(sums.se, LEAST_SE)))
+    del points[-1:]
     if len(points) < FEWEST_BLOCKS:
         return 0.0
     slope_per_s, se_per_s = _slope(points)

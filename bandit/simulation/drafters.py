@@ -70,8 +70,9 @@ def training_mix(given: Conversations, num_kinds: int, focus: Mapping[int, Focus
         if total > 0:
             of_hard, as_they_came = (1 - REHEARSAL) * weight / total * len(domain_N), max(1.0, rehearsed)
         if hard.all():  # a conversation repeated too often would only be learned by heart
-            of_hard, as_they_came = 0.0, min(of_hard + as_they_came, MOST_REPEATS * count)
+            of_hard, as_they_came = 0.0, of_hard + as_they_came
         own_K, hard_K = (np.bincount(k, minlength=num_kinds) for k in (kind_N[own], kind_N[own][hard]))
+        as_they_came = min(as_they_came, MOST_REPEATS * count)
         mix_K += own_K / count * as_they_came + hard_K / hard.sum() * min(of_hard, MOST_REPEATS * float(hard.sum()))
     mix: Floats = mix_K / mix_K.sum()
     return mix

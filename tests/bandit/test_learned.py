@@ -92,17 +92,16 @@ def test_little_is_found_of_a_small_part_and_counting_looks_for_none() -> None:
 
 def test_what_needs_least_is_rehearsed_most() -> None:
     fell, fine, other = (
-        replace(TARGET, domain=name, drop=drop, share=share, lasting_s=lasting_s)
-        for name, drop, share, lasting_s in (
-            ("fell", 0.3, 0.9, 10.0),
-            ("fine", 0.0, 0.1, 60.0),
-            ("other", 0.15, 0.0, 60.0),
-        )
+        replace(TARGET, domain=name, drop=drop, share=share)
+        for name, drop, share in (("fell", 0.3, 0.9), ("fine", 0.0, 0.1), ("other", 0.15, 0.0))
     )
-    focus = training_focus((fell, fine, other), 0.03)
+    expected = {"fell": 10.0, "fine": 60.0, "other": 60.0, "silent": 5.0}
+    focus = training_focus((fell, fine, other), 0.03, expected)
     assert focus["fell"].rehearsed == 0.0 and focus["fine"].rehearsed == pytest.approx(0.9 * 60.0)
     assert focus["other"].rehearsed == pytest.approx(0.5 * 60.0)
-    assert training_focus((replace(fine, lasting_s=None), fell), 0.03)["fine"].rehearsed == pytest.approx(0.9 * 0.1)
+    silent = focus["silent"]
+    assert (silent.weight, silent.rehearsed) == (0.0, 5.0), "nothing is known of it now, but it is expected back"
+    assert {one.rehearsed for one in training_focus((fine, fell), 0.03).values()} == {0.0}
     assert training_focus((), 0.03) == {}
 
 
