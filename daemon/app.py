@@ -277,6 +277,22 @@ def bench_roofline(
     return roofline.run(target, dtype, out, as_json, progress(as_json))
 
 
+@bench_app.command("swap")
+@command
+def bench_swap(
+    swaps: Annotated[int, typer.Option(min=10, help="Swaps to other weights.")] = 500,
+    clients: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 4,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    out: Annotated[Path | None, typer.Option(help="Directory for swap.json and its page.")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Swap drafter weights again and again while requests run: how long decoding stands still, and memory."""
+    from specblock.daemon import bench_swap as swap
+
+    settings = swap.SwapSettings(swaps=swaps, clients=clients, dtype=dtype, out=out)
+    return swap.run(settings, as_json, progress(as_json))
+
+
 @bench_app.command("kernels")
 @command
 def bench_kernels(
