@@ -10,8 +10,9 @@ def saving_numbers(saving: Saving) -> dict[str, float]:
     """Of a paired comparison."""
     per_domain = {f"saving.{domain.domain}": domain.saving for domain in saving.domains}
     errors = {f"saving_se.{domain.domain}": domain.se for domain in saving.domains}
+    counts = {f"conversations.{domain.domain}": float(domain.conversations) for domain in saving.domains}
     total = {"saving": saving.relative, "saving_se": saving.se, "conversations": saving.conversations}
-    return {**total, **per_domain, **errors}
+    return {**total, **per_domain, **errors, **counts}
 
 
 def gate_numbers(evidence: GateEvidence) -> dict[str, float]:

@@ -15,7 +15,8 @@ STATED = 0.8
 """Confidence of the intervals that are checked."""
 
 MIN_CONVERSATIONS = 8
-"""Gate conversations of all domains without which a measurement says nothing."""
+"""Gate conversations of a domain without which a measurement says nothing: a few may agree by chance, and then seem
+exact."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +53,10 @@ def surprises(records: Iterable[LedgerRecord]) -> tuple[float, ...]:
     return tuple(
         (numbers[f"saving.{domain.domain}"] - domain.mean) / math.hypot(domain.sd, error)
         for key, numbers in sorted(measured.items())
-        if key in predicted and numbers["conversations"] >= MIN_CONVERSATIONS
+        if key in predicted
         for domain in predicted[key].domains
-        if (error := numbers.get(f"saving_se.{domain.domain}", math.inf)) < 1.0
+        if numbers.get(f"conversations.{domain.domain}", 0.0) >= MIN_CONVERSATIONS
+        if (error := numbers[f"saving_se.{domain.domain}"]) < 1.0
     )
 
 

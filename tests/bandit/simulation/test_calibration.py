@@ -34,7 +34,7 @@ def record(stage: str, number: int = 0, **numbers: float) -> LedgerRecord:
 
 
 def gated(saved: float, conversations: float = 40.0, error: float = 0.04) -> dict[str, float]:
-    return {"saving.python": saved, "saving_se.python": error, "conversations": conversations}
+    return {"saving.python": saved, "saving_se.python": error, "conversations.python": conversations}
 
 
 def test_the_newest_look_counts_with_its_own_error() -> None:
