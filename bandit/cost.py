@@ -125,15 +125,15 @@ def _paid_back_s(gain_rate: float, cost: float, lasting_s: float) -> float | Non
     return cost / gain_rate if gain_rate > 0 and cost < gain_rate * lasting_s else None
 
 
-def growing_gain(domains: Iterable[DomainGain]) -> Belief:
-    """The same over the horizon: drops that grow make the gains grow that are in proportion to them."""
-    return pooled_gain(replace(d, share=d.growth * d.share) for d in domains)
-
-
 def pooled_gain(domains: Iterable[DomainGain]) -> Belief:
     """Traffic-weighted gain. One candidate moves all domains together, so the deviations add up."""
     gains = tuple(domains)
     return Belief(mean=sum(d.share * d.mean for d in gains), sd=sum(d.share * d.sd for d in gains))
+
+
+def growing_gain(domains: Iterable[DomainGain]) -> Belief:
+    """The same over the horizon: drops that grow make the gains grow that are in proportion to them."""
+    return pooled_gain(replace(d, share=d.growth * d.share) for d in domains)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -223,8 +223,10 @@ def _value(
     # What is restored for the text of now serves until other text comes: then something else may be restored.
     lasting = tuple(target.staying_s if arm.restores else target.lasting_s for target in reached)
     # What it is trained for grows, what was made for it once does not.
-    grows = tuple(not arm.restores and target.there and told_drop(target, config) > 0 for target in reached)
-    growing = tuple(target.growing_s if yes else 0.0 for target, yes in zip(reached, grows, strict=True))
+    growing = tuple(
+        target.growing_s if not arm.restores and target.there and told_drop(target, config) > 0 else 0.0
+        for target in reached
+    )
     lasting_s, gains = _lasting(gains, lasting, growing, config)
     terms = CostTerms(
         train=train_s(arm, 1 - config.probe_fraction, state, config),

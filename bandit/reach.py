@@ -6,7 +6,7 @@ The numbers of the training mix are here for those who make it: the trainer, and
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from types import MappingProxyType
 
 from specblock.bandit.actions import Focus
@@ -92,7 +92,7 @@ def training_focus(
     return focus
 
 
-def newest_of_each(domains: Sequence[str], sizes: Sequence[int], most: float) -> list[int]:
+def newest_of_each(domains: Sequence[Hashable], sizes: Sequence[int], most: float) -> list[int]:
     """Positions of the conversations to train on, oldest first: the newest, and the newest of every domain.
 
     Args:

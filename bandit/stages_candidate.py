@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from specblock.bandit.actions import Mix, WindowSummary
+from specblock.bandit.actions import Focus, Mix, WindowSummary
 from specblock.bandit.context import build_context, expected_s, trial_since_s
 from specblock.bandit.cost import charge_s
 from specblock.bandit.decision import CONTINUE, Probed
@@ -65,7 +65,7 @@ def probe(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
         option=option,
         cutoff_s=now_s,
         deadline_s=now_s + config.gate.deadline_s,
-        requests_mark=tools.finished(()),
+        requests_mark=tools.state.requests,
         next_look=config.gate.first_look_requests,
     )
     return True
@@ -75,11 +75,16 @@ def _micro_profile(tools: StageTools, pending: PendingUpdate, now_s: float) -> t
     """Train the arm's first steps; the candidate, and what is charged for it."""
     config, arm, share = tools.config, tools.config.arm(pending.arm), tools.config.probe_fraction
     tools.begin(pending, "probing", now_s, train=share)
-    focus = training_focus(pending.targets, config.min_drop, expected_s(tools.state, now_s, config))
+    focus = _focus(tools, pending, now_s)
     key, base = pending.decision_id, pending.base_version
     trained = attempt(lambda: tools.actions.train(key, arm, base, share, False, focus))
     tools.state.policy = learn_training(tools.state.policy, arm, share, trained)
     return trained.candidate_version, charge_s(config.cost, device_s=trained.device_s, train_s=trained.train_s)
+
+
+def _focus(tools: StageTools, pending: PendingUpdate, now_s: float) -> dict[str, Focus]:
+    """What the update trains on."""
+    return training_focus(pending.targets, tools.config.min_drop, expected_s(tools.state, now_s, tools.config))
 
 
 def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
@@ -87,8 +92,7 @@ def train(tools: StageTools, pending: PendingUpdate, now_s: float) -> bool:
     config, arm = tools.config, tools.config.arm(pending.arm)
     rest = 1 - config.probe_fraction
     tools.begin(pending, "training", now_s, train=rest)
-    key = pending.decision_id
-    focus = training_focus(pending.targets, config.min_drop, expected_s(tools.state, now_s, config))
+    key, focus = pending.decision_id, _focus(tools, pending, now_s)
     report = attempt(lambda: tools.actions.train(key, arm, pending.base_version, 1.0, True, focus))
     tools.state.policy = learn_training(tools.state.policy, arm, rest, report)
     tools.journal.write(
@@ -172,9 +176,7 @@ def _needed_elsewhere(tools: StageTools, pending: PendingUpdate, now_s: float) -
     if not gone or now_s - pending.around_s < LOOK_AROUND_S:
         return ""
     tools.move(around_s=now_s)
-    context = build_context(
-        tools.state, attempt(tools.actions.windows), attempt(tools.actions.serving_version), now_s, tools.config
-    )
+    context = build_context(tools.state, attempt(tools.actions.windows), pending.base_version, now_s, tools.config)
     fallen = [
         target.domain
         for target in targets(context, tools.config)

@@ -29,7 +29,6 @@ FEWEST_BLOCKS = 4
 TREND_Z = 3.0
 """Standard errors by which a slope must exceed 0, to be told from noise: it is looked at hundreds of times a day."""
 
-
 LEAST_SE = 1e-6
 """Where all requests are alike."""
 

@@ -108,7 +108,7 @@ def _measured(bench: Stage, say: Say) -> Measured:
 def _served(bench: Stage, cycle_s: float, train: ByDomain, held: ByDomain, stats: Sequence[RequestStats]) -> Served:
     mixed = [window for group in zip(*held.values(), strict=False) for window in group]
     report = bench.trainer.parity(bench.base, mixed[-_PARITY_WINDOWS:])
-    spent = sum(s.draft_s + s.verify_s + s.other_s for s in stats)
+    spent = sum(s.device_s for s in stats)
     return Served(
         version=bench.base,
         cycle_s=cycle_s,

@@ -13,14 +13,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
 
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.bench_rivals import DEMO_DRAFTER, LARGEST, tuned_settings, warm
-from specblock.daemon.collect import Prompt, read_prompts
+from specblock.daemon.bench_speed import all_prompts
+from specblock.daemon.collect import Prompt
 from specblock.daemon.cost_profile import profiled_planner
 from specblock.daemon.engine import Clock, Engine, EngineSettings
 from specblock.daemon.facts import facts
@@ -36,7 +36,6 @@ from specblock.verifier.model import TargetModel
 
 PLAIN, CHOSEN = "plain", "cost_chosen"
 SEED = 20_000
-_DOMAINS = ("python", "cpp", "javascript", "manual")
 _RESAMPLES = 2000
 
 
@@ -123,8 +122,7 @@ def run(settings: LoadSettings, as_json: bool, say: Callable[[str], None]) -> in
             rank_head=usual.rank_head,
         ),
     )
-    prompts = [p for domain in _DOMAINS for p in read_prompts(settings.prompts / f"{domain}.jsonl")]
-    Random(SEED).shuffle(prompts)
+    prompts = all_prompts(settings.prompts, SEED)
     rows: list[LoadRow] = []
     for concurrency in settings.concurrency:
         planner = profiled_planner(target, drafter, concurrency, 0)

@@ -132,8 +132,10 @@ def run(settings: ShiftSettings, small: bool, as_json: bool, say: Say) -> int:
         settings.out.mkdir(parents=True, exist_ok=True)
         (settings.out / f"{settings.story}.json").write_text(json.dumps(result, indent=2) + "\n")
         say(f"page: {write_shift_report(settings.out / f'{settings.story}.html', result)}")
-    words = [*_table(shift_rows(runs, traffic, STATIC)), *live_lines(compared)]
-    for line in [json.dumps(result, indent=2)] if as_json else words:
+    if as_json:
+        say(json.dumps(result, indent=2))
+        return 0
+    for line in (*_table(shift_rows(runs, traffic, STATIC)), *live_lines(compared)):
         say(line)
     return 0
 

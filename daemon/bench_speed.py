@@ -107,6 +107,13 @@ def run(settings: SpeedSettings, as_json: bool, say: Callable[[str], None]) -> i
     return 0
 
 
+def all_prompts(directory: Path, seed: int) -> list[Prompt]:
+    """The prompts of every kind of text in ``directory``, shuffled."""
+    prompts = [p for domain in DOMAINS for p in read_prompts(directory / f"{domain}.jsonl")]
+    Random(seed).shuffle(prompts)
+    return prompts
+
+
 def asked_for(ways: dict[WayName, Way], drafters: Sequence[str]) -> dict[WayName, Way]:
     """The ways of some drafters, and those that all ratios are to; without names all of them.
 

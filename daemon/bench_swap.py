@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count, cycle
 from pathlib import Path
-from random import Random
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from specblock.cuda_ext.sampling import SamplingParams
 from specblock.daemon.bench_rivals import DEMO_DRAFTER, tuned_settings, warm
-from specblock.daemon.collect import read_prompts
+from specblock.daemon.bench_speed import all_prompts
 from specblock.daemon.engine import Engine, EngineSettings
 from specblock.daemon.engine_host import EngineHost
 from specblock.daemon.facts import facts
@@ -37,7 +36,6 @@ SEED = 30_000
 _MIB = 2**20
 _WINDOW_BYTES = 16 * _MIB  # soon full: what is kept of conversations must not look like a leak
 _SPREAD = 1e-3  # by which the two versions differ, relative to a matrix' scatter: every layer moves
-_DOMAINS = ("python", "cpp", "javascript", "manual")
 Say = Callable[[str], None]
 
 
@@ -88,8 +86,7 @@ def run(settings: SwapSettings, as_json: bool, say: Say) -> int:
     target = load_target(settings.target, number_format(dtype, "cpu"), "cpu")
     warm(target)
     drafter = BlockDrafter(load_network(target, DEMO_DRAFTER), tuned_settings().get("specblock", DraftSettings()))
-    prompts = [p for domain in _DOMAINS for p in read_prompts(settings.prompts / f"{domain}.jsonl")]
-    Random(SEED).shuffle(prompts)
+    prompts = all_prompts(settings.prompts, SEED)
     encoded = [tuple(target.tokenizer.encode(p.text)) for p in prompts]
     longest = max(map(len, encoded)) + settings.new_tokens
 
@@ -170,8 +167,7 @@ class Clients:
 
     def cycle_s(self) -> float:
         """Seconds of a cycle of the whole batch, by the engine's accounts."""
-        status = self.host.status()
-        return (status.draft_s + status.verify_s + status.other_s) / max(1, status.cycles) * self._settings.clients
+        return self.host.status().cycle_s * self._settings.clients
 
     def _ask(self) -> None:
         number = next(self._numbers)
@@ -215,9 +211,7 @@ def summary(stalls_s: Sequence[float], resident: Sequence[int], cycle_s: float, 
     if len(stalls_s) < 10:
         raise ValueError(f"at least 10 swaps are needed to tell growth from noise, not {len(stalls_s)}")
     stalls_ms, mib = 1e3 * np.array(stalls_s), np.array(resident[len(resident) // 5 :]) / _MIB
-    number = np.arange(len(mib)) - (len(mib) - 1) / 2
-    slope = float((number * mib).sum() / (number**2).sum())
-    left = mib - mib.mean() - slope * number
+    (slope, _), covariance = np.polyfit(np.arange(len(mib)), mib, 1, cov=True)
     tenth = max(1, len(stalls_s) // 10)
     return SwapRow(
         swaps=len(stalls_s),
@@ -227,8 +221,8 @@ def summary(stalls_s: Sequence[float], resident: Sequence[int], cycle_s: float, 
         cycle_ms=1e3 * cycle_s,
         resident_mib_first=float(np.median(mib[:tenth])),
         resident_mib_last=float(np.median(mib[-tenth:])),
-        growth_mib_per_100_swaps=100 * slope,
-        growth_se=100 * float(np.sqrt((left**2).sum() / max(len(mib) - 2, 1) / (number**2).sum())),
+        growth_mib_per_100_swaps=100 * float(slope),
+        growth_se=100 * float(covariance[0, 0]) ** 0.5,
         compared=compared,
         different_answers=differ,
     )

@@ -48,6 +48,11 @@ class RequestStats:
     verify_s: float = 0.0
     other_s: float = 0.0
 
+    @property
+    def device_s(self) -> float:
+        """Device-seconds of its cycles."""
+        return self.draft_s + self.verify_s + self.other_s
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenChunk:
@@ -101,3 +106,8 @@ class EngineStatus:
     tree_blocks_mean: float = 0.0
     plain_cycles_share: float = 0.0
     probe_seconds_share: float = 0.0
+
+    @property
+    def cycle_s(self) -> float:
+        """Device-seconds of one request's cycle since start."""
+        return (self.draft_s + self.verify_s + self.other_s) / max(1, self.cycles)

@@ -61,8 +61,9 @@ class RayActions:
         """Paired replay on the held-out side, newer than ``after_time_s``."""
         windows = self._engine.pull_windows.remote(True, after_time_s, None, HELDOUT_WINDOWS, None, mix)
         status: EngineStatus = self._get(self._engine.status.remote())
-        cycle_s = (status.draft_s + status.verify_s + status.other_s) / max(1, status.cycles)
-        report: CompareReport = self._get(self._trainer.compare.remote(old_version, new_version, windows, cycle_s))
+        report: CompareReport = self._get(
+            self._trainer.compare.remote(old_version, new_version, windows, status.cycle_s)
+        )
         return report
 
     def promote(self, decision_id: str, candidate_version: str) -> SwapReport:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from specblock.daemon.bench_breakeven_stage import Stage
 from specblock.daemon.collect import served_again
+from specblock.daemon.shift_recording import Accepted, request_s
 from specblock.daemon.shift_traffic import ShiftTraffic
 from specblock.drafter.window import Window
 
@@ -46,7 +47,7 @@ def live_phase(
     phase: int,
     version: str,
     windows: Sequence[Window],
-    replayed: Sequence[tuple[int, ...]],
+    replayed: Sequence[Accepted],
     cycle_s: float,
 ) -> LivePhase:
     """Serves ``windows`` of one kind of text with what ``bench`` drafts with now.
@@ -63,7 +64,6 @@ def live_phase(
     done = list(served_again(bench.target, windows, slots, time.perf_counter, bench.drafter, version))
     live = {window.conversation_id: window.accepted for window, _ in done}
     expected = {w.conversation_id: tuple(accepted) for w, accepted in zip(windows, replayed, strict=True)}
-    cycles = [len(a) * w.num_generated / (sum(a) + len(a)) for w, a in zip(windows, replayed, strict=True)]
     return LivePhase(
         phase=phase,
         domain=windows[0].domain,
@@ -71,8 +71,8 @@ def live_phase(
         conversations=len(done),
         tokens=sum(stats.completion_tokens for _, stats in done),
         differ=sum(live.get(name) != accepted for name, accepted in expected.items()),
-        live_s=sum(stats.draft_s + stats.verify_s + stats.other_s for _, stats in done),
-        replayed_s=cycle_s * sum(cycles),
+        live_s=sum(stats.device_s for _, stats in done),
+        replayed_s=sum(request_s(a, w.num_generated, cycle_s) for w, a in zip(windows, replayed, strict=True)),
     )
 
 

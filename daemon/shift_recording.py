@@ -77,6 +77,11 @@ def requests_per_s(pools: Pools, cycle_s: float, busy: float) -> float:
     return busy * len(spent) / sum(spent)
 
 
+def request_s(accepted: Accepted, num_generated: int, cycle_s: float) -> float:
+    """Device-seconds of a conversation; the cycle that its end cut is taken to be as good as the others."""
+    return cycle_s * len(accepted) * num_generated / (sum(accepted) + len(accepted))
+
+
 def _texts(bench: Stage, domain: str, side: str, count: int) -> list[Window]:
     """Distinct conversations on the prompts of one side, which come again, with other answers, when they run out.
 

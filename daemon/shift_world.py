@@ -23,7 +23,7 @@ from specblock.daemon.actors import newest_within, window_limits
 from specblock.daemon.bench_breakeven_stage import Stage
 from specblock.daemon.demo_fault import DesynchronisedDrafter
 from specblock.daemon.shift_live import LivePhase, live_phase
-from specblock.daemon.shift_recording import Accepted, Pools
+from specblock.daemon.shift_recording import Accepted, Pools, request_s
 from specblock.daemon.shift_traffic import ShiftTraffic
 from specblock.daemon.windows import (
     HELDOUT_WINDOWS,
@@ -198,8 +198,7 @@ class RecordedWorld:
         window, accepted = heldout[chosen], walked[chosen]
         cycles, committed = len(accepted), sum(accepted) + len(accepted)
         self.cycles[number], self.committed[number] = cycles, committed
-        # The cycle that the end cut is left out of both, and taken to be as good as the others.
-        self.request_s[number] = self._cycle_s * cycles * window.num_generated / committed
+        self.request_s[number] = request_s(accepted, window.num_generated, self._cycle_s)
         self.serving_s += float(self.request_s[number])
         self.tokens += window.num_generated
         self._versions.append(self._serving)

@@ -174,8 +174,7 @@ def _known_traffic(world: World, epochs: int, focuses: tuple[str, ...]) -> tuple
         kept = train[: np.searchsorted(epoch_N[train], epoch)][
             -round(curves.kept_windows * (1 - curves.heldout_fraction)) :
         ]
-        names = [traffic.domains[n] for n in traffic.domain[kept]]
-        newest = kept[newest_of_each(names, [1] * len(kept), curves.train_windows)]
+        newest = kept[newest_of_each(traffic.domain[kept].tolist(), [1] * len(kept), curves.train_windows)]
         if len(traffic.domains) == 1 and len(newest):
             part_E[epoch] = (traffic.kind[newest] > 0).mean() or 1.0
         for focus, mix_EK in mixes.items():

@@ -123,8 +123,7 @@ class World:
     def mix(self, focus: Mapping[str, Focus]) -> Floats:
         """Shares of the kinds of text in the training set of an update that is meant for ``focus``."""
         traffic, newest = self.traffic, self._kept(heldout=False)
-        names = [traffic.domains[traffic.domain[n]] for n in newest]
-        newest = newest[newest_of_each(names, [1] * len(newest), self.curves.train_windows)]
+        newest = newest[newest_of_each(traffic.domain[newest].tolist(), [1] * len(newest), self.curves.train_windows)]
         by_index = {traffic.domains.index(name): one for name, one in focus.items() if name in traffic.domains}
         cycles = self.live_cycles[newest].astype(np.float64)
         alike = np.array([f"{traffic.domain[n]} {self.live_version[n]}" for n in newest])

@@ -17,12 +17,15 @@ STRATUM = "greedy|1"
 TOKENS, SCATTER = 64, 0.15
 
 
-def serve(statistics: VersionStatistics, random: np.random.Generator, acceptance_N: np.ndarray) -> None:
+def serve(
+    statistics: VersionStatistics, random: np.random.Generator, acceptance_N: np.ndarray, every_s: float = 0.0
+) -> None:
     """One request of 64 tokens at each acceptance length, scattered by 15 % as requests are."""
-    for acceptance in acceptance_N:
+    for number, acceptance in enumerate(acceptance_N):
         hard = np.exp(SCATTER * random.standard_normal() - SCATTER**2 / 2)
         cycles = int(np.floor(TOKENS / acceptance * hard + random.uniform()))
         event = replace(EVENT, cycles=cycles, committed_tokens=TOKENS, accepted_histogram=(0, cycles))
+        event = replace(event, time_s=event.time_s + every_s * number)
         statistics.learn(event, CONFIG, DetectorConfig())
 
 

@@ -13,25 +13,15 @@ from specblock.bandit.config import DetectorConfig
 from specblock.bandit.fall import measured_fall
 from specblock.bandit.trend import growing_s, growth
 from tests.bandit.test_acceptance import EVENT
-from tests.bandit.test_fall import CONFIG, SCATTER, STRATUM, TOKENS
+from tests.bandit.test_fall import CONFIG, STRATUM, serve
 
 EVERY_S = 0.625
 """Between requests."""
 
 
 def served(seed: int, acceptance_N: np.ndarray) -> VersionStatistics:
-    statistics, random = VersionStatistics(), np.random.default_rng(seed)
-    for number, acceptance in enumerate(acceptance_N):
-        hard = np.exp(SCATTER * random.standard_normal() - SCATTER**2 / 2)
-        cycles = int(np.floor(TOKENS / acceptance * hard + random.uniform()))
-        event = replace(
-            EVENT,
-            cycles=cycles,
-            committed_tokens=TOKENS,
-            accepted_histogram=(0, cycles),
-            time_s=1e6 + EVERY_S * number,
-        )
-        statistics.learn(event, CONFIG, DetectorConfig())
+    statistics = VersionStatistics()
+    serve(statistics, np.random.default_rng(seed), acceptance_N, EVERY_S)
     return statistics
 
 
