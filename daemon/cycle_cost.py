@@ -84,10 +84,11 @@ class CycleCost:
         for block, (seconds, leaves) in enumerate(zip(block_s[1:], leaf_caps, strict=False), start=1):
             self.correction.observe(Phase.LATER_BLOCK, seconds, self.curve.draft_s(block, leaves, drafting))
 
-    def observe_verify(self, verify_s: float, rows: int, batch: int, other_s: float) -> None:
-        """Learns from the verification and the remaining seconds of a speculating cycle."""
+    def observe_verify(self, verify_s: float, rows: int, batch: int, other_s: float | None) -> None:
+        """Learns from the verification and, if known, the remaining seconds of a speculating cycle."""
         self.correction.observe(Phase.VERIFY, verify_s, self.curve.verify_s(rows, batch))
-        self._see_overhead(True, other_s)
+        if other_s is not None:
+            self._see_overhead(True, other_s)
 
     def _predicted_plain_s(self, batch: int) -> float:
         return self._one_row_s(batch) * self.correction.factor(Phase.VERIFY) + self._overhead_s[False]

@@ -30,8 +30,8 @@ class PlannerSettings:
 
     explore_share: float = 0.02
     plain_share: float = 0.005
-    settle_cycles: int = 96
-    learn_every: int = 4
+    settle_cycles: int = 192
+    learn_every: int = 16
     gate: GateSettings = field(default_factory=GateSettings)
 
     def __post_init__(self) -> None:
@@ -102,12 +102,15 @@ class Cycle:
     look: Look | None
     explores: bool
     learns: bool
+    tokens_per_s: float
     begin_s: float
     explored: bool = False
+    asks: bool = True
+    timed: bool = True
     growth: Growth = field(default_factory=Growth)
     block_s: list[float] = field(default_factory=list)
     last_s: float = 0.0
-    spent_s: float = 0.0
+    spent_s: float | None = None
     nodes: int = 0
 
     @property

@@ -240,6 +240,10 @@ class SpeculationGate:
         """Estimated speed over plain decoding per domain."""
         return {name: self._speed(state) for name, state in self._domains.items()}
 
+    def speed_of_all(self, participants: Sequence[Participant]) -> float:
+        """Tokens of all requests in the time in which plain decoding commits one of each, at the best they can do."""
+        return sum(max(1.0, self._speed(self._state(p.domain))) for p in participants)
+
     def _speed(self, state: _DomainState, doubt: float = 0.0) -> float:
         """Estimated speed; with ``doubt`` its upper bound, so many standard deviations of the count of tokens away."""
         tokens = state.speed.numerator

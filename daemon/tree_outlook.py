@@ -24,18 +24,6 @@ _BIAS_PRIOR_TOKENS = 60.0
 _BIAS_LIMIT = 2.0
 
 
-def best_budget(gain_N: Floats, base_tokens: float, fixed_s: float, verify_s_N: Floats) -> int:
-    """The node budget n >= 1 that maximises ``(base_tokens + gain[n-1]) / (fixed_s + verify_s[n-1])``; lowest on ties.
-
-    Args:
-        gain_N: expected accepted drafts of the whole batch with 1 .. N nodes per request.
-        base_tokens: tokens committed without any draft, one per request.
-        fixed_s: seconds of the cycle that do not depend on n, those already spent included.
-        verify_s_N: seconds of verification with 1 .. N nodes.
-    """
-    return int(np.argmax((base_tokens + gain_N) / (fixed_s + verify_s_N))) + 1
-
-
 @dataclass(slots=True)
 class Growth:
     """One cycle's trees as far as they have grown.

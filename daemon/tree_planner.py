@@ -1,10 +1,13 @@
 """Chooses every cycle's speculation: whether to draft, how many blocks and leaves, how many nodes to verify.
 
-All choices maximise expected committed tokens over predicted seconds of the cycle. Seconds come from the cost curve
-measured at start-up and its online correction, tokens from calibrated survival of nodes. Nothing here can change text.
+What counts is all tokens over all seconds. A choice therefore saves ``tokens / rate - seconds``, the rate being that
+of the text at large: comparing ratios of single cycles would stop promising trees too early and grow poor ones too far.
+Seconds come from the cost curve measured at start-up and its online correction, tokens from calibrated survival of
+nodes. Working a choice out takes time itself, and is done where it has paid. Nothing here can change text.
 
 Legend: B requests in the cycle, of which D draft; m nodes of the last block, M raw candidates, N node budgets.
-Source: design section 4; the ratio objective is that of Sequoia (Chen et al., arXiv 2402.12374) with measured cost.
+Source: design section 4; measured cost in place of a count as in Sequoia (Chen et al., arXiv 2402.12374); the ratio of
+sums as in Dinkelbach 1967 and renewal reward theory.
 """
 
 from __future__ import annotations
@@ -18,11 +21,12 @@ from torch import Tensor
 
 from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
-from specblock.daemon.learning_pace import BlockProspects, LearningPace
+from specblock.daemon.learning_pace import LearningPace
 from specblock.daemon.plain_price import PlainLooks
 from specblock.daemon.planner_types import Cycle, CycleResult, PlannerSettings, PlannerStatus
 from specblock.daemon.speculation import Participant, SpeculationGate
-from specblock.daemon.tree_outlook import Stop, TreeOutlook, best_budget
+from specblock.daemon.standing_choice import StandingChoice, StandingChoices
+from specblock.daemon.tree_outlook import Stop, TreeOutlook
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
 from specblock.drafter.plan import DraftPlan
@@ -66,9 +70,10 @@ class TreePlanner:
         self._cycle: Cycle | None = None
         self._looks = PlainLooks(self._planner.plain_share)
         self._pace = LearningPace(self._planner.settle_cycles, self._planner.learn_every)
-        self._prospects = BlockProspects()
+        self._choices = StandingChoices()
         self._explored = self._explored_before = 0  # ever; before the present drafter
         self._every_count = np.arange(settings.node_budget + 1)
+        self._leaf_choices = (0, *(leaves for leaves in _LEAF_CHOICES if leaves < settings.leaf_cap), settings.leaf_cap)
         # Real over modelled seconds: what the curves do not know, the learning itself among it.
         self._surplus, self._plain_surplus = ForgettingRatio(_SURPLUS_HALF_LIFE), ForgettingRatio(_SURPLUS_HALF_LIFE)
         self._nodes, self._leaves, self._blocks, self._plain = (
@@ -103,6 +108,7 @@ class TreePlanner:
             look=look,
             explores=explores,
             learns=due or probing,
+            tokens_per_s=self.gate.speed_of_all(participants) / self.cost.plain_s(batch),
             begin_s=self.clock(),
         )
         self._cycle.last_s = self._cycle.begin_s
@@ -113,49 +119,61 @@ class TreePlanner:
         cycle = self._under_way()
         if block + 1 >= self._settings.blocks:
             return False
-        usual_s = self.cost.cycle_s(self._typical, cycle.drafting, cycle.batch)
-        return cycle.learns or self._prospects.worth_asking((cycle.batch, cycle.drafting), block, usual_s)
+        question = self._leaves_asked(cycle, block)
+        cycle.asks = cycle.learns or question.worth_asking()
+        return cycle.asks or question.choice > 0
 
     def leaves(self, block: int, score_Bm: Tensor) -> int:
         """See Limits."""
         cycle = self._under_way()
         if score_Bm.shape[1] == 0:
             return 0
+        question = self._leaves_asked(cycle, block)
+        if not cycle.asks:
+            cycle.timed = False  # nobody waits for the block that just ended
+            cycle.growth.leaf_caps.append(self._leaf_choices[question.choice])
+            return cycle.growth.leaf_caps[-1]
         scores = _on_host(score_Bm)
         self._tick(cycle)
         stop = self.outlook.stop(cycle.growth, block, scores)
-        values, predicted = self._outcomes(cycle, block, stop)
-        choice = max(values, key=lambda leaves: (values[leaves], -leaves))
-        if len(values) > 1 and not cycle.probing:  # a probe's values are those of another batch
-            best = max(value for leaves, value in values.items() if leaves)
-            self._prospects.answered((cycle.batch, cycle.drafting), block, best / values[0])
+        predicted, saved_s = self._outcomes(cycle, block, stop)
+        available = len(stop.mass_m)
+        index = int(saved_s.argmax()) if available else 0
         # One decision of a cycle is another than the best, at the latest the last that there can be.
-        last = choice == 0 or block + 2 >= self._settings.blocks
-        if cycle.explores and not cycle.explored and len(values) > 1 and (last or self._generator.random() < 0.5):
-            choice = self._other(choice, list(values))
+        last = index == 0 or block + 2 >= self._settings.blocks
+        if cycle.explores and not cycle.explored and available and (last or self._generator.random() < 0.5):
+            index = self._other(index)
             cycle.explored = True
             self._explored += 1
-        cycle.growth.predicted_tokens = predicted[choice]
+        choice = min(self._leaf_choices[index], available)
+        cycle.growth.predicted_tokens = predicted[index]
+        now_s = self.clock()
+        if not cycle.probing:  # a probe's values are those of another batch
+            question.answered(saved_s, now_s - cycle.last_s)
         if choice:
             cycle.growth.leaf_caps.append(choice)
-            cycle.growth.leaf_mass.append(float(stop.mass_m[min(choice, len(stop.mass_m)) - 1]))
-        now_s = self.clock()
-        self._prospects.asked(now_s - cycle.last_s)
+            cycle.growth.leaf_mass.append(float(stop.mass_m[choice - 1]))
         cycle.last_s = now_s
         return choice
 
     def nodes(self, score_BM: Tensor) -> int:
         """See Limits."""
         cycle = self._under_way()
+        caps = cycle.growth.leaf_caps
+        question = self._choices.of("nodes", cycle.batch, cycle.drafting, *caps)
+        if not (cycle.learns or question.worth_asking()):
+            cycle.nodes = question.choice + 1
+            return cycle.nodes
         scores = _on_host(score_BM)
         self._tick(cycle)
         gain_N = self.outlook.kept(cycle.growth, scores)
-        scale, spent_s = self._scaled(cycle)
-        bias = self.outlook.budget_bias(1 + len(cycle.growth.leaf_caps))
-        fixed_s = spent_s + self.cost.overhead_s
-        verify_s_N = self.cost.verify_s(len(gain_N), cycle.batch)[1:]
-        cycle.nodes = best_budget(scale * bias * gain_N, cycle.batch, fixed_s, verify_s_N)
+        tokens_N = self._scale(cycle) * self.outlook.budget_bias(1 + len(caps)) * gain_N
+        saved_s_N = tokens_N / cycle.tokens_per_s - self.cost.verify_s(len(gain_N), cycle.batch)[1:]
+        cycle.nodes = int(saved_s_N.argmax()) + 1
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
+        now_s = self.clock()
+        if not cycle.probing:
+            question.answered(saved_s_N, now_s - cycle.last_s)
         if cycle.learns:
             self.outlook.chosen(cycle.growth, scores, cycle.nodes)
         cycle.spent_s = self.clock() - cycle.begin_s
@@ -173,9 +191,10 @@ class TreePlanner:
                 cost.observe_plain(result.verify_s, seconds, batch, amid_speculation=cycle.look is not None)
         else:
             assert result.accepted_rows is not None and cycle.nodes, "a tree that these limits did not bound"
-            building_s = result.draft_s - cycle.spent_s
             cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
-            cost.observe_verify(result.verify_s, result.tree.num_rows, batch, result.other_s + max(0.0, building_s))
+            building_s = None if cycle.spent_s is None else max(0.0, result.draft_s - cycle.spent_s)
+            other_s = None if building_s is None else result.other_s + building_s
+            cost.observe_verify(result.verify_s, result.tree.num_rows, batch, other_s)
             if cycle.learns:
                 self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)
                 extra = self._extra(cycle, result)
@@ -214,7 +233,7 @@ class TreePlanner:
         self.gate.drafter_changed()
         self._pace.begin_anew()
         self._explored_before = self._explored
-        self._prospects.begin_anew()
+        self._choices.begin_anew()
         self._surplus = ForgettingRatio(_SURPLUS_HALF_LIFE)
 
     def speculates(self, domain: str) -> bool:
@@ -260,57 +279,52 @@ class TreePlanner:
         first = first_blocks(paths, offers, widths)
         return extra_tokens(first, [result.num_accepted[b] for b in drafted], len(growth.leaf_caps))
 
-    def _outcomes(self, cycle: Cycle, block: int, stop: Stop) -> tuple[dict[int, float], dict[int, float]]:
-        """Tokens per second and uncorrected accepted drafts by number of leaves that the next block extends."""
-        growth, outlook = cycle.growth, self.outlook
-        scale, spent_s = self._scaled(cycle)
-        fixed_s = spent_s + self.cost.overhead_s
+    def _leaves_asked(self, cycle: Cycle, block: int) -> StandingChoice:
+        """How many leaves the block after this one extends."""
+        return self._choices.of("leaves", cycle.batch, cycle.drafting, block)
+
+    def _outcomes(self, cycle: Cycle, block: int, stop: Stop) -> tuple[list[float], Floats]:
+        """Uncorrected accepted drafts, and seconds saved, by choice of leaves that the next block extends."""
+        growth, outlook, scale = cycle.growth, self.outlook, self._scale(cycle)
         most = self._settings.node_budget
         verify_s_N = self.cost.verify_s(most, cycle.batch)
         nodes_N = np.arange(1, len(stop.gain_by_nodes) + 1, dtype=np.float64) + stop.closed_nodes
-        bias = outlook.decision_bias(block + 1)
+        bias = scale * outlook.decision_bias(block + 1) / cycle.tokens_per_s
         known_N = stop.gain_by_nodes + stop.closed_tokens
         stop_s_N = np.interp(nodes_N, self._every_count, verify_s_N)  # closed nodes are a mean, no whole number
-        best = best_budget(scale * bias * known_N, cycle.batch, fixed_s, stop_s_N) - 1
+        saved_s_N = bias * known_N - stop_s_N
+        best = int(saved_s_N.argmax())
         stop_nodes = min(float(nodes_N[best]), float(most))
         growth.stop_nodes.append(stop_nodes)
-        predicted = {0: float(known_N[best])}
+        predicted, saved_s = [float(known_N[best])], [float(saved_s_N[best])]
         growth.stop_tokens.append(predicted[0])
-        values = {0: (cycle.batch + scale * bias * predicted[0]) / (fixed_s + float(stop_s_N[best]))}
-        bias = outlook.decision_bias(block + 2)
+        bias = scale * outlook.decision_bias(block + 2) / cycle.tokens_per_s
         verify_s = float(verify_s_N[round(min(stop_nodes + outlook.extra_nodes(block + 1), most))])
-        for leaves in self._leaf_choices(len(stop.mass_m)):
-            mass = float(stop.mass_m[min(leaves, len(stop.mass_m)) - 1])
-            predicted[leaves] = predicted[0] + self.gain.tokens(block + 1, leaves) * mass
-            draft_s = self.cost.block_s(block + 1, leaves, cycle.batch if cycle.probing else cycle.drafting)
-            values[leaves] = (cycle.batch + scale * bias * predicted[leaves]) / (fixed_s + draft_s + verify_s)
-        return values, predicted
+        available = len(stop.mass_m)
+        for choice in self._leaf_choices[1:]:
+            leaves = min(choice, available)
+            mass = float(stop.mass_m[leaves - 1]) if leaves else 0.0
+            predicted.append(predicted[0] + self.gain.tokens(block + 1, leaves) * mass if leaves else predicted[0])
+            draft_s = self.cost.block_s(block + 1, max(leaves, 1), cycle.batch if cycle.probing else cycle.drafting)
+            saved_s.append(bias * predicted[-1] - draft_s - verify_s)
+        return predicted, np.array(saved_s)
 
-    def _leaf_choices(self, available: int) -> list[int]:
-        if not available:
-            return []
-        cap = min(self._settings.leaf_cap, available)
-        return [*(leaves for leaves in _LEAF_CHOICES if leaves < cap), cap]
-
-    def _other(self, best: int, choices: list[int]) -> int:
+    def _other(self, best: int) -> int:
         """Another choice: whether to extend at all is what must stay known, so it is tried half of the time."""
         if best and self._generator.random() < 0.5:
             return 0
-        return self._generator.choice([leaves for leaves in choices if leaves not in (best, 0)] or [0])
+        return self._generator.choice([index for index in range(1, len(self._leaf_choices)) if index != best] or [0])
 
-    def _scaled(self, cycle: Cycle) -> tuple[float, float]:
-        """Factor on the gain of those that draft, and drafting seconds so far.
-
-        A probe of one request stands for the whole batch, so that it grows the trees that all would grow.
-        """
-        if not cycle.probing:
-            return 1.0, self.clock() - cycle.begin_s
-        return cycle.batch / cycle.drafting, self.cost.draft_s(cycle.growth.leaf_caps, cycle.batch)
+    @staticmethod
+    def _scale(cycle: Cycle) -> float:
+        """Factor on the gain of those that draft: a probe of one request grows the trees that all would grow."""
+        return cycle.batch / cycle.drafting if cycle.probing else 1.0
 
     def _tick(self, cycle: Cycle) -> None:
         """Notes the seconds of the block that just ended; the scores have been read, so the device is done with it."""
         now_s = self.clock()
-        cycle.block_s.append(now_s - cycle.last_s)
+        if cycle.timed:
+            cycle.block_s.append(now_s - cycle.last_s)
         cycle.last_s = now_s
 
     def _under_way(self) -> Cycle:

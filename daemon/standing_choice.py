@@ -1,0 +1,82 @@
+"""A question that every cycle poses, and whether its answer has to be worked out again.
+
+Working out how many leaves or nodes are best takes time, and answers differ little from cycle to cycle where costs are
+flat. The choice that was best on average stands; it is reconsidered in every cycle only where that has brought more
+seconds than it takes.
+
+Legend: C choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import numpy as np
+
+from specblock.drafter.forgetting import ForgettingRatio
+from specblock.drafter.survival import Floats
+
+_MOST_QUESTIONS = 256
+_FEW = 16  # answers that say nothing about the next one
+_RATE = 0.02
+_HALF_LIFE_ANSWERS = 100.0
+
+
+class StandingChoice:
+    """One question: the choice that has been best on average, and what reconsidering it brings."""
+
+    __slots__ = ("_asking", "_gain_s", "_mean_s_C", "seen")
+
+    def __init__(self) -> None:
+        self._mean_s_C: Floats = np.zeros(0)
+        self._gain_s = 0.0
+        self._asking = ForgettingRatio(_HALF_LIFE_ANSWERS)
+        self.seen = 0
+
+    @property
+    def choice(self) -> int:
+        """The best on average, the first of several; 0 before any answer."""
+        return int(self._mean_s_C.argmax()) if self.seen else 0
+
+    def worth_asking(self) -> bool:
+        """Whether answers save more than they take; some must have been given for that to be known."""
+        return self.seen < _FEW or self._gain_s > self._asking.value()
+
+    def answered(self, saved_s_C: Floats, asking_s: float) -> None:
+        """Notes an answer.
+
+        Args:
+            saved_s_C: seconds that each choice saves in this cycle, over anything that all have in common.
+            asking_s: what working it out took.
+        """
+        self._asking.add(asking_s)
+        if len(saved_s_C) != len(self._mean_s_C):
+            self.seen = 0  # other sizes: another question
+        self.seen += 1
+        if self.seen == 1:
+            self._mean_s_C, self._gain_s = saved_s_C, 0.0
+            return
+        rate = max(1 / self.seen, _RATE)
+        # By the choice that stood before this answer: one that knew the answer would look better than it is.
+        gain_s = float(saved_s_C.max() - saved_s_C[self.choice])
+        self._gain_s += rate * (gain_s - self._gain_s)
+        self._mean_s_C = self._mean_s_C + rate * (saved_s_C - self._mean_s_C)
+
+
+class StandingChoices:
+    """Questions by name; those not posed for long are forgotten."""
+
+    def __init__(self) -> None:
+        self._questions: dict[Hashable, StandingChoice] = {}
+
+    def of(self, *name: Hashable) -> StandingChoice:
+        """The question of this name, new if there is none."""
+        question = self._questions.pop(name, None) or StandingChoice()
+        self._questions[name] = question  # used last is at the end
+        if len(self._questions) > _MOST_QUESTIONS:
+            del self._questions[next(iter(self._questions))]
+        return question
+
+    def begin_anew(self) -> None:
+        """Everything is new again."""
+        self._questions.clear()
