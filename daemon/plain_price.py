@@ -1,9 +1,10 @@
 """What plain decoding costs beside speculation: looks at plain cycles, and the price that they teach.
 
-A plain cycle right after a drafted one is dearer than plain decoding is: what a drafter reads has put the target's
-weights out of the cache. Looks therefore are runs of a few cycles, of which the first teaches nothing. How far plain
-cycles lie from the curve depends on the number of requests, so each has its own price; one not looked at takes that of
-the nearest.
+A plain cycle after a drafted one is dearer than plain decoding is: what a drafter reads has put the target's weights
+out of the cache, and where that holds them all they come back over several cycles (on a server's processor the second
+still takes 15 % longer than the tenth). Looks therefore are runs of cycles, of which the first ones teach nothing. How
+far plain cycles lie from the curve depends on the number of requests, so each has its own price; one not looked at takes
+that of the nearest.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-_RUN_CYCLES = 3
+_RUN_CYCLES, _WARMING_CYCLES = 10, 6
 _ENOUGH = 8  # cycles that count, before looks become rare
-_EAGER_SHARE = 0.05  # of cycles that begin a run until then
+_USUAL_SPEED, _MOST_OFTEN = 1.1, 4.0
+_EAGER_SHARE = 0.02  # of cycles that begin a run until then
 _LEAST_RATE = 0.1
 _LOG_LIMIT = math.log(4.0)  # of what one cycle may say
 
@@ -55,7 +57,7 @@ class PlainPrice:
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """A plain cycle while speculation is on; ``counts`` is False for the first of a run."""
+    """A plain cycle while speculation is on; ``counts`` is False for the first ones of a run."""
 
     counts: bool
 
@@ -65,21 +67,25 @@ class PlainLooks:
 
     def __init__(self, share: float) -> None:
         """Args:
-        share: of cycles, in the long run; 0 never looks.
+        share: of cycles, in the long run, where drafts make decoding 1.1 times as fast; 0 never looks. A look costs
+            what drafts would have won, so there are more where they win less, and as much is lost by looking.
         """
         self._share, self._left = share, 0
 
-    def next(self, draw: float, seen: int) -> Look | None:
+    def next(self, draw: float, seen: int, speed: float = _USUAL_SPEED) -> Look | None:
         """Whether the coming cycle, which would speculate, is a look.
 
         Args:
             draw: uniform in [0, 1).
             seen: plain cycles of such a batch that were learned from.
+            speed: of speculation over plain decoding, as far as known.
         """
         if self._left:
             self._left -= 1
-            return Look(counts=True)
-        begins = self._share / _RUN_CYCLES if self._share < 1 else 1.0
+            return Look(counts=self._left < _RUN_CYCLES - _WARMING_CYCLES)
+        usual = 1 - 1 / _USUAL_SPEED
+        often = min(usual / max(1 - 1 / speed, usual / _MOST_OFTEN), _MOST_OFTEN)
+        begins = often * self._share / _RUN_CYCLES if self._share < 1 else 1.0
         if self._share > 0 and seen < _ENOUGH:
             begins = max(begins, _EAGER_SHARE)
         if draw >= begins:

@@ -8,7 +8,7 @@ from a budget of device time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from specblock.drafter.forgetting import ForgettingRatio
@@ -150,14 +150,16 @@ class SpeculationGate:
         # Plain cycles that absorbing prompts took, over cycles that drafted: what a probe does not see.
         self._absorbed = ForgettingRatio(_ABSORBED_HALF_LIFE_CYCLES)
 
-    def decide(self, participants: Sequence[Participant], probe_cycle_s: float) -> tuple[bool, ...]:
+    def decide(self, participants: Sequence[Participant], probe_cycle_s: Callable[[], float]) -> tuple[bool, ...]:
         """Which requests of the next cycle speculate.
 
         Args:
             participants: the requests that will decode.
-            probe_cycle_s: expected seconds of a cycle in which one request is probed.
+            probe_cycle_s: answers the expected seconds of a cycle in which one request is probed.
         """
         on = [self._state(p.domain).on for p in participants]
+        if all(on) and self._probe is None:
+            return tuple(on)
         off = [index for index, yes in enumerate(on) if not yes]
         # Beside requests that draft anyway the probed one joins in, or its domain could stay off for ever.
         chosen = self._probed([participants[i] for i in off], probe_cycle_s)
@@ -269,7 +271,7 @@ class SpeculationGate:
         if slow or hopeless:
             state.on, state.cycles_since_change, state.engine_cycles = False, 0, 0
 
-    def _probed(self, participants: Sequence[Participant], probe_cycle_s: float) -> int | None:
+    def _probed(self, participants: Sequence[Participant], probe_cycle_s: Callable[[], float]) -> int | None:
         """Index of the request to probe in the next cycle, if any."""
         if self._probe is not None:
             same = [i for i, p in enumerate(participants) if p.request_id == self._probe.request_id]
@@ -279,7 +281,7 @@ class SpeculationGate:
                 self._probe.request_id = participants[heirs[0]].request_id
                 return heirs[0]
             self._probe = None
-        if not participants or not self.budget.take(self.settings.probe_cycles * probe_cycle_s):
+        if not participants or not self.budget.take(self.settings.probe_cycles * probe_cycle_s()):
             return None
         index = min(range(len(participants)), key=lambda i: self._state(participants[i].domain).last_probe)
         self._state(participants[index].domain).last_probe = self.probes

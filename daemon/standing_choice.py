@@ -1,8 +1,8 @@
 """A question that every cycle poses, and whether its answer has to be worked out again.
 
 Working out how many leaves or nodes are best takes time, and answers differ little from cycle to cycle where costs are
-flat. The choice that was best on average stands; it is reconsidered in every cycle only where that has brought more
-seconds than it takes.
+flat. The choice that was best on average stands; it is reconsidered in every cycle only where that has promised
+clearly more seconds than it takes.
 
 Legend: C choices.
 """
@@ -19,28 +19,32 @@ from specblock.drafter.survival import Floats
 _MOST_QUESTIONS = 256
 _FEW = 16  # answers that say nothing about the next one
 _RATE = 0.02
+# What an answer promises is the best of many estimates, and less comes of it; what asking takes is more than its own
+# time, because it puts other things out of the caches.
+_MARGIN = 2.0
 _HALF_LIFE_ANSWERS = 100.0
 
 
 class StandingChoice:
-    """One question: the choice that has been best on average, and what reconsidering it brings."""
+    """One question: the choice that has been best on average, and what reconsidering it brings.
 
-    __slots__ = ("_asking", "_gain_s", "_mean_s_C", "seen")
+    Attributes:
+        choice: the best on average, the first of several; 0 before any answer.
+        seen: answers to this question.
+    """
+
+    __slots__ = ("_asking", "_gain_s", "_mean_s_C", "choice", "seen")
 
     def __init__(self) -> None:
+        self.choice = 0
         self._mean_s_C: Floats = np.zeros(0)
         self._gain_s = 0.0
         self._asking = ForgettingRatio(_HALF_LIFE_ANSWERS)
         self.seen = 0
 
-    @property
-    def choice(self) -> int:
-        """The best on average, the first of several; 0 before any answer."""
-        return int(self._mean_s_C.argmax()) if self.seen else 0
-
     def worth_asking(self) -> bool:
         """Whether answers save more than they take; some must have been given for that to be known."""
-        return self.seen < _FEW or self._gain_s > self._asking.value()
+        return self.seen < _FEW or self._gain_s > _MARGIN * self._asking.value()
 
     def answered(self, saved_s_C: Floats, asking_s: float) -> None:
         """Notes an answer.
@@ -54,13 +58,14 @@ class StandingChoice:
             self.seen = 0  # other sizes: another question
         self.seen += 1
         if self.seen == 1:
-            self._mean_s_C, self._gain_s = saved_s_C, 0.0
+            self._mean_s_C, self._gain_s, self.choice = saved_s_C, 0.0, int(saved_s_C.argmax())
             return
         rate = max(1 / self.seen, _RATE)
         # By the choice that stood before this answer: one that knew the answer would look better than it is.
         gain_s = float(saved_s_C.max() - saved_s_C[self.choice])
         self._gain_s += rate * (gain_s - self._gain_s)
         self._mean_s_C = self._mean_s_C + rate * (saved_s_C - self._mean_s_C)
+        self.choice = int(self._mean_s_C.argmax())
 
 
 class StandingChoices:

@@ -37,7 +37,7 @@ Clock = Callable[[], float]
 _LEAF_CHOICES = (4, 8, 16)
 _STATUS_HALF_LIFE_CYCLES = 500.0
 _SURPLUS_HALF_LIFE, _SURPLUS_PRIOR_CYCLES, _MOST_SURPLUS = 200.0, 30.0, 8.0
-_EAGER_SHARE, _ENOUGH_EXPLORED = 0.2, 12  # of learned cycles; until so many of them made another choice
+_EAGER_SHARE, _ENOUGH_EXPLORED = 0.2, 24  # of learned cycles; until so many of them made another choice
 _KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
 
 
@@ -88,13 +88,13 @@ class TreePlanner:
             new_positions: positions each one's drafter cache is behind, if known.
         """
         batch = len(participants)
-        expected_s = self.cost.cycle_s(self._typical, 1, batch)
-        speculate = self.gate.decide(participants, expected_s)
+        speculate = self.gate.decide(participants, lambda: self.cost.cycle_s(self._typical, 1, batch))
         probing = self.gate.is_probe(participants, speculate)
+        speed = self.gate.speed_of_all(participants)
         explore, check = self._generator.random(), self._generator.random()
         look = None
         if any(speculate) and not probing:
-            look = self._looks.next(check, self.cost.plain.seen(batch))
+            look = self._looks.next(check, self.cost.plain.seen(batch), speed / batch)
         if look is not None:
             speculate = (False,) * batch
         due = any(speculate) and self._pace.due((batch, sum(speculate)))
@@ -108,7 +108,7 @@ class TreePlanner:
             look=look,
             explores=explores,
             learns=due or probing,
-            tokens_per_s=self.gate.speed_of_all(participants) / self.cost.plain_s(batch),
+            tokens_per_s=speed / self.cost.plain_s(batch),
             begin_s=self.clock(),
         )
         self._cycle.last_s = self._cycle.begin_s
@@ -200,16 +200,16 @@ class TreePlanner:
                 extra = self._extra(cycle, result)
                 self.gain.observe(extra, cycle.drafting, growth.leaf_caps, growth.leaf_mass)
                 self.outlook.accepted(growth, sum(result.num_accepted), extra)
-            self._typical = cycle.plan
+            self._typical = plan = cycle.plan
             self._nodes.add(cycle.nodes)
             self._leaves.add(sum(growth.leaf_caps))
-            self._blocks.add(cycle.plan.blocks)
+            self._blocks.add(plan.blocks)
             # By the corrected curves, as plain decoding is: what slows the machine down for a while slows both, and the
             # cycle's own seconds would blame drafting for it. Probes draft for one request only, and catching up is
             # paid once: neither says what drafting costs.
             usual = cycle.positions <= USUAL_POSITIONS
             drafting, positions = batch if cycle.probing else cycle.drafting, cycle.positions if usual else 1
-            modelled_s = cost.cycle_s(cycle.plan, drafting, batch, positions)
+            modelled_s = cost.cycle_s(plan, drafting, batch, positions)
             if usual and not cycle.probing:
                 self._surplus.add(min(seconds / modelled_s, _MOST_SURPLUS))
             prior = (1.0, _SURPLUS_PRIOR_CYCLES)

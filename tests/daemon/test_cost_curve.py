@@ -146,13 +146,17 @@ def test_the_price_of_plain_cycles_is_learned_by_size_of_the_batch() -> None:
     assert 1 < price.factor(5) < 1.2 and price.seen(7) == 1, "one look among five to eight counts half"
 
 
-def test_looks_are_runs_whose_first_cycle_does_not_count_and_rare_once_enough_was_seen() -> None:
+def test_looks_are_runs_whose_first_cycles_do_not_count_and_rare_once_enough_was_seen() -> None:
     looks, draws = PlainLooks(0.006), np.random.default_rng(0)
     found = [looks.next(draws.random(), seen=0) for _ in range(4000)]
     runs = [look.counts for look in found if look is not None]
-    assert runs[:6] == [False, True, True, False, True, True] and 0.10 < len(runs) / len(found) < 0.17
-    found = [looks.next(draws.random(), seen=20) for _ in range(20_000)]
+    assert runs[:20] == 2 * ([False] * 6 + [True] * 4) and 0.10 < len(runs) / len(found) < 0.2
+    found = [looks.next(draws.random(), seen=20) for _ in range(40_000)]
     assert 0.004 < sum(look is not None for look in found) / len(found) < 0.008
+    shares = [
+        sum(looks.next(draws.random(), 20, speed) is not None for _ in range(40_000)) for speed in (0.9, 1.02, 2.0)
+    ]
+    assert 0.017 < shares[0] / 40_000 < 0.032 and 0.017 < shares[1] / 40_000 < 0.032 and shares[2] / 40_000 < 0.003
     assert all(PlainLooks(0.0).next(draws.random(), seen=0) is None for _ in range(100))
 
 
