@@ -32,6 +32,7 @@ _LEAVES = (8, 1, 16, 4)
 _DEPTH = 8  # of the trees that stand for drafted ones
 _PREFIX_TOKENS = 128
 _REPEATS = 4
+_ROUNDS = 12  # of verification, whose shape decides on nodes
 _VERIFY_SHARE = 0.6  # of the time
 _OVERHEAD_S = 5e-4  # until cycles have been seen
 
@@ -62,7 +63,7 @@ def measure(target: TargetModel, drafter: AnyDrafter, slots: int, clock: Clock, 
     """
     begin_s = clock()
     # Drafts come before every verification that is timed: what they read puts the target's weights out of the cache.
-    cycle = DraftCycle(drafter, target.feature_size, slots, runs=2 * len(_ROWS) * (_REPEATS + 1))
+    cycle = DraftCycle(drafter, target.feature_size, slots, runs=2 * len(_ROWS) * (_ROUNDS + 1))
     usual = DraftPlan((), drafter.settings.node_budget)
     timed = _Verifications(target, slots, clock)
     plain_points = [Timing(1, batch, timed.seconds(1, batch)) for batch in sorted({1, slots})]
@@ -166,7 +167,14 @@ class _Verifications:
         self._states = [ChoiceState(p, [], target.vocab_size, target.device) for p in self._params]
         self._noise = NoiseWindow(slots, _DEPTH + 1, target.vocab_size, target.device)
 
-    def seconds(self, rows: int, batch: int, between: Callable[[], object] | None = None) -> float:
+    def seconds(
+        self,
+        rows: int,
+        batch: int,
+        between: Callable[[], object] | None = None,
+        repeats: int = _REPEATS,
+        warm_up: bool = True,
+    ) -> float:
         """Seconds of one verification, with something done before it."""
         target, tree = self._target, stand_in_tree(rows, batch, self._target.device)
         sampling, states = SamplingBatch.of(self._params[:batch], target.device), self._states[:batch]
@@ -175,15 +183,24 @@ class _Verifications:
         def once() -> None:
             verify(target, self._cache, slots, tree, _DEPTH, states, self._noise, sampling=sampling)
 
-        return _timed(once, self._clock, target.device, between)
+        return _timed(once, self._clock, target.device, between, repeats, warm_up)
 
     def points(self, until_s: float, between: Callable[[], object]) -> Iterator[Timing]:
-        """Points of the curve, most telling first; two of them however little time there is."""
-        for index, rows in enumerate(_ROWS):
-            for batch in sorted({1, self._slots}):
-                if index > 1 and self._clock() >= until_s:
-                    return
-                yield Timing(rows, batch, self.seconds(rows, batch, between))
+        """Points of the curve, most telling first; two of each batch however little time there is.
+
+        All of them round by round: what slows the machine down for a while then slows every size, and does not bend the
+        curve.
+        """
+        best: dict[tuple[int, int], float] = {}
+        every = [(rows, batch) for rows in _ROWS for batch in sorted({1, self._slots})]
+        least = 2 * len({1, self._slots})
+        for number in range(_ROUNDS):
+            for index, size in enumerate(every if number == 0 else list(best)):
+                if (number > 0 or index >= least) and self._clock() >= until_s:
+                    break
+                seconds = self.seconds(*size, between, repeats=1, warm_up=number == 0)
+                best[size] = min(seconds, best.get(size, seconds))
+        return (Timing(*size, seconds) for size, seconds in best.items())
 
 
 def stand_in_tree(rows: int, batch: int, device: torch.device) -> DraftTree:
@@ -203,15 +220,20 @@ def stand_in_tree(rows: int, batch: int, device: torch.device) -> DraftTree:
 
 
 def _timed(
-    call: Callable[[], object], clock: Clock, device: torch.device, between: Callable[[], object] | None = None
+    call: Callable[[], object],
+    clock: Clock,
+    device: torch.device,
+    between: Callable[[], object] | None = None,
+    repeats: int = _REPEATS,
+    warm_up: bool = True,
 ) -> float:
-    """Seconds of the fastest of a few calls after one to warm up, each after ``between``.
+    """Seconds of the fastest of a few calls, after one to warm up if wanted, each after ``between``.
 
     Other work on the machine only ever adds time, and unevenly: the fastest call says most about the shape of the
     curve. What the load adds on average, the online correction learns.
     """
     seconds: list[float] = []
-    for _ in range(_REPEATS + 1):
+    for _ in range(repeats + warm_up):
         if between is not None:
             between()
             _wait(device)
@@ -219,7 +241,7 @@ def _timed(
         call()
         _wait(device)
         seconds.append(clock() - begin_s)
-    return min(seconds[1:])
+    return min(seconds[warm_up:])
 
 
 def _wait(device: torch.device) -> None:

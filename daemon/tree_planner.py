@@ -130,7 +130,7 @@ class TreePlanner:
             return 0
         question = self._leaves_asked(cycle, block)
         if not cycle.asks:
-            cycle.timed = False  # nobody waits for the block that just ended
+            self._tick_unread(cycle, score_Bm)
             cycle.growth.leaf_caps.append(self._leaf_choices[question.choice])
             return cycle.growth.leaf_caps[-1]
         scores = _on_host(score_Bm)
@@ -162,6 +162,7 @@ class TreePlanner:
         caps = cycle.growth.leaf_caps
         question = self._choices.of("nodes", cycle.batch, cycle.drafting, *caps)
         if not (cycle.learns or question.worth_asking()):
+            self._tick_unread(cycle, score_BM)
             cycle.nodes = question.choice + 1
             return cycle.nodes
         scores = _on_host(score_BM)
@@ -326,6 +327,11 @@ class TreePlanner:
         if cycle.timed:
             cycle.block_s.append(now_s - cycle.last_s)
         cycle.last_s = now_s
+
+    def _tick_unread(self, cycle: Cycle, scores: Tensor) -> None:
+        """The same where nobody reads the scores: on an accelerator the block may still run, and is not timed."""
+        cycle.timed &= scores.device.type == "cpu"
+        self._tick(cycle)
 
     def _under_way(self) -> Cycle:
         assert self._cycle is not None, "begin() starts a cycle, record() ends it"

@@ -128,6 +128,19 @@ def test_profiling_covers_every_phase_and_keeps_to_its_time() -> None:
     assert short.later_block.total_rows[-1] <= 6 * 3
 
 
+def test_a_slow_moment_does_not_bend_the_curve() -> None:
+    """The machine takes five times as long for the first quarter of the time."""
+    target = target_of("llama", torch.float32)
+    drafter, calls = drafter_of(target, blocks=1), [0]
+
+    def clock() -> float:
+        calls[0] += 1
+        return 1e-4 * (5 * min(calls[0], 60) + max(calls[0] - 60, 0))
+
+    verify = measure(target, drafter, 1, clock, budget_s=1.0).verify
+    assert max(verify.seconds) < 1.5 * min(verify.seconds)
+
+
 def test_a_drafter_of_one_block_has_no_later_points() -> None:
     target = target_of("llama", torch.float32)
     curve = measure(target, drafter_of(target, blocks=1), 1, Ticks(1e-4), budget_s=1.0)
