@@ -32,7 +32,7 @@ _LEAVES = (8, 1, 16, 4)
 _DEPTH = 8  # of the trees that stand for drafted ones
 _PREFIX_TOKENS = 128
 _REPEATS = 4
-_ROUNDS = 12  # of verification, whose shape decides on nodes
+_ROUNDS, _LEAST_ROUNDS = 12, 2  # of verification, whose shape decides on nodes
 _VERIFY_SHARE = 0.6  # of the time
 _OVERHEAD_S = 5e-4  # until cycles have been seen
 
@@ -63,7 +63,7 @@ def measure(target: TargetModel, drafter: AnyDrafter, slots: int, clock: Clock, 
     """
     begin_s = clock()
     # Drafts come before every verification that is timed: what they read puts the target's weights out of the cache.
-    cycle = DraftCycle(drafter, target.feature_size, slots, runs=2 * len(_ROWS) * (_ROUNDS + 1))
+    cycle = DraftCycle(drafter, target.feature_size, slots, runs=len(_ROWS) * (_ROUNDS + 1))
     usual = DraftPlan((), drafter.settings.node_budget)
     timed = _Verifications(target, slots, clock)
     plain_points = [Timing(1, batch, timed.seconds(1, batch)) for batch in sorted({1, slots})]
@@ -196,7 +196,7 @@ class _Verifications:
         least = 2 * len({1, self._slots})
         for number in range(_ROUNDS):
             for index, size in enumerate(every if number == 0 else list(best)):
-                if (number > 0 or index >= least) and self._clock() >= until_s:
+                if index >= (least if number < _LEAST_ROUNDS else 0) and self._clock() >= until_s:
                     break
                 seconds = self.seconds(*size, between, repeats=1, warm_up=number == 0)
                 best[size] = min(seconds, best.get(size, seconds))

@@ -72,6 +72,10 @@ class PlainLooks:
         """
         self._share, self._left = share, 0
 
+    def disturbed(self) -> None:
+        """The drafter's weights were read outside of a cycle: a run under way ends, its cache is cold again."""
+        self._left = 0
+
     def next(self, draw: float, seen: int, speed: float = _USUAL_SPEED) -> Look | None:
         """Whether the coming cycle, which would speculate, is a look.
 
@@ -84,7 +88,7 @@ class PlainLooks:
             self._left -= 1
             return Look(counts=self._left < _RUN_CYCLES - _WARMING_CYCLES)
         usual = 1 - 1 / _USUAL_SPEED
-        often = min(usual / max(1 - 1 / speed, usual / _MOST_OFTEN), _MOST_OFTEN)
+        often = usual / max(1 - 1 / speed, usual / _MOST_OFTEN)
         begins = often * self._share / _RUN_CYCLES if self._share < 1 else 1.0
         if self._share > 0 and seen < _ENOUGH:
             begins = max(begins, _EAGER_SHARE)

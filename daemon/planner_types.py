@@ -98,6 +98,7 @@ class Cycle:
     participants: tuple[Participant, ...]
     speculate: tuple[bool, ...]
     positions: int
+    text: str
     probing: bool
     look: Look | None
     explores: bool

@@ -121,7 +121,8 @@ class ProbeBudget:
 
 @dataclass(slots=True)
 class _DomainState:
-    speed: ForgettingRatio
+    speed: ForgettingRatio  # prompts that the drafter absorbs included
+    decoding: ForgettingRatio
     on: bool = True
     cycles_since_change: int = 0
     engine_cycles: int = 0
@@ -207,6 +208,7 @@ class SpeculationGate:
             state = self._state(participant.domain)
             if yes and (state.on or self._probe is None):
                 state.speed.add(tokens, max(1.0 + charge, 0.05))
+                state.decoding.add(tokens, max(1.0 + charge, 0.05))
                 state.cycles_since_change += 1
                 self._absorbed.add(0.0)
             elif yes:
@@ -229,7 +231,7 @@ class SpeculationGate:
     def drafter_changed(self) -> None:
         """Forgets what was learned about the drafter before and lets one probe start at once."""
         for state in self._domains.values():
-            state.speed = ForgettingRatio(self.settings.half_life_cycles)
+            state.speed, state.decoding = self._unknown(), self._unknown()
             state.cycles_since_change, state.engine_cycles, state.last_probe = 0, 0, -1
         self._probe = None
         self.budget.grant(sum(not state.on for state in self._domains.values()))
@@ -243,8 +245,12 @@ class SpeculationGate:
         return {name: self._speed(state) for name, state in self._domains.items()}
 
     def speed_of_all(self, participants: Sequence[Participant]) -> float:
-        """Tokens of all requests in the time in which plain decoding commits one of each, at the best they can do."""
-        return sum(max(1.0, self._speed(self._state(p.domain))) for p in participants)
+        """Tokens of all requests in the time in which plain decoding commits one of each, at the best they can do.
+
+        What absorbing prompts takes is no part of it: no size of a tree changes that.
+        """
+        prior = (self.settings.prior_speed, self.settings.prior_tokens)
+        return sum(max(1.0, self._state(p.domain).decoding.value(*prior)) for p in participants)
 
     def _speed(self, state: _DomainState, doubt: float = 0.0) -> float:
         """Estimated speed; with ``doubt`` its upper bound, so many standard deviations of the count of tokens away."""
@@ -259,9 +265,14 @@ class SpeculationGate:
                 del self._domains[oldest]
             else:
                 domain = _OVERFLOW
-        state = self._domains.setdefault(domain, _DomainState(ForgettingRatio(self.settings.half_life_cycles)))
+        if domain not in self._domains:
+            self._domains[domain] = _DomainState(self._unknown(), self._unknown())
+        state = self._domains[domain]
         state.last_cycle = self._cycles
         return state
+
+    def _unknown(self) -> ForgettingRatio:
+        return ForgettingRatio(self.settings.half_life_cycles)
 
     def _maybe_off(self, state: _DomainState) -> None:
         rules = self.settings
@@ -299,6 +310,7 @@ class SpeculationGate:
 
     def _judge(self, probe: _Probe) -> None:
         state = self._state(probe.domain)
-        state.speed = ForgettingRatio(self.settings.half_life_cycles, probe.speed.numerator, probe.speed.denominator)
+        shown = (probe.speed.numerator, probe.speed.denominator)
+        state.speed, state.decoding = (ForgettingRatio(self.settings.half_life_cycles, *shown) for _ in range(2))
         if probe.speed.value() > self.settings.on_above:
             state.on, state.cycles_since_change, state.engine_cycles = True, 0, 0

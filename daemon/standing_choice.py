@@ -22,6 +22,7 @@ _RATE = 0.02
 # What an answer promises is the best of many estimates, and less comes of it; what asking takes is more than its own
 # time, because it puts other things out of the caches.
 _MARGIN = 2.0
+_MOST_ASKING = 5.0  # times the mean: one stall of the machine says nothing about thinking
 _HALF_LIFE_ANSWERS = 100.0
 
 
@@ -51,9 +52,10 @@ class StandingChoice:
 
         Args:
             saved_s_C: seconds that each choice saves in this cycle, over anything that all have in common.
-            asking_s: what working it out took.
+            asking_s: what working it out took on the host; an accelerator's idle time meanwhile is not known.
         """
-        self._asking.add(asking_s)
+        mean_s = self._asking.value()
+        self._asking.add(min(asking_s, _MOST_ASKING * mean_s) if mean_s > 0 else asking_s)
         if len(saved_s_C) != len(self._mean_s_C):
             self.seen = 0  # other sizes: another question
         self.seen += 1

@@ -104,6 +104,7 @@ class TreePlanner:
             participants=tuple(participants),
             speculate=speculate,
             positions=max([1, *behind]),
+            text=self._text(participants, speculate),
             probing=probing,
             look=look,
             explores=explores,
@@ -120,7 +121,8 @@ class TreePlanner:
         if block + 1 >= self._settings.blocks:
             return False
         question = self._leaves_asked(cycle, block)
-        cycle.asks = cycle.learns or question.worth_asking()
+        # What is known of a tree whose earlier nodes nobody read says nothing about where to go on.
+        cycle.asks = cycle.learns or (cycle.asks and question.worth_asking())
         return cycle.asks or question.choice > 0
 
     def leaves(self, block: int, score_Bm: Tensor) -> int:
@@ -129,6 +131,8 @@ class TreePlanner:
         if score_Bm.shape[1] == 0:
             return 0
         question = self._leaves_asked(cycle, block)
+        if block == 0:
+            cycle.growth.first_width = score_Bm.shape[1]
         if not cycle.asks:
             self._tick_unread(cycle, score_Bm)
             cycle.growth.leaf_caps.append(self._leaf_choices[question.choice])
@@ -139,16 +143,18 @@ class TreePlanner:
         predicted, saved_s = self._outcomes(cycle, block, stop)
         available = len(stop.mass_m)
         index = int(saved_s.argmax()) if available else 0
+        if not question.worth_asking():  # as in cycles that do not ask, or what is learned would be of promising ones
+            index = question.choice
         # One decision of a cycle is another than the best, at the latest the last that there can be.
         last = index == 0 or block + 2 >= self._settings.blocks
         if cycle.explores and not cycle.explored and available and (last or self._generator.random() < 0.5):
-            index = self._other(index)
+            index = self._other(index, available)
             cycle.explored = True
             self._explored += 1
         choice = min(self._leaf_choices[index], available)
         cycle.growth.predicted_tokens = predicted[index]
         now_s = self.clock()
-        if not cycle.probing:  # a probe's values are those of another batch
+        if available and not cycle.probing:  # a probe's values are those of another batch
             question.answered(saved_s, now_s - cycle.last_s)
         if choice:
             cycle.growth.leaf_caps.append(choice)
@@ -160,7 +166,7 @@ class TreePlanner:
         """See Limits."""
         cycle = self._under_way()
         caps = cycle.growth.leaf_caps
-        question = self._choices.of("nodes", cycle.batch, cycle.drafting, *caps)
+        question = self._choices.of("nodes", cycle.text, cycle.batch, cycle.drafting, *caps)
         if not (cycle.learns or question.worth_asking()):
             self._tick_unread(cycle, score_BM)
             cycle.nodes = question.choice + 1
@@ -170,7 +176,7 @@ class TreePlanner:
         gain_N = self.outlook.kept(cycle.growth, scores)
         tokens_N = self._scale(cycle) * self.outlook.budget_bias(1 + len(caps)) * gain_N
         saved_s_N = tokens_N / cycle.tokens_per_s - self.cost.verify_s(len(gain_N), cycle.batch)[1:]
-        cycle.nodes = int(saved_s_N.argmax()) + 1
+        cycle.nodes = 1 + (int(saved_s_N.argmax()) if question.worth_asking() else question.choice)
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
         now_s = self.clock()
         if not cycle.probing:
@@ -195,7 +201,8 @@ class TreePlanner:
             cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
             building_s = None if cycle.spent_s is None else max(0.0, result.draft_s - cycle.spent_s)
             other_s = None if building_s is None else result.other_s + building_s
-            cost.observe_verify(result.verify_s, result.tree.num_rows, batch, other_s)
+            if cycle.timed or building_s is not None:  # else verification has waited for the drafter's device
+                cost.observe_verify(result.verify_s, result.tree.num_rows, batch, other_s)
             if cycle.learns:
                 self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)
                 extra = self._extra(cycle, result)
@@ -225,6 +232,7 @@ class TreePlanner:
 
     def absorbed(self, domain: str, seconds: float, batch: int) -> None:
         """Charges a kind of text for a prompt that was absorbed while so many requests waited, its own included."""
+        self._looks.disturbed()
         self.gate.absorbed(domain, seconds / self.cost.plain_s(batch) * batch)
 
     def drafter_changed(self) -> None:
@@ -282,7 +290,13 @@ class TreePlanner:
 
     def _leaves_asked(self, cycle: Cycle, block: int) -> StandingChoice:
         """How many leaves the block after this one extends."""
-        return self._choices.of("leaves", cycle.batch, cycle.drafting, block)
+        return self._choices.of("leaves", cycle.text, cycle.batch, cycle.drafting, block)
+
+    @staticmethod
+    def _text(participants: Sequence[Participant], speculate: Sequence[bool]) -> str:
+        """The kind of text that all of a cycle's drafts are for; nothing if there are several."""
+        kinds = {p.domain for p, yes in zip(participants, speculate, strict=True) if yes}
+        return kinds.pop() if len(kinds) == 1 else ""
 
     def _outcomes(self, cycle: Cycle, block: int, stop: Stop) -> tuple[list[float], Floats]:
         """Uncorrected accepted drafts, and seconds saved, by choice of leaves that the next block extends."""
@@ -310,11 +324,14 @@ class TreePlanner:
             saved_s.append(bias * predicted[-1] - draft_s - verify_s)
         return predicted, np.array(saved_s)
 
-    def _other(self, best: int) -> int:
+    def _other(self, best: int, available: int) -> int:
         """Another choice: whether to extend at all is what must stay known, so it is tried half of the time."""
         if best and self._generator.random() < 0.5:
             return 0
-        return self._generator.choice([index for index in range(1, len(self._leaf_choices)) if index != best] or [0])
+        caps = [min(leaves, available) for leaves in self._leaf_choices]
+        return self._generator.choice(
+            [index for index in range(len(caps)) if caps[index] not in (0, caps[best])] or [0]
+        )
 
     @staticmethod
     def _scale(cycle: Cycle) -> float:

@@ -173,6 +173,13 @@ def test_looks_are_runs_whose_first_cycles_do_not_count_and_rare_once_enough_was
     assert all(PlainLooks(0.0).next(draws.random(), seen=0) is None for _ in range(100))
 
 
+def test_absorbing_a_prompt_ends_a_run_of_looks() -> None:
+    looks = PlainLooks(0.01)
+    assert looks.next(0.0, 0) is not None and looks.next(1.0, 0) is not None
+    looks.disturbed()
+    assert looks.next(1.0, 0) is None, "the drafter's weights are in the cache again"
+
+
 def test_what_speculation_does_to_verification_is_not_charged_to_plain_decoding() -> None:
     """Verification behind a drafter takes 1.3 times the curve; plain cycles do not."""
     curve = CostCurve(RowCurve((1, 33), (0.01, 0.02)), RowCurve((1,), (0.002,)), RowCurve((1,), (0.002,)), 0.001)

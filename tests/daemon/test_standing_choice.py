@@ -64,6 +64,7 @@ def test_answers_of_another_size_begin_anew() -> None:
 def test_questions_are_told_apart_and_their_number_is_bounded() -> None:
     questions = StandingChoices()
     questions.of("nodes", 1).answered(np.array([0.0, 1.0]), 0.0)
+    questions.of("nodes", 2).answered(np.array([1.0, 0.0]), 0.0)
     assert questions.of("nodes", 1).choice == 1 and questions.of("nodes", 2).choice == 0
     for number in range(255):
         questions.of("leaves", number)

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specblock.cuda_ext.tree import DraftTree, place_rows
-from specblock.daemon.cost_curve import CostCurve
+from specblock.daemon.cost_curve import CostCurve, Phase
 from specblock.daemon.cycle_cost import CycleCost
 from specblock.daemon.planner_types import CycleResult, PlannerSettings
 from specblock.daemon.speculation import GateSettings, Participant, ProbeBudget, SpeculationGate
+from specblock.daemon.standing_choice import StandingChoice
 from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook
 from specblock.daemon.tree_planner import TreePlanner
 from specblock.drafter.plan import NO_SPECULATION
@@ -503,6 +504,56 @@ def test_where_thinking_takes_long_the_best_fixed_sizes_stand() -> None:
     assert ledger.rate > 0.93 * max(rates.values()), "one cycle in sixteen is learned from: 2.3 % for thinking"
     best = max(rates, key=lambda plan: rates[plan])
     assert planner.status().mean_nodes == pytest.approx(best.node_budget, rel=0.35)
+
+
+def test_what_a_waiting_device_does_is_no_price_of_verification() -> None:
+    """Where nobody reads scores, an accelerator drafts while verification waits for it."""
+    costs, clock = curve(), Clock()
+    planner = planner_of(costs, clock, explore_share=0.0, plain_share=0.0, settle_cycles=20, learn_every=1000)
+    score = torch.log(torch.tensor([[0.9, 0.7, 0.2]]))
+
+    class Elsewhere:
+        """Scores on another device: all that a planner that does not read them asks of them."""
+
+        shape, device = score.shape, torch.device("cuda")
+
+    for number in range(400):
+        planner.begin([Participant("r", "x")])
+        begin_s = clock.now_s
+        reads = number < 20
+        clock.now_s += 2e-3 if reads else 1e-4
+        nodes = planner.nodes(score if reads else Elsewhere())  # type: ignore[arg-type]
+        draft_s, verify_s = clock.now_s - begin_s, costs.verify_s(nodes + 1, 1) + (0.0 if reads else 1.9e-3)
+        clock.now_s += verify_s
+        planner.record(CycleResult(draft_s, verify_s, 5e-4, [2], *_accepting_one(nodes)))
+    assert planner.cost.correction.factor(Phase.VERIFY) == pytest.approx(1, rel=0.01)
+
+
+def test_sizes_are_those_of_the_kind_of_text() -> None:
+    planner = planner_of(curve(), Clock(), explore_share=0.0, plain_share=0.0)
+    python, cpp = Participant("a", "python"), Participant("b", "cpp")
+
+    def asked(*participants: Participant) -> StandingChoice:
+        planner.begin(participants)
+        return planner._leaves_asked(planner._under_way(), 0)
+
+    asked(python).answered(np.array([0.0, 1.0]), 0.0)
+    assert asked(python).choice == 1 and asked(cpp).choice == 0
+    assert asked(python, python) is not asked(python), "two requests are another kind of cycle"
+    asked(python, cpp).answered(np.array([0.0, 1.0]), 0.0)
+    assert asked(cpp, python).choice == 1 and asked(cpp, cpp).choice == 0
+
+
+def test_trees_of_three_blocks_are_priced_by_all_their_blocks() -> None:
+    """An earlier block that coasts is followed by blocks that coast: a later one could not be judged."""
+    planner = TreePlanner(curve(), replace(SETTINGS, blocks=4), Clock(), Random(0), PlannerSettings(explore_share=0.0))
+    planner.begin([Participant("r", "x")])
+    cycle = planner._under_way()
+    cycle.learns = False
+    for _ in range(20):
+        planner._leaves_asked(cycle, 0).answered(np.array([0.0, 1.0, 0.5, 0.2]), 1e-4)
+    assert planner.more(0) and planner.leaves(0, torch.zeros(1, 20)) == 4
+    assert not planner.more(1) and not cycle.asks, "never answered, and not asked behind a block nobody looked at"
 
 
 def test_early_cycles_explore_and_again_after_every_new_drafter_but_probes_never() -> None:
