@@ -42,7 +42,7 @@ class SurvivalTable:
     made monotone in score. Between bin centres the logarithm is interpolated, so that two scores rarely tie.
 
     Args:
-        half_life_cycles: cycles of one request after which an observation counts half.
+        half_life_cycles: cycles of one request that were learned from, after which an observation counts half.
         prior_nodes: pseudo-observations per bin.
     """
 
@@ -142,7 +142,7 @@ class LeafGain:
     tried takes the block's pooled ratio.
 
     Args:
-        half_life_cycles: cycles of one request after which an observation counts half.
+        half_life_cycles: cycles of one request that were learned from, after which an observation counts half.
         prior_tokens: gain assumed at first.
         prior_leaves: accepted leaves that the prior, and the pooled ratio for a single count, are worth.
     """
