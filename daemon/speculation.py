@@ -19,6 +19,7 @@ _DOUBT_SD = 3.0
 # Of the same, for a domain that has been seen for a while: being off by bad luck costs what it would have won, until a
 # probe; being on without gain costs little.
 _SLOW_SD = 1.0
+_LONG = 4  # times the fewest cycles: a request that lasts so long says enough by itself
 _ABSORBED_HALF_LIFE_CYCLES = 500.0
 _OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
 
@@ -40,6 +41,9 @@ class GateSettings:
         on_above: speed a probe must show before it goes on.
         min_cycles: cycles of one request seen since it went on before it may go off by its estimated speed.
         hopeless_cycles: cycles of the engine after which it may go off already, if not even chance explains the speed.
+        hopeless_below: speed that chance must not explain as long as few requests were seen.
+        min_requests: requests seen since it went on before it may go off otherwise: one that suits the drafter badly
+            says little about the next.
         half_life_cycles: cycles of one request after which evidence counts half.
         probe_cycles: length of a probe.
         probe_share: part of all device seconds that probes may take.
@@ -53,6 +57,8 @@ class GateSettings:
     on_above: float = 1.03
     min_cycles: int = 24
     hopeless_cycles: int = 4
+    hopeless_below: float = 0.8
+    min_requests: int = 3
     half_life_cycles: float = 150.0
     probe_cycles: int = 16
     probe_share: float = 0.01
@@ -62,8 +68,8 @@ class GateSettings:
     forget_cycles: int = 100_000
 
     def __post_init__(self) -> None:
-        if not 0 < self.off_below <= self.on_above:
-            raise ValueError("speculation: off_below must be above 0 and not above on_above")
+        if not 0 < self.hopeless_below <= self.off_below <= self.on_above:
+            raise ValueError("speculation: hopeless_below, off_below, on_above must be above 0 and ascend")
         if (
             not 0 <= self.probe_share < 1
             or min(self.probe_cycles, self.min_cycles, self.hopeless_cycles, self.max_domains) < 1
@@ -126,8 +132,19 @@ class _DomainState:
     on: bool = True
     cycles_since_change: int = 0
     engine_cycles: int = 0
+    requests: set[str] = field(default_factory=set)  # the first few since the last change
     last_probe: int = -1
     last_cycle: int = 0
+
+    def change(self, *, on: bool) -> None:
+        """Goes on or off; what was seen before no longer counts for the next change."""
+        self.on = on
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """As if it had just gone on or off."""
+        self.cycles_since_change, self.engine_cycles = 0, 0
+        self.requests.clear()
 
 
 @dataclass(slots=True)
@@ -210,6 +227,8 @@ class SpeculationGate:
                 state.speed.add(tokens, max(1.0 + charge, 0.05))
                 state.decoding.add(tokens, max(1.0 + charge, 0.05))
                 state.cycles_since_change += 1
+                if len(state.requests) < self.settings.min_requests:
+                    state.requests.add(participant.request_id)
                 self._absorbed.add(0.0)
             elif yes:
                 self.budget.share(seconds / num_drafted)
@@ -232,7 +251,8 @@ class SpeculationGate:
         """Forgets what was learned about the drafter before and lets one probe start at once."""
         for state in self._domains.values():
             state.speed, state.decoding = self._unknown(), self._unknown()
-            state.cycles_since_change, state.engine_cycles, state.last_probe = 0, 0, -1
+            state.last_probe = -1
+            state.begin_anew()
         self._probe = None
         self.budget.grant(sum(not state.on for state in self._domains.values()))
 
@@ -276,11 +296,15 @@ class SpeculationGate:
 
     def _maybe_off(self, state: _DomainState) -> None:
         rules = self.settings
-        slow = state.cycles_since_change >= rules.min_cycles and self._speed(state, _SLOW_SD) < rules.off_below
+        enough = len(state.requests) >= rules.min_requests or state.cycles_since_change >= _LONG * rules.min_cycles
+        slow = enough and state.cycles_since_change >= rules.min_cycles
         # One stall holds up every request of a batch: what counts here is how often the engine was slow.
-        hopeless = state.engine_cycles >= rules.hopeless_cycles and self._speed(state, _DOUBT_SD) < rules.off_below
-        if slow or hopeless:
-            state.on, state.cycles_since_change, state.engine_cycles = False, 0, 0
+        hopeless = state.engine_cycles >= rules.hopeless_cycles
+        least = rules.off_below if enough else rules.hopeless_below
+        if (slow and self._speed(state, _SLOW_SD) < rules.off_below) or (
+            hopeless and self._speed(state, _DOUBT_SD) < least
+        ):
+            state.change(on=False)
 
     def _probed(self, participants: Sequence[Participant], probe_cycle_s: Callable[[], float]) -> int | None:
         """Index of the request to probe in the next cycle, if any."""
@@ -313,4 +337,4 @@ class SpeculationGate:
         shown = (probe.speed.numerator, probe.speed.denominator)
         state.speed, state.decoding = (ForgettingRatio(self.settings.half_life_cycles, *shown) for _ in range(2))
         if probe.speed.value() > self.settings.on_above:
-            state.on, state.cycles_since_change, state.engine_cycles = True, 0, 0
+            state.change(on=True)

@@ -20,7 +20,7 @@ _MOST_QUESTIONS = 256
 _FEW = 16  # answers that say nothing about the next one
 _RATE = 0.02
 # What an answer promises is the best of many estimates, and less comes of it; what asking takes is more than its own
-# time, because it puts other things out of the caches.
+# time, because it puts other things out of the caches (cycles that ask last longer than the questions take).
 _MARGIN = 2.0
 _MOST_ASKING = 5.0  # times the mean: one stall of the machine says nothing about thinking
 _HALF_LIFE_ANSWERS = 100.0

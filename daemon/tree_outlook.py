@@ -17,9 +17,9 @@ import numpy as np
 from specblock.drafter.forgetting import ForgettingRatio
 from specblock.drafter.survival import Floats, SurvivalTable
 
-_HALF_LIFE_CYCLES = 200.0  # that were learned from
+_HALF_LIFE_CYCLES = 100.0  # that were learned from
 _PRIOR_EXTRA_NODES = 3.0  # nodes another block adds, before any was seen: few, or none would be seen
-_BIAS_HALF_LIFE_CYCLES = 400.0
+_BIAS_HALF_LIFE_CYCLES = 100.0
 _BIAS_PRIOR_TOKENS = 60.0
 _BIAS_LIMIT = 2.0
 

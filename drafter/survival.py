@@ -46,7 +46,7 @@ class SurvivalTable:
         prior_nodes: pseudo-observations per bin.
     """
 
-    def __init__(self, half_life_cycles: float = 2000.0, prior_nodes: float = 4.0) -> None:
+    def __init__(self, half_life_cycles: float = 500.0, prior_nodes: float = 4.0) -> None:
         if half_life_cycles <= 0 or prior_nodes <= 0:
             raise ValueError("survival table: half-life and prior must be above 0")
         self._half_life, self._prior_nodes = half_life_cycles, prior_nodes
@@ -147,7 +147,7 @@ class LeafGain:
         prior_leaves: accepted leaves that the prior, and the pooled ratio for a single count, are worth.
     """
 
-    def __init__(self, half_life_cycles: float = 1000.0, prior_tokens: float = 0.7, prior_leaves: float = 10.0) -> None:
+    def __init__(self, half_life_cycles: float = 250.0, prior_tokens: float = 0.7, prior_leaves: float = 10.0) -> None:
         self._half_life, self._prior_tokens, self._prior_leaves = half_life_cycles, prior_tokens, prior_leaves
         self._pooled: dict[int, ForgettingRatio] = {}
         self._single: dict[tuple[int, int], ForgettingRatio] = {}
