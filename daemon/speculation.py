@@ -68,8 +68,8 @@ class GateSettings:
     forget_cycles: int = 100_000
 
     def __post_init__(self) -> None:
-        if not 0 < self.hopeless_below <= self.off_below <= self.on_above:
-            raise ValueError("speculation: hopeless_below, off_below, on_above must be above 0 and ascend")
+        if not 0 < self.off_below <= self.on_above:
+            raise ValueError("speculation: off_below must be above 0 and not above on_above")
         if (
             not 0 <= self.probe_share < 1
             or min(self.probe_cycles, self.min_cycles, self.hopeless_cycles, self.max_domains) < 1
@@ -300,7 +300,7 @@ class SpeculationGate:
         slow = enough and state.cycles_since_change >= rules.min_cycles
         # One stall holds up every request of a batch: what counts here is how often the engine was slow.
         hopeless = state.engine_cycles >= rules.hopeless_cycles
-        least = rules.off_below if enough else rules.hopeless_below
+        least = rules.off_below if enough else min(rules.off_below, rules.hopeless_below)
         if (slow and self._speed(state, _SLOW_SD) < rules.off_below) or (
             hopeless and self._speed(state, _DOUBT_SD) < least
         ):
