@@ -1,10 +1,9 @@
 """What plain decoding costs beside speculation: looks at plain cycles, and the price that they teach.
 
 A plain cycle after a drafted one is dearer than plain decoding is: what a drafter reads has put the target's weights
-out of the cache, and where that holds them all they come back over several cycles (on a server's processor the second
-still takes 15 % longer than the tenth). Looks therefore are runs of cycles, of which the first ones teach nothing. How
-far plain cycles lie from the curve depends on the number of requests, so each has its own price; one not looked at
-takes that of the nearest.
+out of the cache, and where that holds them all they come back over several cycles. Looks therefore are runs of cycles,
+of which the first ones teach nothing. How far plain cycles lie from the curve depends on the number of requests, so
+each has its own price; one not looked at takes that of the nearest.
 """
 
 from __future__ import annotations

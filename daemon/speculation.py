@@ -297,13 +297,12 @@ class SpeculationGate:
     def _maybe_off(self, state: _DomainState) -> None:
         rules = self.settings
         enough = len(state.requests) >= rules.min_requests or state.cycles_since_change >= _LONG * rules.min_cycles
-        slow = enough and state.cycles_since_change >= rules.min_cycles
-        # One stall holds up every request of a batch: what counts here is how often the engine was slow.
-        hopeless = state.engine_cycles >= rules.hopeless_cycles
         least = rules.off_below if enough else min(rules.off_below, rules.hopeless_below)
-        if (slow and self._speed(state, _SLOW_SD) < rules.off_below) or (
-            hopeless and self._speed(state, _DOUBT_SD) < least
-        ):
+        settled = enough and state.cycles_since_change >= rules.min_cycles
+        slow = settled and self._speed(state, _SLOW_SD) < rules.off_below
+        # One stall holds up every request of a batch: what counts here is how often the engine was slow.
+        hopeless = state.engine_cycles >= rules.hopeless_cycles and self._speed(state, _DOUBT_SD) < least
+        if slow or hopeless:
             state.change(on=False)
 
     def _probed(self, participants: Sequence[Participant], probe_cycle_s: Callable[[], float]) -> int | None:

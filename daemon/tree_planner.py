@@ -167,7 +167,8 @@ class TreePlanner:
         cycle = self._under_way()
         caps = cycle.growth.leaf_caps
         question = self._choices.of("nodes", cycle.text, cycle.batch, cycle.drafting, *caps)
-        if not (cycle.learns or question.worth_asking()):
+        stands = not question.worth_asking()
+        if stands and not cycle.learns:
             self._tick_unread(cycle, score_BM)
             cycle.nodes = question.choice + 1
             return cycle.nodes
@@ -176,7 +177,7 @@ class TreePlanner:
         gain_N = self.outlook.kept(cycle.growth, scores)
         tokens_N = self._scale(cycle) * self.outlook.budget_bias(1 + len(caps)) * gain_N
         saved_s_N = tokens_N / cycle.tokens_per_s - self.cost.verify_s(len(gain_N), cycle.batch)[1:]
-        cycle.nodes = 1 + (int(saved_s_N.argmax()) if question.worth_asking() else question.choice)
+        cycle.nodes = 1 + (question.choice if stands else int(saved_s_N.argmax()))
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
         now_s = self.clock()
         if not cycle.probing:
@@ -199,9 +200,8 @@ class TreePlanner:
         else:
             assert result.accepted_rows is not None and cycle.nodes, "a tree that these limits did not bound"
             cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
-            building_s = None if cycle.spent_s is None else max(0.0, result.draft_s - cycle.spent_s)
-            other_s = None if building_s is None else result.other_s + building_s
-            if cycle.timed or building_s is not None:  # else verification has waited for the drafter's device
+            other_s = result.other_s + max(0.0, result.draft_s - cycle.spent_s) if cycle.spent_s is not None else None
+            if cycle.timed or other_s is not None:  # else verification has waited for the drafter's device
                 cost.observe_verify(result.verify_s, result.tree.num_rows, batch, other_s)
             if cycle.learns:
                 self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)

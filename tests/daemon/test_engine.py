@@ -68,7 +68,7 @@ def planner_of(drafter: AnyDrafter, seed: int = 0, **gate: object) -> TreePlanne
     )
     rng = Random(seed)
     gates = GateSettings(**{"min_cycles": 4, "probe_cycles": 3, "probe_share": 0.2} | gate)  # type: ignore[arg-type]
-    settings = PlannerSettings(explore_share=0.3, plain_share=0.02, gate=gates)
+    settings = PlannerSettings(explore_share=0.3, plain_share=0.2, gate=gates)
     return TreePlanner(curve, drafter.settings, lambda c=itertools.count(): c.__next__() * rng.random(), rng, settings)
 
 
