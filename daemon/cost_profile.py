@@ -26,7 +26,7 @@ from specblock.verifier.verify import verify
 
 Clock = Callable[[], float]
 
-_ROWS = (1, 32, 8, 64, 16, 4, 2)  # most telling first
+_ROWS = (1, 32, 8, 64, 16, 4, 2, 9, 12, 24)  # most telling first; kernels take rows by eights or sixteens
 _POSITIONS = (4, 8, 2)  # besides 1
 _LEAVES = (8, 1, 16, 4)
 _DEPTH = 8  # of the trees that stand for drafted ones

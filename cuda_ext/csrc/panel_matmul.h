@@ -29,12 +29,14 @@ constexpr bool kManyRegisters = true;
 constexpr bool kManyRegisters = L == 16;
 #endif
 constexpr int kTileRows = L == 16 ? 8 : 6, kSums = kManyRegisters ? 26 : 12;
-// Panels that stay in the second cache while one tile of rows after the other wants them; a multiple of every kSide.
-constexpr int64_t kSides = 12, kTogetherBytes = 1 << 19;
-
 // Neighbouring panels for R rows: few rows alone would leave additions waiting for each other.
+constexpr int kMostSide = 3;  // of one tile of several, which are at least half as high as the highest
 template <int R>
-constexpr int kSide = std::clamp(kSums / (R * kVectors), 1, 4);
+constexpr int kSide = std::clamp(kSums / (R * kVectors), 1, R < kTileRows / 2 ? 4 : kMostSide);
+
+// Panels that stay in the second cache while one tile of rows after the other wants them: a multiple of 1 .. kMostSide,
+// or some tiles would have to take one by one what does not fit side by side.
+constexpr int64_t kSides = 6, kMostTogether = 12, kTogetherBytes = 1 << 19;
 
 // One row of a panel, 16 weights in kPanel / L vectors.
 SB_INLINE void load_row(const float* from, Float* to) {
@@ -123,7 +125,7 @@ template <class T, class W>
 SB_INLINE void multiply_by_tiles(const T& tiles, const W* packed, float* out, int64_t M, int64_t K, int64_t N,
                                  int64_t begin, int64_t end) {
   const int64_t whole = end * kPanel <= N ? end : end - 1, fitting = kTogetherBytes / (K * kPanel * sizeof(W));
-  const int64_t together = M <= kTileRows ? end : std::clamp<int64_t>(fitting / kSides * kSides, kSide<kTileRows>, kSides);
+  const int64_t together = M <= kTileRows ? end : std::clamp<int64_t>(fitting / kSides * kSides, kMostSide, kMostTogether);
   for (; begin < whole; begin += together)
     all_rows(tiles, packed, out, N, M, K, begin, std::min(begin + together, whole));
   if (whole == end) return;
