@@ -10,6 +10,7 @@ from torch import Tensor
 from specblock.cuda_ext.tree import DraftTree, Offers
 from specblock.daemon.plain_price import Look
 from specblock.daemon.speculation import GateSettings, Participant
+from specblock.daemon.standing_choice import StandingChoice
 from specblock.daemon.tree_outlook import Growth
 from specblock.drafter.plan import NO_SPECULATION, DraftPlan
 
@@ -91,6 +92,25 @@ class PlannerStatus:
     speed_by_domain: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """A decision to extend trees.
+
+    Attributes:
+        question: what was decided.
+        block: the last one before the extension.
+        expected_s: seconds that it was expected to save over stopping, uncorrected.
+        at_s: seconds since the cycle began when it was made, without those spent on thinking.
+        stop_verify_s: expected seconds of verification had the trees stopped growing.
+    """
+
+    question: StandingChoice
+    block: int
+    expected_s: float
+    at_s: float
+    stop_verify_s: float
+
+
 @dataclass(slots=True)
 class Cycle:
     """Scratch of the cycle under way."""
@@ -110,7 +130,9 @@ class Cycle:
     timed: bool = True
     growth: Growth = field(default_factory=Growth)
     block_s: list[float] = field(default_factory=list)
+    extensions: list[Extension] = field(default_factory=list)
     last_s: float = 0.0
+    thought_s: float = 0.0
     spent_s: float | None = None
     nodes: int = 0
 

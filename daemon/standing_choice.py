@@ -24,6 +24,7 @@ _RATE = 0.02
 _MARGIN = 2.0
 _MOST_ASKING = 5.0  # times the mean: one stall of the machine says nothing about thinking
 _HALF_LIFE_ANSWERS = 100.0
+_ERROR_HALF_LIFE_ANSWERS, _ERROR_PRIOR_CHOICES = 200.0, 32.0  # what one choice brings varies by far more than its gain
 
 
 class StandingChoice:
@@ -34,18 +35,32 @@ class StandingChoice:
         seen: answers to this question.
     """
 
-    __slots__ = ("_asking", "_gain_s", "_mean_s_C", "choice", "seen")
+    __slots__ = ("_asking", "_error", "_gain_s", "_mean_s_C", "choice", "seen")
 
     def __init__(self) -> None:
         self.choice = 0
         self._mean_s_C: Floats = np.zeros(0)
         self._gain_s = 0.0
         self._asking = ForgettingRatio(_HALF_LIFE_ANSWERS)
+        self._error = ForgettingRatio(_ERROR_HALF_LIFE_ANSWERS)
         self.seen = 0
 
     def worth_asking(self) -> bool:
         """Whether answers save more than they take; some must have been given for that to be known."""
         return self.seen < _FEW or self._gain_s > _MARGIN * self._asking.value()
+
+    def corrected(self, saved_s_C: Floats) -> Floats:
+        """Expected seconds saved, less what choices other than the first have fallen short of before."""
+        result: Floats = saved_s_C.copy()
+        result[1:] += self._error.value(0.0, _ERROR_PRIOR_CHOICES)
+        return result
+
+    def turned_out(self, expected_s: float, saved_s: float) -> None:
+        """Notes what a choice other than the first was expected to save over the first, uncorrected, and what it did.
+
+        It was made because it promised most, and of many promises the best is the one most likely too good.
+        """
+        self._error.add(saved_s - expected_s, 1.0, observations=0)
 
     def answered(self, saved_s_C: Floats, asking_s: float) -> None:
         """Notes an answer.
@@ -56,6 +71,7 @@ class StandingChoice:
         """
         mean_s = self._asking.value()
         self._asking.add(min(asking_s, _MOST_ASKING * mean_s) if mean_s > 0 else asking_s)
+        self._error.fade(0.5 ** (1 / _ERROR_HALF_LIFE_ANSWERS))
         if len(saved_s_C) != len(self._mean_s_C):
             self.seen = 0  # other sizes: another question
         self.seen += 1

@@ -23,7 +23,7 @@ from specblock.daemon.cost_curve import CostCurve
 from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
 from specblock.daemon.learning_pace import LearningPace
 from specblock.daemon.plain_price import PlainLooks
-from specblock.daemon.planner_types import Cycle, CycleResult, PlannerSettings, PlannerStatus
+from specblock.daemon.planner_types import Cycle, CycleResult, Extension, PlannerSettings, PlannerStatus
 from specblock.daemon.speculation import Participant, SpeculationGate
 from specblock.daemon.standing_choice import StandingChoice, StandingChoices
 from specblock.daemon.tree_outlook import Stop, TreeOutlook
@@ -140,7 +140,8 @@ class TreePlanner:
         scores = _on_host(score_Bm)
         self._tick(cycle)
         stop = self.outlook.stop(cycle.growth, block, scores)
-        predicted, saved_s = self._outcomes(cycle, block, stop)
+        predicted, expected_s, stop_verify_s = self._outcomes(cycle, block, stop)
+        saved_s = question.corrected(expected_s)
         available = len(stop.mass_m)
         index = int(saved_s.argmax()) if available else 0
         if not question.worth_asking():  # as in cycles that do not ask, or what is learned would be of promising ones
@@ -154,11 +155,15 @@ class TreePlanner:
         choice = min(self._leaf_choices[index], available)
         cycle.growth.predicted_tokens = predicted[index]
         now_s = self.clock()
+        cycle.thought_s += now_s - cycle.last_s
         if available and not cycle.probing:  # a probe's values are those of another batch
             question.answered(saved_s, now_s - cycle.last_s)
         if choice:
             cycle.growth.leaf_caps.append(choice)
             cycle.growth.leaf_mass.append(float(stop.mass_m[choice - 1]))
+            more_s = float(expected_s[index] - expected_s[0])
+            at_s = now_s - cycle.begin_s - cycle.thought_s
+            cycle.extensions.append(Extension(question, block, more_s, at_s, stop_verify_s))
         cycle.last_s = now_s
         return choice
 
@@ -180,6 +185,7 @@ class TreePlanner:
         cycle.nodes = 1 + (question.choice if stands else int(saved_s_N.argmax()))
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
         now_s = self.clock()
+        cycle.thought_s += now_s - cycle.last_s
         if not cycle.probing:
             question.answered(saved_s_N, now_s - cycle.last_s)
         if cycle.learns:
@@ -203,9 +209,11 @@ class TreePlanner:
             other_s = result.other_s + max(0.0, result.draft_s - cycle.spent_s) if cycle.spent_s is not None else None
             if cycle.timed or other_s is not None:  # else verification has waited for the drafter's device
                 cost.observe_verify(result.verify_s, result.tree.num_rows, batch, other_s)
+            extra = self._extra(cycle, result) if cycle.learns or cycle.extensions else []
+            if not cycle.explored and not cycle.probing:
+                self._compare(cycle, result, extra)
             if cycle.learns:
                 self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)
-                extra = self._extra(cycle, result)
                 self.gain.observe(extra, cycle.drafting, growth.leaf_caps, growth.leaf_mass)
                 self.outlook.accepted(growth, sum(result.num_accepted), extra)
             self._typical = plan = cycle.plan
@@ -288,6 +296,16 @@ class TreePlanner:
         first = first_blocks(paths, offers, widths)
         return extra_tokens(first, [result.num_accepted[b] for b in drafted], len(growth.leaf_caps))
 
+    @staticmethod
+    def _compare(cycle: Cycle, result: CycleResult, extra: Sequence[float]) -> None:
+        """What every extension has saved over stopping before it, against what was expected."""
+        for made in cycle.extensions:
+            if cycle.spent_s is None:
+                return
+            took_s = cycle.spent_s - cycle.thought_s - made.at_s + result.verify_s
+            brought_s = sum(extra[made.block :]) / cycle.tokens_per_s
+            made.question.turned_out(made.expected_s, brought_s - took_s + made.stop_verify_s)
+
     def _leaves_asked(self, cycle: Cycle, block: int) -> StandingChoice:
         """How many leaves the block after this one extends."""
         return self._choices.of("leaves", cycle.text, cycle.batch, cycle.drafting, block)
@@ -298,8 +316,11 @@ class TreePlanner:
         kinds = {p.domain for p, yes in zip(participants, speculate, strict=True) if yes}
         return kinds.pop() if len(kinds) == 1 else ""
 
-    def _outcomes(self, cycle: Cycle, block: int, stop: Stop) -> tuple[list[float], Floats]:
-        """Uncorrected accepted drafts, and seconds saved, by choice of leaves that the next block extends."""
+    def _outcomes(self, cycle: Cycle, block: int, stop: Stop) -> tuple[list[float], Floats, float]:
+        """Uncorrected accepted drafts, and seconds saved, by choice of leaves that the next block extends.
+
+        The last is what verification takes if none are.
+        """
         growth, outlook, scale = cycle.growth, self.outlook, self._scale(cycle)
         most = self._settings.node_budget
         verify_s_N = self.cost.verify_s(most, cycle.batch)
@@ -322,7 +343,7 @@ class TreePlanner:
             predicted.append(predicted[0] + self.gain.tokens(block + 1, leaves) * mass if leaves else predicted[0])
             draft_s = self.cost.block_s(block + 1, max(leaves, 1), cycle.batch if cycle.probing else cycle.drafting)
             saved_s.append(bias * predicted[-1] - draft_s - verify_s)
-        return predicted, np.array(saved_s)
+        return predicted, np.array(saved_s), float(stop_s_N[best])
 
     def _other(self, best: int, available: int) -> int:
         """Another choice: whether to extend at all is what must stay known, so it is tried half of the time."""
