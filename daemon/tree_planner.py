@@ -88,7 +88,9 @@ class TreePlanner:
             new_positions: positions each one's drafter cache is behind, if known.
         """
         batch = len(participants)
-        speculate = self.gate.decide(participants, lambda: self.cost.cycle_s(self._typical, 1, batch))
+        speculate = self.gate.decide(
+            participants, lambda: (self.cost.cycle_s(self._typical, 1, batch), self.cost.plain_s(batch))
+        )
         probing = self.gate.is_probe(participants, speculate)
         speed = self.gate.speed_of_all(participants)
         explore, check = self._generator.random(), self._generator.random()
@@ -232,7 +234,7 @@ class TreePlanner:
             usual_s = modelled_s * self._surplus.value(*prior) / self._plain_surplus.value(*prior)
         self._plain.add(result.tree is None)
         if cycle.explored:  # chosen to be worse: it says what it cost, not what drafting is worth
-            self.gate.budget.spend(seconds, probing=False)
+            self.gate.budget.spend(seconds)
             return
         self.gate.record(
             cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cost.plain_s(batch)

@@ -136,7 +136,7 @@ def test_a_useless_drafter_costs_next_to_nothing(batch: int) -> None:
     plain = batch / costs.plain_s(batch)
     assert sum(x.tokens for x in ledgers) / sum(x.seconds for x in ledgers) > 0.97 * plain
     status = planner.status()
-    assert 0 < status.probe_share <= 0.0105
+    assert 0 < status.probe_share < 0.1 and 0 < planner.gate.budget.lost_share <= 0.0105
     assert status.plain_share > 0.95
     assert planner.gate.probes > 0
 
@@ -148,7 +148,7 @@ def test_a_hopeless_drafter_goes_off_early(batch: int) -> None:
     while gate.is_on("x"):
         gate.record([Participant(f"r{b}", "x") for b in range(batch)], [True] * batch, [1] * batch, 0.02, 0.02, 0.01)
         cycles += 1
-    assert cycles == {1: 36, 4: 4}[batch], "one request alone may just suit the drafter badly"
+    assert cycles == {1: 33, 4: 4}[batch], "one request alone may just suit the drafter badly"
 
 
 @pytest.mark.parametrize(("every", "stall_s", "goes_off"), [(5, 0.1, True), (100, 0.1, False)])
@@ -253,7 +253,7 @@ def test_it_notices_a_better_drafter_without_being_told() -> None:
     good = World(cycles=2500)
     run(planner, clock, good, costs)
     assert planner.speculates("any")
-    assert planner.gate.budget.probe_share <= 0.0105
+    assert planner.gate.budget.lost_share <= 0.0105
 
 
 def test_domains_are_judged_apart() -> None:
@@ -282,15 +282,17 @@ def test_a_cycle_without_speculation_has_that_plan() -> None:
 
 
 @given(st.floats(0.002, 0.1), st.lists(st.floats(0.001, 0.1), min_size=50, max_size=400), st.integers(1, 10))
-def test_probes_never_take_more_than_their_share(share: float, cycle_s: list[float], length: int) -> None:
+def test_probes_never_lose_more_than_their_share(share: float, cycle_s: list[float], length: int) -> None:
     budget = ProbeBudget(share)
     left = 0
     for seconds in cycle_s:
-        if not left and budget.take(length * 0.1):
+        if not left and budget.take(length * 0.05):
             left = length
-        budget.spend(seconds, probing=left > 0)
+        budget.spend(seconds)
+        if left:
+            budget.probed(seconds, 0.5 * seconds)
         left = max(0, left - 1)
-        assert budget.probe_s <= share * budget.total_s + 1e-9
+        assert budget.lost_s <= share * budget.total_s + 1e-9
 
 
 def test_a_grant_is_paid_back() -> None:
@@ -298,20 +300,22 @@ def test_a_grant_is_paid_back() -> None:
     assert not budget.take(1.0)
     budget.grant(1)
     assert budget.take(1.0)
-    budget.spend(1.0, probing=True)
+    budget.spend(1.0)
+    budget.probed(1.0, 1.0)
     assert not budget.take(1.0)
-    budget.spend(150.0, probing=False)  # 1.5 s earned: the grant is paid, the next probe is not
+    budget.spend(150.0)  # 1.5 s earned: the grant is paid, the next probe is not
     assert not budget.take(1.0)
-    budget.spend(60.0, probing=False)
+    budget.spend(60.0)
     assert budget.take(1.0)
 
 
 def test_quiet_time_does_not_pile_up_probes() -> None:
     budget = ProbeBudget(0.01)
-    budget.spend(1e6, probing=False)
+    budget.spend(1e6)
     probes = 0
     while budget.take(1.0):
-        budget.spend(1.0, probing=True)
+        budget.spend(1.0)
+        budget.probed(1.0, 1.0)
         probes += 1
     assert probes <= 3
 
@@ -321,7 +325,7 @@ def feed(gate: SpeculationGate, domain: str, tokens: float, cycles: int, seconds
     owed = 0.0
     for _ in range(cycles):
         requests = [Participant("r", domain)]
-        speculate = gate.decide(requests, lambda: 0.02)
+        speculate = gate.decide(requests, lambda: (0.02, 0.01))
         owed += tokens if speculate[0] else 1.0
         cycle_s = 0.02 if speculate[0] else 0.01
         gate.record(requests, speculate, [int(owed)], cycle_s, cycle_s, 0.01)
@@ -347,12 +351,12 @@ def test_a_probe_is_one_request_in_consecutive_cycles() -> None:
     requests = [Participant(name, "d") for name in "abc"]
     chosen = []
     for _ in range(5):
-        speculate = gate.decide(requests, lambda: 0.02)
+        speculate = gate.decide(requests, lambda: (0.02, 0.01))
         assert sum(speculate) == 1 and gate.is_probe(requests, speculate)
         chosen.append(speculate.index(True))
         gate.record(requests, speculate, [1, 1, 1], 0.02, 0.02, 0.01)
     assert len(set(chosen)) == 1
-    assert gate.decide(requests, lambda: 0.02) == (False, False, False)
+    assert gate.decide(requests, lambda: (0.02, 0.01)) == (False, False, False)
 
 
 def test_an_ended_request_hands_its_probe_on() -> None:
@@ -361,7 +365,7 @@ def test_an_ended_request_hands_its_probe_on() -> None:
     gate.drafter_changed()
     for name in "aabb":
         requests = [Participant(name, "d")]
-        speculate = gate.decide(requests, lambda: 0.02)
+        speculate = gate.decide(requests, lambda: (0.02, 0.01))
         assert speculate == (True,)
         gate.record(requests, speculate, [4], 0.02, 0.02, 0.01)
     assert gate.is_on("d")
@@ -375,13 +379,13 @@ def test_a_domain_that_is_off_is_probed_beside_one_that_is_on(tokens: int, comes
     assert not gate.is_on("off")
     for cycle in range(8000):
         crowd = [Participant("a", "on"), Participant(f"b{cycle // 7}", "off")]
-        speculate = gate.decide(crowd, lambda: 0.02)
+        speculate = gate.decide(crowd, lambda: (0.02, 0.01))
         assert speculate[0] and not (speculate[1] and gate.is_probe(crowd, speculate)), "the others are not probed"
         gate.record(crowd, speculate, [3, tokens if speculate[1] else 1], 0.02, 0.02, 0.0125)
         if gate.is_on("off"):
             break
     assert gate.is_on("off") == comes_back and gate.is_on("on")
-    assert gate.probes > 0 and gate.budget.probe_share <= 0.0105
+    assert gate.probes > 0 and gate.budget.lost_share <= 0.0105
 
 
 def test_after_a_swap_an_off_domain_is_probed_at_once_beside_others() -> None:
@@ -390,7 +394,7 @@ def test_after_a_swap_an_off_domain_is_probed_at_once_beside_others() -> None:
     gate.drafter_changed()
     crowd = [Participant("a", "on"), Participant("b", "off")]
     for _ in range(4):
-        assert gate.decide(crowd, lambda: 0.02) == (True, True)
+        assert gate.decide(crowd, lambda: (0.02, 0.01)) == (True, True)
         gate.record(crowd, (True, True), [3, 3], 0.02, 0.02, 0.0125)
     assert gate.is_on("off")
 
@@ -436,7 +440,7 @@ def test_a_domain_pays_for_the_prompts_its_drafter_absorbs() -> None:
         if not stays_on:  # and a probe, which absorbs nothing by itself, does not forget it
             gate.budget.grant(1)
             for _ in range(gate.settings.probe_cycles):
-                assert gate.decide(request, lambda: 0.01) == (True,)
+                assert gate.decide(request, lambda: (0.01, 0.01)) == (True,)
                 gate.record(request, [True], [2], 2 / 1.06, 2 / 1.06, 1.0)
             assert not gate.is_on("x")
 
