@@ -6,6 +6,7 @@ Legend: B requests in the cycle, of which D draft; N row counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -17,6 +18,7 @@ USUAL_POSITIONS = 8
 """More new positions than this are catching up, which says nothing about the usual cost."""
 
 _OVERHEAD_RATE = 0.05
+_SIZES = 4096  # remembered; every cycle asks about the same few
 
 
 class CycleCost:
@@ -26,7 +28,9 @@ class CycleCost:
         self.curve = curve
         self.correction = correction or OnlineCorrection()
         self.plain = PlainPrice()
-        self._one_row: dict[int, float] = {}
+        self._curve_draft_s = lru_cache(_SIZES)(curve.draft_s)
+        self._curve_verify_s = lru_cache(_SIZES)(curve.verify_s)
+        self._one_row_s = lru_cache(_SIZES)(curve.one_row_s)
         self._verify: dict[int, Floats] = {}
         self._overhead_s = {True: curve.overhead_s, False: curve.overhead_s}
 
@@ -47,7 +51,7 @@ class CycleCost:
     def block_s(self, block: int, leaves: int, drafting: int) -> float:
         """Seconds of one drafter block; for block 0 ``leaves`` counts new positions."""
         phase = Phase.LATER_BLOCK if block else Phase.FIRST_BLOCK
-        return self.curve.draft_s(block, leaves, drafting) * self.correction.factor(phase)
+        return self._curve_draft_s(block, leaves, drafting) * self.correction.factor(phase)
 
     def draft_s(self, leaf_caps: Sequence[int], drafting: int, positions: int = 1) -> float:
         """Seconds of all drafter blocks of a cycle with so many new positions."""
@@ -56,7 +60,7 @@ class CycleCost:
 
     def cycle_s(self, plan: DraftPlan, drafting: int, batch: int, positions: int = 1) -> float:
         """Seconds of a cycle in which D of B requests draft by a plan, with so many new positions."""
-        verify_s = self.curve.verify_s(plan.node_budget + 1, batch) * self.correction.factor(Phase.VERIFY)
+        verify_s = self._curve_verify_s(plan.node_budget + 1, batch) * self.correction.factor(Phase.VERIFY)
         return self.draft_s(plan.leaf_caps, drafting, positions) + verify_s + self.overhead_s
 
     def plain_s(self, batch: int) -> float:
@@ -80,23 +84,18 @@ class CycleCost:
     def observe_draft(self, block_s: Sequence[float], positions: int, leaf_caps: Sequence[int], drafting: int) -> None:
         """Learns from the measured seconds of a cycle's drafter blocks."""
         if block_s and positions <= USUAL_POSITIONS:
-            self.correction.observe(Phase.FIRST_BLOCK, block_s[0], self.curve.draft_s(0, positions, drafting))
+            self.correction.observe(Phase.FIRST_BLOCK, block_s[0], self._curve_draft_s(0, positions, drafting))
         for block, (seconds, leaves) in enumerate(zip(block_s[1:], leaf_caps, strict=False), start=1):
-            self.correction.observe(Phase.LATER_BLOCK, seconds, self.curve.draft_s(block, leaves, drafting))
+            self.correction.observe(Phase.LATER_BLOCK, seconds, self._curve_draft_s(block, leaves, drafting))
 
     def observe_verify(self, verify_s: float, rows: int, batch: int, other_s: float | None) -> None:
         """Learns from the verification and, if known, the remaining seconds of a speculating cycle."""
-        self.correction.observe(Phase.VERIFY, verify_s, self.curve.verify_s(rows, batch))
+        self.correction.observe(Phase.VERIFY, verify_s, self._curve_verify_s(rows, batch))
         if other_s is not None:
             self._see_overhead(True, other_s)
 
     def _predicted_plain_s(self, batch: int) -> float:
         return self._one_row_s(batch) * self.correction.factor(Phase.VERIFY) + self._overhead_s[False]
-
-    def _one_row_s(self, batch: int) -> float:
-        if batch not in self._one_row:
-            self._one_row[batch] = self.curve.one_row_s(batch)
-        return self._one_row[batch]
 
     def _see_overhead(self, speculating: bool, seconds: float) -> None:
         self._overhead_s[speculating] += _OVERHEAD_RATE * (max(0.0, seconds) - self._overhead_s[speculating])

@@ -33,11 +33,13 @@ class PlainPrice:
 
     def factor(self, batch: int) -> float:
         """What to multiply the prediction with; 1 before anything was seen."""
-        if not self._prices:
-            return 1.0
         own = _size(batch)
-        nearest = min(self._prices, key=lambda size: (abs(size - own), size))
-        return math.exp(self._prices[nearest].log)
+        price = self._prices.get(own)
+        if price is None:
+            if not self._prices:
+                return 1.0
+            price = self._prices[min(self._prices, key=lambda size: (abs(size - own), size))]
+        return math.exp(price.log)
 
     def seen(self, batch: int) -> int:
         """Plain cycles of such a batch that were learned from."""

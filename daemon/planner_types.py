@@ -123,6 +123,7 @@ class Cycle:
     look: Look | None
     explores: bool
     learns: bool
+    plain_s: float
     tokens_per_s: float
     begin_s: float
     explored: bool = False
@@ -132,6 +133,7 @@ class Cycle:
     block_s: list[float] = field(default_factory=list)
     extensions: list[Extension] = field(default_factory=list)
     last_s: float = 0.0
+    thoughts: int = 0  # questions worked out in this cycle, and the seconds that took
     thought_s: float = 0.0
     spent_s: float | None = None
     nodes: int = 0

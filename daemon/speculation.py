@@ -180,8 +180,10 @@ class SpeculationGate:
 
     def is_probe(self, participants: Sequence[Participant], speculate: Sequence[bool]) -> bool:
         """Whether the one request that speculates does so as a probe; one that joins others is not meant."""
-        chosen = [p for p, yes in zip(participants, speculate, strict=True) if yes]
-        return self._probe is not None and [p.request_id for p in chosen] == [self._probe.request_id]
+        if self._probe is None:
+            return False
+        chosen = [p.request_id for p, yes in zip(participants, speculate, strict=True) if yes]
+        return chosen == [self._probe.request_id]
 
     def record(
         self,

@@ -38,6 +38,7 @@ _LEAF_CHOICES = (4, 8, 16)
 _STATUS_HALF_LIFE_CYCLES = 500.0
 _SURPLUS_HALF_LIFE, _SURPLUS_PRIOR_CYCLES, _MOST_SURPLUS = 200.0, 30.0, 8.0
 _EAGER_SHARE, _ENOUGH_EXPLORED = 0.2, 24  # of learned cycles; until so many of them made another choice
+_PRICED_EVERY = 4  # of cycles that thought of nothing
 _KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
 
 
@@ -76,6 +77,7 @@ class TreePlanner:
         self._leaf_choices = (0, *(leaves for leaves in _LEAF_CHOICES if leaves < settings.leaf_cap), settings.leaf_cap)
         # Real over modelled seconds: what the curves do not know, the learning itself among it.
         self._surplus, self._plain_surplus = ForgettingRatio(_SURPLUS_HALF_LIFE), ForgettingRatio(_SURPLUS_HALF_LIFE)
+        self._usual, self._unpriced = ((0, 0), 0.0), 0  # (requests, those that draft) and seconds
         self._nodes, self._leaves, self._blocks, self._plain = (
             ForgettingRatio(_STATUS_HALF_LIFE_CYCLES) for _ in range(4)
         )
@@ -88,9 +90,8 @@ class TreePlanner:
             new_positions: positions each one's drafter cache is behind, if known.
         """
         batch = len(participants)
-        speculate = self.gate.decide(
-            participants, lambda: (self.cost.cycle_s(self._typical, 1, batch), self.cost.plain_s(batch))
-        )
+        plain_s = self.cost.plain_s(batch)
+        speculate = self.gate.decide(participants, lambda: (self.cost.cycle_s(self._typical, 1, batch), plain_s))
         probing = self.gate.is_probe(participants, speculate)
         speed = self.gate.speed_of_all(participants)
         explore, check = self._generator.random(), self._generator.random()
@@ -111,7 +112,8 @@ class TreePlanner:
             look=look,
             explores=explores,
             learns=due or probing,
-            tokens_per_s=speed / self.cost.plain_s(batch),
+            plain_s=plain_s,
+            tokens_per_s=speed / plain_s,
             begin_s=self.clock(),
         )
         self._cycle.last_s = self._cycle.begin_s
@@ -157,6 +159,7 @@ class TreePlanner:
         choice = min(self._leaf_choices[index], available)
         cycle.growth.predicted_tokens = predicted[index]
         now_s = self.clock()
+        cycle.thoughts += 1
         cycle.thought_s += now_s - cycle.last_s
         if available and not cycle.probing:  # a probe's values are those of another batch
             question.answered(saved_s, now_s - cycle.last_s)
@@ -187,6 +190,7 @@ class TreePlanner:
         cycle.nodes = 1 + (question.choice if stands else int(saved_s_N.argmax()))
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
         now_s = self.clock()
+        cycle.thoughts += 1
         cycle.thought_s += now_s - cycle.last_s
         if not cycle.probing:
             question.answered(saved_s_N, now_s - cycle.last_s)
@@ -198,47 +202,55 @@ class TreePlanner:
     def record(self, result: CycleResult) -> None:
         """Learns from the cycle that ``begin`` started."""
         cycle, self._cycle = self._under_way(), None
-        batch, cost, growth = cycle.batch, self.cost, cycle.growth
-        seconds = result.draft_s + result.verify_s + result.other_s
-        usual_s = seconds
+        seconds = usual_s = result.draft_s + result.verify_s + result.other_s
         if result.tree is None:
             if cycle.look is None or cycle.look.counts:
-                self._plain_surplus.add(min(seconds / cost.plain_s(batch), _MOST_SURPLUS))
-                cost.observe_plain(result.verify_s, seconds, batch, amid_speculation=cycle.look is not None)
+                self._plain_surplus.add(min(seconds / cycle.plain_s, _MOST_SURPLUS))
+                self.cost.observe_plain(result.verify_s, seconds, cycle.batch, amid_speculation=cycle.look is not None)
         else:
-            assert result.accepted_rows is not None and cycle.nodes, "a tree that these limits did not bound"
-            cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
-            other_s = result.other_s + max(0.0, result.draft_s - cycle.spent_s) if cycle.spent_s is not None else None
-            if cycle.timed or other_s is not None:  # else verification has waited for the drafter's device
-                cost.observe_verify(result.verify_s, result.tree.num_rows, batch, other_s)
-            extra = self._extra(cycle, result) if cycle.learns or cycle.extensions else []
-            if not cycle.explored and not cycle.probing:
-                self._compare(cycle, result, extra)
-            if cycle.learns:
-                self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)
-                self.gain.observe(extra, cycle.drafting, growth.leaf_caps, growth.leaf_mass)
-                self.outlook.accepted(growth, sum(result.num_accepted), extra)
-            self._typical = plan = cycle.plan
-            self._nodes.add(cycle.nodes)
-            self._leaves.add(sum(growth.leaf_caps))
-            self._blocks.add(plan.blocks)
-            # By the corrected curves, as plain decoding is: what slows the machine down for a while slows both, and the
-            # cycle's own seconds would blame drafting for it. Probes draft for one request only, and catching up is
-            # paid once: neither says what drafting costs.
-            usual = cycle.positions <= USUAL_POSITIONS
-            drafting, positions = batch if cycle.probing else cycle.drafting, cycle.positions if usual else 1
-            modelled_s = cost.cycle_s(plan, drafting, batch, positions)
-            if usual and not cycle.probing:
-                self._surplus.add(min(seconds / modelled_s, _MOST_SURPLUS))
-            prior = (1.0, _SURPLUS_PRIOR_CYCLES)
-            usual_s = modelled_s * self._surplus.value(*prior) / self._plain_surplus.value(*prior)
+            # Cycles that thought of nothing are much alike, and looking closely takes what drafts win.
+            kind, self._unpriced = (cycle.batch, cycle.drafting), self._unpriced + 1
+            if cycle.thoughts or kind != self._usual[0] or self._unpriced >= _PRICED_EVERY:
+                self._usual, self._unpriced = (kind, self._price(cycle, result, seconds)), 0
+            usual_s = self._usual[1]
         self._plain.add(result.tree is None)
         if cycle.explored:  # chosen to be worse: it says what it cost, not what drafting is worth
             self.gate.budget.spend(seconds)
             return
-        self.gate.record(
-            cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cost.plain_s(batch)
-        )
+        self.gate.record(cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cycle.plain_s)
+
+    def _price(self, cycle: Cycle, result: CycleResult, seconds: float) -> float:
+        """Learns from a cycle with drafts; what such a cycle usually takes."""
+        batch, cost, growth = cycle.batch, self.cost, cycle.growth
+        assert result.tree is not None and result.accepted_rows is not None
+        assert cycle.nodes, "a tree that these limits did not bound"
+        cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
+        other_s = result.other_s + max(0.0, result.draft_s - cycle.spent_s) if cycle.spent_s is not None else None
+        if cycle.timed or other_s is not None:  # else verification has waited for the drafter's device
+            cost.observe_verify(result.verify_s, result.tree.num_rows, batch, other_s)
+        extra = self._extra(cycle, result) if cycle.learns or cycle.extensions else []
+        if not cycle.explored and not cycle.probing:
+            self._compare(cycle, result, extra)
+        if cycle.learns:
+            self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)
+            self.gain.observe(extra, cycle.drafting, growth.leaf_caps, growth.leaf_mass)
+            self.outlook.accepted(growth, sum(result.num_accepted), extra)
+        self._typical = plan = cycle.plan
+        self._nodes.add(cycle.nodes)
+        self._leaves.add(sum(growth.leaf_caps))
+        self._blocks.add(plan.blocks)
+        # By the corrected curves, as plain decoding is: what slows the machine down for a while slows both, and the
+        # cycle's own seconds would blame drafting for it. Probes draft for one request only, and catching up is paid
+        # once: neither says what drafting costs.
+        usual = cycle.positions <= USUAL_POSITIONS
+        drafting, positions = batch if cycle.probing else cycle.drafting, cycle.positions if usual else 1
+        modelled_s = cost.cycle_s(plan, drafting, batch, positions)
+        if usual and not cycle.probing:
+            # Thinking that is done to learn becomes rare, and drafts are not to be given up for it.
+            own_s = seconds - (cycle.thought_s if cycle.learns else 0.0)
+            self._surplus.add(min(own_s / modelled_s, _MOST_SURPLUS))
+        prior = (1.0, _SURPLUS_PRIOR_CYCLES)
+        return modelled_s * self._surplus.value(*prior) / self._plain_surplus.value(*prior)
 
     def absorbed(self, domain: str, seconds: float, batch: int) -> None:
         """Charges a kind of text for a prompt that was absorbed while so many requests waited, its own included."""
