@@ -35,12 +35,12 @@ class StandingChoice:
         seen: answers to this question.
     """
 
-    __slots__ = ("_asking", "_error", "_gain_s", "_mean_s_C", "choice", "seen")
+    __slots__ = ("_asking", "_error", "_gain_s", "_mean_s_C", "_promised_s", "choice", "seen")
 
     def __init__(self) -> None:
         self.choice = 0
         self._mean_s_C: Floats = np.zeros(0)
-        self._gain_s = 0.0
+        self._gain_s = self._promised_s = 0.0
         self._asking = ForgettingRatio(_HALF_LIFE_ANSWERS)
         self._error = ForgettingRatio(_ERROR_HALF_LIFE_ANSWERS)
         self.seen = 0
@@ -61,6 +61,8 @@ class StandingChoice:
         It was made because it promised most, and of many promises the best is the one most likely too good.
         """
         self._error.add(saved_s - expected_s, 1.0, observations=0)
+        if self._promised_s > 0 and self.choice == 0:  # what asking has brought is known now
+            self._gain_s += max(1 / self.seen, _RATE) * (saved_s - self._promised_s)
 
     def answered(self, saved_s_C: Floats, asking_s: float) -> None:
         """Notes an answer.
@@ -76,12 +78,13 @@ class StandingChoice:
             self.seen = 0  # other sizes: another question
         self.seen += 1
         if self.seen == 1:
-            self._mean_s_C, self._gain_s, self.choice = saved_s_C, 0.0, int(saved_s_C.argmax())
+            self._mean_s_C, self.choice = saved_s_C, int(saved_s_C.argmax())
+            self._gain_s = self._promised_s = 0.0
             return
         rate = max(1 / self.seen, _RATE)
         # By the choice that stood before this answer: one that knew the answer would look better than it is.
-        gain_s = float(saved_s_C.max() - saved_s_C[self.choice])
-        self._gain_s += rate * (gain_s - self._gain_s)
+        self._promised_s = float(saved_s_C.max() - saved_s_C[self.choice])
+        self._gain_s += rate * (self._promised_s - self._gain_s)
         self._mean_s_C = self._mean_s_C + rate * (saved_s_C - self._mean_s_C)
         self.choice = int(self._mean_s_C.argmax())
 

@@ -72,3 +72,27 @@ def test_questions_are_told_apart_and_their_number_is_bounded() -> None:
     assert questions.of("nodes", 1).seen == 1 and questions.of("nodes", 2).seen == 0
     questions.begin_anew()
     assert questions.of("nodes", 1).seen == 0
+
+
+def test_a_choice_that_falls_short_of_its_promises_is_made_less_and_asked_about_less() -> None:
+    question = StandingChoice()
+    promising = np.array([0.0, 1e-3])
+    for number in range(400):
+        saved_s = question.corrected(promising if number % 3 == 0 else -promising)
+        taken = int(saved_s.argmax())
+        question.answered(saved_s, 1e-4)
+        if taken:
+            question.turned_out(1e-3, -1e-3)
+    assert question.choice == 0 and not question.worth_asking()
+    assert question.corrected(promising)[1] < 0, "and would not be made if asked about"
+
+
+def test_where_promises_are_kept_nothing_is_corrected() -> None:
+    question = StandingChoice()
+    for number in range(200):
+        saved_s = np.array([0.0, 1e-3 if number % 2 else -1e-3])
+        question.answered(question.corrected(saved_s), 1e-4)
+        if number % 2:
+            question.turned_out(1e-3, 1e-3)
+    assert question.worth_asking()
+    assert question.corrected(np.array([0.0, 1e-3])) == pytest.approx([0.0, 1e-3])
