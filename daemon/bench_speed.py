@@ -29,7 +29,7 @@ from specblock.drafter.precision import number_format
 DOMAINS = ("python", "cpp", "javascript", "manual")
 ALL = "all"
 SEED = 1000
-LEARNING_PROMPTS = 10
+LEARNING_PROMPTS = 16
 """Per kind of text, answered uncounted before the first counted one where tree sizes are chosen by what was learned."""
 
 

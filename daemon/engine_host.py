@@ -159,6 +159,7 @@ class EngineHost:
             tree_blocks_mean=sizes.mean_blocks if sizes else 0.0,
             plain_cycles_share=sizes.plain_share if sizes else 0.0,
             probe_seconds_share=sizes.probe_share if sizes else 0.0,
+            probe_lost_seconds_share=sizes.probe_lost_share if sizes else 0.0,
         )
 
     def close(self) -> None:

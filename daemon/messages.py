@@ -106,6 +106,7 @@ class EngineStatus:
     tree_blocks_mean: float = 0.0
     plain_cycles_share: float = 0.0
     probe_seconds_share: float = 0.0
+    probe_lost_seconds_share: float = 0.0
 
     @property
     def cycle_s(self) -> float:

@@ -82,6 +82,10 @@ _GAUGES = {
     "tree_blocks_mean": ("Drafter forwards per drafting cycle, recent mean.", "tree_blocks_mean"),
     "plain_cycles_share": ("Share of recent cycles without drafts.", "plain_cycles_share"),
     "probe_seconds_share": ("Share of device time spent probing whether drafting pays again.", "probe_seconds_share"),
+    "probe_lost_seconds_share": (
+        "Share of device time that these probes lost against plain decoding, below 0 if they won.",
+        "probe_lost_seconds_share",
+    ),
 }
 
 

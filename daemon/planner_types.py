@@ -69,7 +69,9 @@ class CycleResult:
 
 @dataclass(frozen=True, slots=True)
 class PlannerStatus:
-    """Running means over recent cycles, for metrics. Sizes are means over cycles that speculated.
+    """Running means over recent cycles, for metrics.
+
+    Sizes are means over cycles that speculated; of those in which standing sizes were taken one in four counts.
 
     Attributes:
         cycles: cycles recorded, ever.
@@ -78,6 +80,7 @@ class PlannerStatus:
         mean_blocks: drafter forwards.
         plain_share: share of cycles without speculation.
         probe_share: seconds spent probing over all device seconds, ever.
+        probe_lost_share: seconds that probes lost against plain decoding over all, ever; below 0 if they won more.
         explored_cycles: cycles that explored, ever.
         speed_by_domain: estimated speed over plain decoding.
     """
@@ -88,6 +91,7 @@ class PlannerStatus:
     mean_blocks: float
     plain_share: float
     probe_share: float
+    probe_lost_share: float
     explored_cycles: int
     speed_by_domain: dict[str, float]
 
@@ -99,7 +103,7 @@ class Extension:
     Attributes:
         question: what was decided.
         block: the last one before the extension.
-        expected_s: seconds that it was expected to save over stopping, uncorrected.
+        expected_s: seconds that it was expected to save over stopping, before the question's own correction.
         at_s: seconds since the cycle began when it was made, without those spent on thinking.
         stop_verify_s: expected seconds of verification had the trees stopped growing.
     """

@@ -19,8 +19,10 @@ _DOUBT_SD = 3.0
 # Of what stretches of requests differ by, where some have been seen: to go off, and for probes to show that it pays.
 _SLOW_SD = _FAST_SD = 1.0
 _PROBES_REMEMBERED = 4
+_MOST_STALL = 16.0  # plain cycles
+_WAITS_CYCLES = 10_000  # that a domain without requests keeps its claim on a probe
 _LEAST_LOSS = 0.1  # of a probe's seconds: what is thought to cost nothing may do so after all
-_ABSORBED_HALF_LIFE_CYCLES = 500.0
+_ABSORBED_HALF_LIFE_CYCLES, _ABSORBED_PRIOR_CYCLES = 500.0, 64.0
 _OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
 
 
@@ -39,11 +41,11 @@ class GateSettings:
     Attributes:
         off_below: speed over plain decoding below which a domain goes off.
         on_above: speed that probes must show, beyond doubt, before it goes on.
-        min_cycles: cycles of one request seen since it went on before it may go off by its estimated speed.
+        min_cycles: cycles of one request that must have been seen before it may go off by its estimated speed.
         hopeless_cycles: cycles of the engine after which it may go off already, if not even chance explains the speed.
         hopeless_below: speed that chance must not explain as long as few requests were seen.
-        min_stretches: requests, or stretches of long ones, seen since it went on before it may go off otherwise: one
-            that suits the drafter badly says little about the next.
+        min_stretches: requests, or stretches of long ones, that must have been seen before it may go off otherwise:
+            one that suits the drafter badly says little about the next.
         window_cycles: cycles of one request that count as evidence, the newest.
         probe_cycles: length of a probe.
         probe_share: part of all device seconds that probes may lose against plain decoding.
@@ -72,15 +74,17 @@ class GateSettings:
             raise ValueError("speculation: off_below must be above 0 and not above on_above")
         if (
             not 0 <= self.probe_share < 1
-            or min(self.probe_cycles, self.min_cycles, self.hopeless_cycles, self.max_domains) < 1
+            or min(self.probe_cycles, self.min_cycles, self.hopeless_cycles, self.min_stretches, self.max_domains) < 1
         ):
             raise ValueError("speculation: probe_share must be in [0, 1), counts at least 1")
+        if self.window_cycles < self.min_cycles or self.prior_cycles < 0:
+            raise ValueError("speculation: window_cycles must not be under min_cycles, prior_cycles not under 0")
 
 
 class ProbeBudget:
     """Lets probes lose at most a share of all device seconds, and not all of a long quiet time at once.
 
-    Credit grows with every second of work and is capped at what two probes cost; a probe starts only when its expected
+    Credit grows with every second of work and is capped at what two probes lose; a probe starts only when its expected
     loss is covered. A grant lets a probe start at once, on credit that later work pays back.
     """
 
@@ -97,10 +101,10 @@ class ProbeBudget:
         """Allows the next ``probes`` probes whatever the credit is."""
         self._grants = probes
 
-    def take(self, expected_s: float) -> bool:
-        """Whether a probe that will lose so much may start now."""
-        self._cap_s = 2 * expected_s
-        if self._credit_s >= expected_s:
+    def take(self, expected_s: float, kept_s: float = 0.0) -> bool:
+        """Whether a probe that will lose so much may start now, if so much must be left for others."""
+        self._cap_s = 2 * (expected_s + kept_s)
+        if self._credit_s >= expected_s + kept_s:
             return True
         granted = self._grants > 0
         self._grants -= granted
@@ -137,6 +141,7 @@ class _DomainState:
     on: bool = True
     engine_cycles: int = 0  # with drafts, since the last change
     last_probe: int = -1
+    probe_loses_s: float = 0.0  # while off, when last asked
     last_cycle: int = 0
 
 
@@ -218,9 +223,9 @@ class SpeculationGate:
         for participant, yes, tokens in zip(participants, speculate, committed, strict=True):
             state = self._state(participant.domain)
             if yes and (solo or not (state.on or self._probe is None)):
-                self.budget.probed(
-                    seconds / num_drafted, (seconds - plain_s) / num_drafted - (tokens - 1) * plain_s / batch
-                )
+                took_s = min(seconds, _MOST_STALL * plain_s)  # one stall must not end probes for long
+                lost_s = (took_s - plain_s) / num_drafted - (tokens - 1) * plain_s / batch
+                self.budget.probed(seconds / num_drafted, lost_s)
                 self._record_probe(tokens, plain_cycles)
             elif yes:
                 state.evidence.add(participant.request_id, tokens, plain_cycles)
@@ -241,7 +246,7 @@ class SpeculationGate:
         self._absorbed.add(plain_cycles, 0.0, observations=0)
 
     def drafter_changed(self) -> None:
-        """Forgets what was learned about the drafter before and lets one probe start at once."""
+        """Forgets what was learned about the drafter before and lets a probe of every domain start at once."""
         for state in self._domains.values():
             state.evidence = self._unknown() if state.on else self._of_probes()
             state.assumed = self.settings.prior_speed
@@ -314,15 +319,20 @@ class SpeculationGate:
             if heirs:
                 self._probe.request_id = participants[heirs[0]].request_id
                 return heirs[0]
-            self._probe = None
+            self._end_probe()
         if not participants:
             return None
         index = min(range(len(participants)), key=lambda i: self._state(participants[i].domain).last_probe)
         state = self._state(participants[index].domain)
         cycle_s, plain_s = probing_s()
         # The others wait for the whole cycle and win nothing by it.
-        lost_s = cycle_s * (1 - self._speed(state) / batch) - plain_s * (batch - 1) / batch
-        if not self.budget.take(self.settings.probe_cycles * max(lost_s, _LEAST_LOSS * cycle_s)):
+        speed = state.evidence.decoding(*self._prior(state))
+        loses_s = cycle_s * (1 - speed / batch) - plain_s * (batch - 1) / batch
+        state.probe_loses_s = self.settings.probe_cycles * max(loses_s, _LEAST_LOSS * cycle_s)
+        # What a domain that loses more has saved for, one that loses little must not spend again and again.
+        seen = [s for s in self._domains.values() if not s.on and self._cycles - s.last_cycle < _WAITS_CYCLES]
+        kept_s = max((s.probe_loses_s for s in seen if s.last_probe < state.last_probe), default=0.0)
+        if not self.budget.take(state.probe_loses_s, kept_s):
             return None
         state.last_probe = self.probes
         self._probe = _Probe(participants[index].request_id, participants[index].domain)
@@ -333,11 +343,19 @@ class SpeculationGate:
         probe = self._probe
         assert probe is not None
         state = self._state(probe.domain)
-        state.evidence.add(probe.request_id, tokens, plain_cycles)
-        state.evidence.absorbed(self._absorbed.value())
+        absorbing = self._absorbed.value(0.0, _ABSORBED_PRIOR_CYCLES)
+        state.evidence.add(probe.request_id, tokens, plain_cycles, absorbing)
+        self._absorbed.add(0.0)
         probe.cycles += 1
         if probe.cycles >= self.settings.probe_cycles:
-            self._probe = None
-            if state.evidence.speed() - _FAST_SD * state.evidence.doubt() > self.settings.on_above:
-                state.on, state.engine_cycles = True, 0
-                state.evidence.window_cycles = self.settings.window_cycles
+            self._end_probe()
+
+    def _end_probe(self) -> None:
+        """Judges by this probe and those before it; one cut short counts as far as it went."""
+        assert self._probe is not None
+        state, self._probe = self._state(self._probe.domain), None
+        seen = state.evidence
+        enough = seen.count >= self.settings.probe_cycles
+        if not state.on and enough and seen.speed() - _FAST_SD * seen.doubt() > self.settings.on_above:
+            state.on, state.engine_cycles = True, 0
+            seen.window_cycles = self.settings.window_cycles

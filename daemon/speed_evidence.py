@@ -29,42 +29,54 @@ class SpeedEvidence:
     """Stretches of requests, the newest ones.
 
     Args:
-        window_cycles: cycles of one request that count; older stretches are forgotten.
+        window_cycles: cycles of one request that count at least; stretches beyond them are forgotten.
     """
 
     def __init__(self, window_cycles: int) -> None:
         self.window_cycles = window_cycles
         self._stretches: deque[_Stretch] = deque()
         self._open: dict[str, _Stretch] = {}
-        self._tokens = self._plain_cycles = self._absorbing = 0.0
+        self._tokens = self._plain_cycles = self._absorbing = self._pending = 0.0
         self.count = 0
 
     def __len__(self) -> int:
         """Stretches."""
         return len(self._stretches)
 
-    def add(self, request_id: str, tokens: float, plain_cycles: float) -> None:
-        """One cycle of one request: tokens kept, and those that plain decoding would have made of it."""
+    def add(self, request_id: str, tokens: float, plain_cycles: float, absorbing: float = 0.0) -> None:
+        """One cycle of one request.
+
+        Args:
+            request_id: whose.
+            tokens: kept.
+            plain_cycles: cycles that plain decoding would have made in its time.
+            absorbing: the same of what drafting takes outside of cycles, if that is to be counted with this one.
+        """
         stretch = self._open.get(request_id)
         if stretch is None:
-            stretch = self._open[request_id] = _Stretch(request_id)
+            stretch = self._open[request_id] = _Stretch(request_id, absorbing=self._pending)
             self._stretches.append(stretch)
+            self._pending = 0.0
         stretch.tokens += tokens
         stretch.plain_cycles += plain_cycles
+        stretch.absorbing += absorbing
         stretch.count += 1
         if stretch.count >= STRETCH_CYCLES:
             del self._open[request_id]
         self._tokens += tokens
         self._plain_cycles += plain_cycles
+        self._absorbing += absorbing
         self.count += 1
-        while self.count > self.window_cycles and len(self._stretches) > 1:
+        while self.count - self._stretches[0].count >= self.window_cycles:
             self._forget(self._stretches.popleft())
 
     def absorbed(self, plain_cycles: float) -> None:
-        """What a drafter took outside of cycles, such as absorbing a prompt, in cycles of plain decoding."""
-        if not self._stretches:
-            self._stretches.append(_Stretch(""))
-        self._stretches[-1].absorbing += plain_cycles
+        """What a drafter took outside of cycles, such as absorbing the prompt of the request whose cycles come next.
+
+        Args:
+            plain_cycles: cycles that plain decoding would have made in that time.
+        """
+        self._pending += plain_cycles
         self._absorbing += plain_cycles
 
     def speed(self, prior: float = 0.0, prior_cycles: float = 0.0) -> float:

@@ -1,8 +1,8 @@
 """A question that every cycle poses, and whether its answer has to be worked out again.
 
 Working out how many leaves or nodes are best takes time, and answers differ little from cycle to cycle where costs are
-flat. The choice that was best on average stands; it is reconsidered in every cycle only where that has promised
-clearly more seconds than it takes.
+flat. The choice that was best on average stands; it is reconsidered in every cycle only where that has brought clearly
+more seconds than it takes, or has promised them as far as nobody can tell what it brought.
 
 Legend: C choices.
 """
@@ -24,7 +24,9 @@ _RATE = 0.02
 _MARGIN = 2.0
 _MOST_ASKING = 5.0  # times the mean: one stall of the machine says nothing about thinking
 _HALF_LIFE_ANSWERS = 100.0
-_ERROR_HALF_LIFE_ANSWERS, _ERROR_PRIOR_CHOICES = 200.0, 32.0  # what one choice brings varies by far more than its gain
+# What one choice brings varies by far more than what it wins. Evidence fades by choices, and slowly by answers: what
+# was given up for bad is tried again some time.
+_ERROR_HALF_LIFE_CHOICES, _ERROR_HALF_LIFE_ANSWERS, _ERROR_PRIOR_CHOICES = 200.0, 2000.0, 32.0
 
 
 class StandingChoice:
@@ -42,7 +44,7 @@ class StandingChoice:
         self._mean_s_C: Floats = np.zeros(0)
         self._gain_s = self._promised_s = 0.0
         self._asking = ForgettingRatio(_HALF_LIFE_ANSWERS)
-        self._error = ForgettingRatio(_ERROR_HALF_LIFE_ANSWERS)
+        self._error = ForgettingRatio(_ERROR_HALF_LIFE_CHOICES)
         self.seen = 0
 
     def worth_asking(self) -> bool:
@@ -60,8 +62,8 @@ class StandingChoice:
 
         It was made because it promised most, and of many promises the best is the one most likely too good.
         """
-        self._error.add(saved_s - expected_s, 1.0, observations=0)
-        if self._promised_s > 0 and self.choice == 0:  # what asking has brought is known now
+        self._error.add(saved_s - expected_s)
+        if self._promised_s > 0:  # what asking has brought is known now
             self._gain_s += max(1 / self.seen, _RATE) * (saved_s - self._promised_s)
 
     def answered(self, saved_s_C: Floats, asking_s: float) -> None:
@@ -83,8 +85,9 @@ class StandingChoice:
             return
         rate = max(1 / self.seen, _RATE)
         # By the choice that stood before this answer: one that knew the answer would look better than it is.
-        self._promised_s = float(saved_s_C.max() - saved_s_C[self.choice])
-        self._gain_s += rate * (self._promised_s - self._gain_s)
+        gain_s = float(saved_s_C.max() - saved_s_C[self.choice])
+        self._gain_s += rate * (gain_s - self._gain_s)
+        self._promised_s = 0.0 if self.choice else gain_s  # over the first choice
         self._mean_s_C = self._mean_s_C + rate * (saved_s_C - self._mean_s_C)
         self.choice = int(self._mean_s_C.argmax())
 

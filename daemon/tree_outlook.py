@@ -29,7 +29,7 @@ class Growth:
     """One cycle's trees as far as they have grown.
 
     Attributes:
-        first_width: candidates of block 1; 0 where there is no other block.
+        widths: candidates of each block that was asked about, whether its scores were read or not.
         extendable: per block asked about, scores [B, m] of nodes that may be extended.
         leaf_caps: leaves extended by each later block.
         leaf_mass: expected accepted leaves among them, summed over requests.
@@ -39,7 +39,7 @@ class Growth:
         kept_tokens: accepted drafts expected of the chosen budget, before correction.
     """
 
-    first_width: int = 0
+    widths: list[int] = field(default_factory=list)
     extendable: list[Floats] = field(default_factory=list)
     leaf_caps: list[int] = field(default_factory=list)
     leaf_mass: list[float] = field(default_factory=list)
@@ -96,7 +96,7 @@ class TreeOutlook:
 
     def kept(self, growth: Growth, score_BM: Floats) -> Floats:
         """Accepted drafts of the batch by node budget, from all raw candidates in block order."""
-        return self._by_nodes(score_BM, growth.first_width or score_BM.shape[1])
+        return self._by_nodes(score_BM, growth.widths[0] if growth.widths else score_BM.shape[1])
 
     def decision_bias(self, blocks: int) -> float:
         """Measured over predicted accepted drafts when trees ended after so many blocks, as seen when they ended."""

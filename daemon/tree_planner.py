@@ -29,7 +29,7 @@ from specblock.daemon.standing_choice import StandingChoice, StandingChoices
 from specblock.daemon.tree_outlook import Stop, TreeOutlook
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
-from specblock.drafter.plan import DraftPlan
+from specblock.drafter.plan import NO_SPECULATION, DraftPlan
 from specblock.drafter.survival import Floats, LeafGain, PathNodes, SurvivalTable, extra_tokens, first_blocks
 
 Clock = Callable[[], float]
@@ -75,9 +75,10 @@ class TreePlanner:
         self._explored = self._explored_before = 0  # ever; before the present drafter
         self._every_count = np.arange(settings.node_budget + 1)
         self._leaf_choices = (0, *(leaves for leaves in _LEAF_CHOICES if leaves < settings.leaf_cap), settings.leaf_cap)
-        # Real over modelled seconds: what the curves do not know, the learning itself among it.
+        # Real over modelled seconds: what the curves do not know, but for learning.
         self._surplus, self._plain_surplus = ForgettingRatio(_SURPLUS_HALF_LIFE), ForgettingRatio(_SURPLUS_HALF_LIFE)
-        self._usual, self._unpriced = ((0, 0), 0.0), 0  # (requests, those that draft) and seconds
+        # (requests, those that draft, sizes) and the seconds of such a cycle; cycles since that was looked at.
+        self._usual, self._unpriced = ((0, 0, NO_SPECULATION), 0.0), 0
         self._nodes, self._leaves, self._blocks, self._plain = (
             ForgettingRatio(_STATUS_HALF_LIFE_CYCLES) for _ in range(4)
         )
@@ -111,7 +112,7 @@ class TreePlanner:
             probing=probing,
             look=look,
             explores=explores,
-            learns=due or probing,
+            learns=due,
             plain_s=plain_s,
             tokens_per_s=speed / plain_s,
             begin_s=self.clock(),
@@ -132,11 +133,10 @@ class TreePlanner:
     def leaves(self, block: int, score_Bm: Tensor) -> int:
         """See Limits."""
         cycle = self._under_way()
+        cycle.growth.widths.append(score_Bm.shape[1])
         if score_Bm.shape[1] == 0:
             return 0
         question = self._leaves_asked(cycle, block)
-        if block == 0:
-            cycle.growth.first_width = score_Bm.shape[1]
         if not cycle.asks:
             self._tick_unread(cycle, score_Bm)
             cycle.growth.leaf_caps.append(self._leaf_choices[question.choice])
@@ -180,6 +180,8 @@ class TreePlanner:
         stands = not question.worth_asking()
         if stands and not cycle.learns:
             self._tick_unread(cycle, score_BM)
+            if cycle.timed:
+                cycle.spent_s = cycle.last_s - cycle.begin_s
             cycle.nodes = question.choice + 1
             return cycle.nodes
         scores = _on_host(score_BM)
@@ -189,14 +191,14 @@ class TreePlanner:
         saved_s_N = tokens_N / cycle.tokens_per_s - self.cost.verify_s(len(gain_N), cycle.batch)[1:]
         cycle.nodes = 1 + (question.choice if stands else int(saved_s_N.argmax()))
         cycle.growth.kept_tokens = float(gain_N[cycle.nodes - 1])
+        if not cycle.probing:
+            question.answered(saved_s_N, self.clock() - cycle.last_s)
+        if cycle.learns:
+            self.outlook.chosen(cycle.growth, scores, cycle.nodes)
         now_s = self.clock()
         cycle.thoughts += 1
         cycle.thought_s += now_s - cycle.last_s
-        if not cycle.probing:
-            question.answered(saved_s_N, now_s - cycle.last_s)
-        if cycle.learns:
-            self.outlook.chosen(cycle.growth, scores, cycle.nodes)
-        cycle.spent_s = self.clock() - cycle.begin_s
+        cycle.spent_s = now_s - cycle.begin_s
         return cycle.nodes
 
     def record(self, result: CycleResult) -> None:
@@ -209,8 +211,8 @@ class TreePlanner:
                 self.cost.observe_plain(result.verify_s, seconds, cycle.batch, amid_speculation=cycle.look is not None)
         else:
             # Cycles that thought of nothing are much alike, and looking closely takes what drafts win.
-            kind, self._unpriced = (cycle.batch, cycle.drafting), self._unpriced + 1
-            if cycle.thoughts or kind != self._usual[0] or self._unpriced >= _PRICED_EVERY:
+            kind, self._unpriced = (cycle.batch, cycle.drafting, cycle.plan), self._unpriced + 1
+            if cycle.thoughts or cycle.probing or kind != self._usual[0] or self._unpriced >= _PRICED_EVERY:
                 self._usual, self._unpriced = (kind, self._price(cycle, result, seconds)), 0
             usual_s = self._usual[1]
         self._plain.add(result.tree is None)
@@ -285,6 +287,7 @@ class TreePlanner:
             mean_blocks=self._blocks.value(),
             plain_share=self._plain.value(),
             probe_share=self.gate.budget.probe_share,
+            probe_lost_share=self.gate.budget.lost_share,
             explored_cycles=self._explored,
             speed_by_domain=self.gate.speeds(),
         )
@@ -301,8 +304,8 @@ class TreePlanner:
         if not growth.leaf_caps:
             return []
         assert tree is not None and offers is not None and result.accepted_rows is not None
-        widths = [scores.shape[1] for scores in growth.extendable][: 1 + len(growth.leaf_caps)]
-        if len(widths) == len(growth.leaf_caps):  # nobody asked about the last block that there can be
+        widths = growth.widths[: 1 + len(growth.leaf_caps)]
+        if len(widths) == len(growth.leaf_caps):  # nobody asked about the last block
             widths.append(offers.token.shape[1] - sum(widths))
         # Trees and paths are there for all requests of the cycle, proposals only for those that drafted.
         drafted = [b for b, yes in enumerate(cycle.speculate) if yes]
@@ -313,10 +316,10 @@ class TreePlanner:
     @staticmethod
     def _compare(cycle: Cycle, result: CycleResult, extra: Sequence[float]) -> None:
         """What every extension has saved over stopping before it, against what was expected."""
+        drafted_s = result.draft_s if cycle.spent_s is None else cycle.spent_s
         for made in cycle.extensions:
-            if cycle.spent_s is None:
-                return
-            took_s = cycle.spent_s - cycle.thought_s - made.at_s + result.verify_s
+            took_s = drafted_s - cycle.thought_s - made.at_s + result.verify_s
+            took_s = min(took_s, _MOST_SURPLUS * made.stop_verify_s)  # one stall says nothing about extending
             brought_s = sum(extra[made.block :]) / cycle.tokens_per_s
             made.question.turned_out(made.expected_s, brought_s - took_s + made.stop_verify_s)
 

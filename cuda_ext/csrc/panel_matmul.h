@@ -30,7 +30,7 @@ constexpr bool kManyRegisters = L == 16;
 #endif
 constexpr int kTileRows = L == 16 ? 8 : 6, kSums = kManyRegisters ? 26 : 12;
 // Neighbouring panels for R rows: few rows alone would leave additions waiting for each other.
-constexpr int kMostSide = 3;  // of one tile of several, which are at least half as high as the highest
+constexpr int kMostSide = 3;  // of tiles at least half as high as the highest, as several are
 template <int R>
 constexpr int kSide = std::clamp(kSums / (R * kVectors), 1, R < kTileRows / 2 ? 4 : kMostSide);
 

@@ -11,10 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specblock.cuda_ext.tree import DraftTree, place_rows
+from specblock.cuda_ext.tree import DraftTree, Offers, place_rows
 from specblock.daemon.cost_curve import CostCurve, Phase
 from specblock.daemon.cycle_cost import CycleCost
-from specblock.daemon.planner_types import CycleResult, PlannerSettings
+from specblock.daemon.planner_types import CycleResult, Extension, PlannerSettings
 from specblock.daemon.speculation import GateSettings, Participant, ProbeBudget, SpeculationGate
 from specblock.daemon.standing_choice import StandingChoice
 from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook
@@ -588,3 +588,91 @@ def test_early_cycles_explore_and_again_after_every_new_drafter_but_probes_never
     nothing = planner_of(costs, Clock(), explore_share=0.0)
     run(nothing, nothing.clock, world, costs, 1, range(150))  # type: ignore[arg-type]
     assert nothing.status().explored_cycles == 0
+
+
+def test_of_many_blocks_some_are_asked_about_and_some_are_not() -> None:
+    """The first question is worth asking, the second stands at extending: nobody reads its scores."""
+    clock, costs = Clock(), curve()
+    changes = {"explore_share": 0.0, "plain_share": 0.0, "settle_cycles": 0, "learn_every": 1000}
+    sizes = replace(SETTINGS, blocks=4)
+    planner = TreePlanner(costs, sizes, clock, Random(0), replace(PlannerSettings(), **changes))  # type: ignore[arg-type]
+    first, second = (planner._choices.of("leaves", "x", 1, 1, block) for block in range(2))
+    for number in range(40):
+        first.answered(np.array([0.0, 0.05 if number % 2 else -0.05, -1.0, -1.0]), 1e-6)
+        second.answered(np.array([0.0, 1e-3, -1.0, -1.0]), 1e-6)
+    assert first.worth_asking() and not second.worth_asking() and second.choice == 1
+    planner._choices.of("leaves", "x", 1, 1, 2).seen = 100  # stands at stopping
+    before = first.corrected(np.array([0.0, 0.0]))[1]
+    assert planner.begin([Participant("r", "x")]) == (True,)
+    widths = (12, 30, 20)
+    assert planner.more(0) and planner.leaves(0, torch.full((1, widths[0]), -0.01)) > 0
+    assert planner.more(1) and planner.leaves(1, torch.full((1, widths[1]), -0.01)) == 4
+    assert not planner.more(2)
+    every = sum(widths)
+    nodes = planner.nodes(torch.full((1, every), -0.01))
+    offers = Offers(torch.full((1, every), -1), torch.zeros(1, every, dtype=torch.int64), torch.zeros(1, every))
+    planner.record(CycleResult(2e-3, 0.01, 5e-4, [2], *_accepting_one(nodes), offers))
+    assert first.corrected(np.array([0.0, 0.0]))[1] < before, "it brought nothing"
+
+
+def test_one_stall_does_not_end_extensions() -> None:
+    """A second of verification among milliseconds: recording a graph, a swap, another process."""
+    costs, clock, world = curve(block_s=5e-4), Clock(), World(cycles=900)
+    planner = planner_of(costs, clock, explore_share=0.0, plain_share=0.0)
+    run(planner, clock, world, costs, 1)
+    question = planner._choices.of("leaves", "any", 1, 1, 0)
+    before = question.corrected(np.array([0.0, 0.0]))[1]
+    planner.begin([Participant("r", "any")])
+    cycle = planner._under_way()
+    cycle.extensions.append(Extension(question, 0, 1e-3, 0.0, 0.012))
+    cycle.nodes, cycle.spent_s = 3, 2e-3
+    planner._compare(cycle, CycleResult(2e-3, 1.0, 5e-4, [1]), [0.0])
+    assert question.corrected(np.array([0.0, 0.0]))[1] > before - 1e-3, "as if it had taken a tenth of that"
+
+
+def _serve(gate: SpeculationGate, name: str, domain: str, cycles: int, tokens: float, drafted_s: float) -> None:
+    """One request alone; a plain cycle takes a second."""
+    owed = 0.0
+    for _ in range(cycles):
+        requests = [Participant(name, domain)]
+        speculate = gate.decide(requests, lambda: (drafted_s, 1.0))
+        owed += tokens if speculate[0] else 1.0
+        seconds = drafted_s if speculate[0] else 1.0
+        gate.record(requests, speculate, [int(owed)], seconds, seconds, 1.0)
+        owed -= int(owed)
+
+
+@pytest.mark.parametrize("length", [50, 200])
+def test_probes_that_lose_little_do_not_spend_what_others_save_for(length: int) -> None:
+    gate = SpeculationGate()
+    for number in range(6):
+        _serve(gate, f"a{number}", "near", 80, 1.8, 2.0)
+        _serve(gate, f"b{number}", "far", 80, 1.0, 2.0)
+    assert not gate.is_on("near") and not gate.is_on("far")
+    for number in range(40_000 // length):
+        _serve(gate, f"c{number}", "near", length, 1.9, 2.0)
+        _serve(gate, f"d{number}", "far", length, 3.2, 2.0)
+    assert gate.is_on("far") and gate.probes > 4
+
+
+def test_probes_of_short_requests_add_up() -> None:
+    gate = SpeculationGate()
+    for number in range(6):
+        _serve(gate, f"a{number}", "short", 80, 1.0, 2.0)
+    assert not gate.is_on("short")
+    gate.is_on("other")
+    for number in range(3000):
+        _serve(gate, f"b{number}", "short", 9, 3.0, 2.0)
+        _serve(gate, f"c{number}", "other", 5, 4.0, 2.0)
+    assert gate.is_on("short")
+
+
+def test_one_dear_prompt_is_not_charged_to_probes_for_ever() -> None:
+    gate = SpeculationGate()
+    gate.absorbed("x", 100.0)
+    _serve(gate, "first", "x", 60, 1.0, 2.0)
+    assert not gate.is_on("x")
+    gate.drafter_changed()
+    for number in range(400):
+        _serve(gate, f"r{number}", "x", 50, 4.0, 2.0)
+    assert gate.is_on("x")
