@@ -121,15 +121,15 @@ class Cycle:
 
     participants: tuple[Participant, ...]
     speculate: tuple[bool, ...]
-    positions: int
-    text: str
-    probing: bool
-    look: Look | None
-    explores: bool
-    learns: bool
     plain_s: float
-    tokens_per_s: float
-    begin_s: float
+    positions: int = 1
+    text: str = ""
+    probing: bool = False
+    look: Look | None = None
+    explores: bool = False
+    learns: bool = False
+    tokens_per_s: float = 0.0
+    begin_s: float = 0.0
     explored: bool = False
     asks: bool = True
     timed: bool = True

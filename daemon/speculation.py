@@ -110,6 +110,10 @@ class ProbeBudget:
         self._grants -= granted
         return granted
 
+    def covers(self, expected_s: float) -> bool:
+        """Whether a probe that will lose so much could start; working out what it will lose is worth it only then."""
+        return self._grants > 0 or self._credit_s >= expected_s
+
     def spend(self, seconds: float) -> None:
         """Counts the device seconds of one cycle."""
         self.total_s += seconds
@@ -324,6 +328,8 @@ class SpeculationGate:
             return None
         index = min(range(len(participants)), key=lambda i: self._state(participants[i].domain).last_probe)
         state = self._state(participants[index].domain)
+        if not self.budget.covers(0.5 * state.probe_loses_s):  # as last worked out
+            return None
         cycle_s, plain_s = probing_s()
         # The others wait for the whole cycle and win nothing by it.
         speed = state.evidence.decoding(*self._prior(state))

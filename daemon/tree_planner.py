@@ -38,7 +38,7 @@ _LEAF_CHOICES = (4, 8, 16)
 _STATUS_HALF_LIFE_CYCLES = 500.0
 _SURPLUS_HALF_LIFE, _SURPLUS_PRIOR_CYCLES, _MOST_SURPLUS = 200.0, 30.0, 8.0
 _EAGER_SHARE, _ENOUGH_EXPLORED = 0.2, 24  # of learned cycles; until so many of them made another choice
-_PRICED_EVERY = 4  # of cycles that thought of nothing
+_PRICED_EVERY = 4  # of cycles that thought of nothing, and of those in which nobody drafts
 _KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
 
 
@@ -93,11 +93,14 @@ class TreePlanner:
         batch = len(participants)
         plain_s = self.cost.plain_s(batch)
         speculate = self.gate.decide(participants, lambda: (self.cost.cycle_s(self._typical, 1, batch), plain_s))
+        if not any(speculate):
+            self._cycle = Cycle(tuple(participants), speculate, plain_s, begin_s=self.clock())
+            return speculate
         probing = self.gate.is_probe(participants, speculate)
         speed = self.gate.speed_of_all(participants)
         explore, check = self._generator.random(), self._generator.random()
         look = None
-        if any(speculate) and not probing:
+        if not probing:
             look = self._looks.next(check, self.cost.plain.seen(batch), speed / batch)
         if look is not None:
             speculate = (False,) * batch
@@ -105,15 +108,15 @@ class TreePlanner:
         explores = due and not probing and self._settings.blocks > 1 and explore < self._explore_share
         behind = [count for count, yes in zip(new_positions, speculate, strict=False) if yes]
         self._cycle = Cycle(
-            participants=tuple(participants),
-            speculate=speculate,
+            tuple(participants),
+            speculate,
+            plain_s,
             positions=max([1, *behind]),
             text=self._text(participants, speculate),
             probing=probing,
             look=look,
             explores=explores,
             learns=due,
-            plain_s=plain_s,
             tokens_per_s=speed / plain_s,
             begin_s=self.clock(),
         )
@@ -205,13 +208,16 @@ class TreePlanner:
         """Learns from the cycle that ``begin`` started."""
         cycle, self._cycle = self._under_way(), None
         seconds = usual_s = result.draft_s + result.verify_s + result.other_s
+        self._unpriced += 1
         if result.tree is None:
-            if cycle.look is None or cycle.look.counts:
+            off = cycle.look is None
+            if (off and self._unpriced >= _PRICED_EVERY) or (cycle.look is not None and cycle.look.counts):
+                self._unpriced = 0
                 self._plain_surplus.add(min(seconds / cycle.plain_s, _MOST_SURPLUS))
-                self.cost.observe_plain(result.verify_s, seconds, cycle.batch, amid_speculation=cycle.look is not None)
+                self.cost.observe_plain(result.verify_s, seconds, cycle.batch, amid_speculation=not off)
         else:
             # Cycles that thought of nothing are much alike, and looking closely takes what drafts win.
-            kind, self._unpriced = (cycle.batch, cycle.drafting, cycle.plan), self._unpriced + 1
+            kind = (cycle.batch, cycle.drafting, cycle.plan)
             if cycle.thoughts or cycle.probing or kind != self._usual[0] or self._unpriced >= _PRICED_EVERY:
                 self._usual, self._unpriced = (kind, self._price(cycle, result, seconds)), 0
             usual_s = self._usual[1]
