@@ -39,7 +39,7 @@ from specblock.verifier.accept import accept, accept_reference
 from specblock.verifier.history import ChoiceState
 from specblock.verifier.model import TargetModel
 
-_ROWS = (1, 2, 4, 8, 16, 32, 64)
+_ROWS = (1, 2, 4, 8, 12, 16, 32, 64)
 _PREFIX_TOKENS = (128, 512, 2048)
 _LAYERS_PREFIX = 200
 _ROUNDS = 31

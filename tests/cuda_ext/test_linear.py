@@ -43,9 +43,11 @@ def test_the_native_product_is_the_product(rows: int, inputs: int, outputs: int,
 
 @needs_native
 @pytest.mark.parametrize("exact", [True, False])
-def test_a_row_has_the_same_bits_alone_and_among_others(exact: bool) -> None:
-    packed = pack(matrix(1000, 300, 3, exact))
-    x = torch.randn(40, 300)
+@pytest.mark.parametrize(("outputs", "inputs"), [(1000, 300), (200, 1408), (120, 9000)])
+def test_a_row_has_the_same_bits_alone_and_among_others(outputs: int, inputs: int, exact: bool) -> None:
+    """Also where few panels of weights fit into a cache together."""
+    packed = pack(matrix(outputs, inputs, 3, exact))
+    x = torch.randn(40, inputs)
     together = packed(x)
     for rows in range(1, 41):
         assert torch.equal(packed(x[:rows]), together[:rows]), rows
