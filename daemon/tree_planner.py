@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from specblock.daemon.cost_curve import CostCurve
-from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
+from specblock.daemon.cycle_cost import CycleCost
+from specblock.daemon.cycle_price import CyclePrice
+from specblock.daemon.extensions import brought, compare
 from specblock.daemon.learning_pace import LearningPace
 from specblock.daemon.plain_price import PlainLooks
 from specblock.daemon.planner_types import Cycle, CycleResult, Extension, PlannerSettings, PlannerStatus
@@ -29,16 +31,14 @@ from specblock.daemon.standing_choice import StandingChoice, StandingChoices
 from specblock.daemon.tree_outlook import Stop, TreeOutlook
 from specblock.drafter.config import DraftSettings
 from specblock.drafter.forgetting import ForgettingRatio
-from specblock.drafter.plan import NO_SPECULATION, DraftPlan
-from specblock.drafter.survival import Floats, LeafGain, PathNodes, SurvivalTable, extra_tokens, first_blocks
+from specblock.drafter.plan import DraftPlan
+from specblock.drafter.survival import Floats, LeafGain, SurvivalTable
 
 Clock = Callable[[], float]
 
 _LEAF_CHOICES = (4, 8, 16)
 _STATUS_HALF_LIFE_CYCLES = 500.0
-_SURPLUS_HALF_LIFE, _SURPLUS_PRIOR_CYCLES, _MOST_SURPLUS = 200.0, 30.0, 8.0
 _EAGER_SHARE, _ENOUGH_EXPLORED = 0.2, 24  # of learned cycles; until so many of them made another choice
-_PRICED_EVERY = 4  # of cycles that thought of nothing, and of those in which nobody drafts
 _KEEP_ON_CHANGE = 0.25  # share of calibration that outlives a drafter version: the next one is similar
 
 
@@ -75,10 +75,7 @@ class TreePlanner:
         self._explored = self._explored_before = 0  # ever; before the present drafter
         self._every_count = np.arange(settings.node_budget + 1)
         self._leaf_choices = (0, *(leaves for leaves in _LEAF_CHOICES if leaves < settings.leaf_cap), settings.leaf_cap)
-        # Real over modelled seconds: what the curves do not know, but for learning.
-        self._surplus, self._plain_surplus = ForgettingRatio(_SURPLUS_HALF_LIFE), ForgettingRatio(_SURPLUS_HALF_LIFE)
-        # (requests, those that draft, sizes) and the seconds of such a cycle; cycles since that was looked at.
-        self._usual, self._unpriced = ((0, 0, NO_SPECULATION), 0.0), 0
+        self._price = CyclePrice()
         self._nodes, self._leaves, self._blocks, self._plain = (
             ForgettingRatio(_STATUS_HALF_LIFE_CYCLES) for _ in range(4)
         )
@@ -208,57 +205,34 @@ class TreePlanner:
         """Learns from the cycle that ``begin`` started."""
         cycle, self._cycle = self._under_way(), None
         seconds = usual_s = result.draft_s + result.verify_s + result.other_s
-        self._unpriced += 1
         if result.tree is None:
-            off = cycle.look is None
-            if (off and self._unpriced >= _PRICED_EVERY) or (cycle.look is not None and cycle.look.counts):
-                self._unpriced = 0
-                self._plain_surplus.add(min(seconds / cycle.plain_s, _MOST_SURPLUS))
-                self.cost.observe_plain(result.verify_s, seconds, cycle.batch, amid_speculation=not off)
+            self._price.plain(cycle, result, seconds, self.cost)
         else:
-            # Cycles that thought of nothing are much alike, and looking closely takes what drafts win.
-            kind = (cycle.batch, cycle.drafting, cycle.plan)
-            if cycle.thoughts or cycle.probing or kind != self._usual[0] or self._unpriced >= _PRICED_EVERY:
-                self._usual, self._unpriced = (kind, self._price(cycle, result, seconds)), 0
-            usual_s = self._usual[1]
+            if self._price.is_due(cycle):
+                self._price.drafted(cycle, result, seconds, self.cost)
+                self._learn(cycle, result)
+            usual_s = self._price.usual_s
         self._plain.add(result.tree is None)
         if cycle.explored:  # chosen to be worse: it says what it cost, not what drafting is worth
             self.gate.budget.spend(seconds)
             return
         self.gate.record(cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cycle.plain_s)
 
-    def _price(self, cycle: Cycle, result: CycleResult, seconds: float) -> float:
-        """Learns from a cycle with drafts; what such a cycle usually takes."""
-        batch, cost, growth = cycle.batch, self.cost, cycle.growth
+    def _learn(self, cycle: Cycle, result: CycleResult) -> None:
+        """What a cycle with drafts says about tokens."""
         assert result.tree is not None and result.accepted_rows is not None
-        assert cycle.nodes, "a tree that these limits did not bound"
-        cost.observe_draft(cycle.block_s, cycle.positions, growth.leaf_caps, cycle.drafting)
-        other_s = result.other_s + max(0.0, result.draft_s - cycle.spent_s) if cycle.spent_s is not None else None
-        if cycle.timed or other_s is not None:  # else verification has waited for the drafter's device
-            cost.observe_verify(result.verify_s, result.tree.num_rows, batch, other_s)
-        extra = self._extra(cycle, result) if cycle.learns or cycle.extensions else []
+        growth = cycle.growth
+        extra = brought(cycle, result) if cycle.learns or cycle.extensions else []
         if not cycle.explored and not cycle.probing:
-            self._compare(cycle, result, extra)
+            compare(cycle, result, extra)
         if cycle.learns:
             self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)
             self.gain.observe(extra, cycle.drafting, growth.leaf_caps, growth.leaf_mass)
             self.outlook.accepted(growth, sum(result.num_accepted), extra)
-        self._typical = plan = cycle.plan
+        self._typical = cycle.plan
         self._nodes.add(cycle.nodes)
         self._leaves.add(sum(growth.leaf_caps))
-        self._blocks.add(plan.blocks)
-        # By the corrected curves, as plain decoding is: what slows the machine down for a while slows both, and the
-        # cycle's own seconds would blame drafting for it. Probes draft for one request only, and catching up is paid
-        # once: neither says what drafting costs.
-        usual = cycle.positions <= USUAL_POSITIONS
-        drafting, positions = batch if cycle.probing else cycle.drafting, cycle.positions if usual else 1
-        modelled_s = cost.cycle_s(plan, drafting, batch, positions)
-        if usual and not cycle.probing:
-            # Thinking that is done to learn becomes rare, and drafts are not to be given up for it.
-            own_s = seconds - (cycle.thought_s if cycle.learns else 0.0)
-            self._surplus.add(min(own_s / modelled_s, _MOST_SURPLUS))
-        prior = (1.0, _SURPLUS_PRIOR_CYCLES)
-        return modelled_s * self._surplus.value(*prior) / self._plain_surplus.value(*prior)
+        self._blocks.add(self._typical.blocks)
 
     def absorbed(self, domain: str, seconds: float, batch: int) -> None:
         """Charges a kind of text for a prompt that was absorbed while so many requests waited, its own included."""
@@ -273,7 +247,7 @@ class TreePlanner:
         self._pace.begin_anew()
         self._explored_before = self._explored
         self._choices.begin_anew()
-        self._surplus = ForgettingRatio(_SURPLUS_HALF_LIFE)
+        self._price.drafter_changed()
 
     def speculates(self, domain: str) -> bool:
         """Whether requests of a domain draft at present, so that their prompt is worth absorbing."""
@@ -303,31 +277,6 @@ class TreePlanner:
         share = self._planner.explore_share
         eager = share > 0 and self._explored - self._explored_before < _ENOUGH_EXPLORED
         return max(share, _EAGER_SHARE) if eager else share
-
-    def _extra(self, cycle: Cycle, result: CycleResult) -> list[float]:
-        """Accepted drafts that each later block has brought."""
-        growth, tree, offers = cycle.growth, result.tree, result.offers
-        if not growth.leaf_caps:
-            return []
-        assert tree is not None and offers is not None and result.accepted_rows is not None
-        widths = growth.widths[: 1 + len(growth.leaf_caps)]
-        if len(widths) == len(growth.leaf_caps):  # nobody asked about the last block
-            widths.append(offers.token.shape[1] - sum(widths))
-        # Trees and paths are there for all requests of the cycle, proposals only for those that drafted.
-        drafted = [b for b, yes in enumerate(cycle.speculate) if yes]
-        paths = PathNodes(tree.parent[drafted], tree.token[drafted], result.accepted_rows[drafted])
-        first = first_blocks(paths, offers, widths)
-        return extra_tokens(first, [result.num_accepted[b] for b in drafted], len(growth.leaf_caps))
-
-    @staticmethod
-    def _compare(cycle: Cycle, result: CycleResult, extra: Sequence[float]) -> None:
-        """What every extension has saved over stopping before it, against what was expected."""
-        drafted_s = result.draft_s if cycle.spent_s is None else cycle.spent_s
-        for made in cycle.extensions:
-            took_s = drafted_s - cycle.thought_s - made.at_s + result.verify_s
-            took_s = min(took_s, _MOST_SURPLUS * made.stop_verify_s)  # one stall says nothing about extending
-            brought_s = sum(extra[made.block :]) / cycle.tokens_per_s
-            made.question.turned_out(made.expected_s, brought_s - took_s + made.stop_verify_s)
 
     def _leaves_asked(self, cycle: Cycle, block: int) -> StandingChoice:
         """How many leaves the block after this one extends."""

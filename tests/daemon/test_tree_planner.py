@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from specblock.cuda_ext.tree import DraftTree, Offers, place_rows
 from specblock.daemon.cost_curve import CostCurve, Phase
 from specblock.daemon.cycle_cost import CycleCost
+from specblock.daemon.extensions import compare
 from specblock.daemon.planner_types import CycleResult, Extension, PlannerSettings
-from specblock.daemon.speculation import GateSettings, Participant, ProbeBudget, SpeculationGate
+from specblock.daemon.probe_budget import ProbeBudget
+from specblock.daemon.speculation import GateSettings, Participant, SpeculationGate
 from specblock.daemon.standing_choice import StandingChoice
 from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook
 from specblock.daemon.tree_planner import TreePlanner
@@ -626,7 +628,7 @@ def test_one_stall_does_not_end_extensions() -> None:
     cycle = planner._under_way()
     cycle.extensions.append(Extension(question, 0, 1e-3, 0.0, 0.012))
     cycle.nodes, cycle.spent_s = 3, 2e-3
-    planner._compare(cycle, CycleResult(2e-3, 1.0, 5e-4, [1]), [0.0])
+    compare(cycle, CycleResult(2e-3, 1.0, 5e-4, [1]), [0.0])
     assert question.corrected(np.array([0.0, 0.0]))[1] > before - 1e-3, "as if it had taken a tenth of that"
 
 
