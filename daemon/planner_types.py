@@ -32,7 +32,7 @@ class PlannerSettings:
     explore_share: float = 0.08
     plain_share: float = 0.01
     settle_cycles: int = 192
-    learn_every: int = 16
+    learn_every: int = 32
     gate: GateSettings = field(default_factory=GateSettings)
 
     def __post_init__(self) -> None:
