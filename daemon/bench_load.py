@@ -41,13 +41,17 @@ _RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadSettings:
-    """What is asked. Each round has ``per_client`` prompts per client, and at least eight."""
+    """What is asked. Each round has ``per_client`` prompts per client, and at least eight.
+
+    ``learning_prompts`` are answered before the first counted round, in whole rounds.
+    """
 
     target: str = "models/demo-target"
     prompts: Path = Path("models/demo-prompts")
     concurrency: tuple[int, ...] = (1, 2, 4, 8, 16)
     rounds: int = 6
     per_client: int = 2
+    learning_prompts: int = 64
     new_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 0.95
@@ -153,16 +157,23 @@ def measure(
     settings: LoadSettings,
     clock: Clock = time.perf_counter,
 ) -> list[LoadRow]:
-    """Rounds of both ways in turns after one that is not counted, in which the planner learns; plain first."""
+    """Rounds of both ways in turns, plain first in the table.
+
+    Not counted are one round of plain decoding and those in which the planner learns: a daemon runs for months, and what
+    it tries in its first minute is not how fast it is.
+    """
     ways: dict[str, tuple[AnyDrafter | None, TreePlanner | None]] = {PLAIN: (None, None), CHOSEN: (drafter, planner)}
     count = max(8, settings.per_client * concurrency)
     supply = cycle(prompts)
     found: dict[str, list[Round]] = {name: [] for name in ways}
-    for number in range(settings.rounds + 1):
-        asked = list(islice(supply, count))
+    learning = -(-settings.learning_prompts // count)
+    for number in range(learning + settings.rounds):
+        asked, counts = list(islice(supply, count)), number >= learning
         for name in list(ways)[:: 1 if number % 2 else -1]:
+            if not counts and name == PLAIN and number:
+                continue
             answered = serve(target, *ways[name], asked, concurrency, SEED + number * count, settings, clock)
-            if number:
+            if counts:
                 found[name].append(answered)
     return [_row(name, concurrency, found[name], found[PLAIN]) for name in ways]
 
