@@ -159,8 +159,8 @@ def measure(
 ) -> list[LoadRow]:
     """Rounds of both ways in turns, plain first in the table.
 
-    Not counted are one round of plain decoding and those in which the planner learns: a daemon runs for months, and what
-    it tries in its first minute is not how fast it is.
+    Not counted are one round of plain decoding and those in which the planner learns: a daemon runs for months, and
+    what it tries in its first minute is not how fast it is.
     """
     ways: dict[str, tuple[AnyDrafter | None, TreePlanner | None]] = {PLAIN: (None, None), CHOSEN: (drafter, planner)}
     count = max(8, settings.per_client * concurrency)

@@ -64,7 +64,7 @@ class GateSettings:
     min_stretches: int = 3
     window_cycles: int = 400
     probe_cycles: int = 16
-    probe_share: float = 0.01
+    probe_share: float = 0.005
     prior_speed: float = 1.1
     prior_cycles: float = 8.0
     max_domains: int = 64
