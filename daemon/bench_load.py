@@ -207,7 +207,7 @@ def serve(
         sent_s[number] = clock()
         engine.submit(
             GenerationRequest(
-                request_id=str(number),
+                request_id=f"{seed + number}",
                 prompt_tokens=encoded[number],
                 sampling=sampling,
                 max_tokens=settings.new_tokens,
@@ -224,7 +224,7 @@ def serve(
         chunks = engine.step()
         now_s = clock()
         for chunk in chunks:
-            number = int(chunk.request_id)
+            number = int(chunk.request_id) - seed
             answers.tokens[number] += tuple(chunk.tokens)
             if number in newest_s:
                 answers.wait_s.append(now_s - newest_s[number])

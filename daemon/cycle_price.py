@@ -22,12 +22,14 @@ class CyclePrice:
         # Real over modelled seconds, of cycles with drafts and of plain ones; without what is done to learn.
         self._drafted, self._plain = ForgettingRatio(_HALF_LIFE), ForgettingRatio(_HALF_LIFE)
         self._unseen = 0  # cycles since one was looked at
-        self._kind: tuple[int, int, DraftPlan] = (0, 0, NO_SPECULATION)  # requests, those that draft, sizes
+        # Requests, those that draft, sizes, and whether it is a probe: that is priced as if all requests drafted.
+        self._kind: tuple[int, int, DraftPlan, bool] = (0, 0, NO_SPECULATION, False)
         self._usual_s = 0.0  # of this kind
 
     def drafter_changed(self) -> None:
         """A new drafter serves: what drafting takes beyond the curves is unknown again."""
         self._drafted = ForgettingRatio(_HALF_LIFE)
+        self._kind = (0, 0, NO_SPECULATION, False)
 
     def plain(self, cycle: Cycle, result: CycleResult, seconds: float, cost: CycleCost) -> None:
         """Learns from a cycle without drafts: of looks those that count, while nobody drafts one in four."""
@@ -42,8 +44,8 @@ class CyclePrice:
     def is_due(self, cycle: Cycle) -> bool:
         """Whether a cycle with drafts is to be looked at: one that thought, is new in kind, or one in four."""
         self._unseen += 1
-        known = self._kind == (cycle.batch, cycle.drafting, cycle.plan)
-        return not known or cycle.thoughts > 0 or cycle.probing or self._unseen >= _EVERY
+        known = self._kind == (cycle.batch, cycle.drafting, cycle.plan, cycle.probing)
+        return not known or cycle.thoughts > 0 or self._unseen >= _EVERY
 
     def drafted(self, cycle: Cycle, result: CycleResult, seconds: float, cost: CycleCost) -> None:
         """Learns from a cycle with drafts."""
@@ -62,7 +64,8 @@ class CyclePrice:
             own_s = seconds - (cycle.thought_s if cycle.learns else 0.0)
             self._drafted.add(min(own_s / modelled_s, _MOST))
         beyond = self._drafted.value(1.0, _PRIOR_CYCLES) / self._plain.value(1.0, _PRIOR_CYCLES)
-        self._kind, self._usual_s, self._unseen = (batch, cycle.drafting, plan), modelled_s * beyond, 0
+        self._kind = (batch, cycle.drafting, plan, cycle.probing)
+        self._usual_s, self._unseen = modelled_s * beyond, 0
 
     @property
     def usual_s(self) -> float:

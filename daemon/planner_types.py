@@ -131,15 +131,15 @@ class Cycle:
     tokens_per_s: float = 0.0
     begin_s: float = 0.0
     explored: bool = False
-    asks: bool = True
-    timed: bool = True
+    asks: bool = True  # whether scores are read and answers worked out
+    timed: bool = True  # False once an accelerator may still have been drafting when the clock was read
     growth: Growth = field(default_factory=Growth)
     block_s: list[float] = field(default_factory=list)
     extensions: list[Extension] = field(default_factory=list)
     last_s: float = 0.0
     thoughts: int = 0  # questions worked out in this cycle, and the seconds that took
     thought_s: float = 0.0
-    spent_s: float | None = None
+    spent_s: float | None = None  # from the beginning to the final sizes; None where that is not known
     nodes: int = 0
 
     @property

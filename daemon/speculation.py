@@ -21,7 +21,6 @@ _DOUBT_SD = 3.0
 _SLOW_SD = _FAST_SD = 1.0
 _PROBES_REMEMBERED = 4
 _MOST_STALL = 16.0  # plain cycles
-_WAITS_CYCLES = 10_000  # that a domain without requests keeps its claim on a probe
 _LEAST_LOSS = 0.1  # of a probe's seconds: what is thought to cost nothing may do so after all
 _ABSORBED_HALF_LIFE_CYCLES, _ABSORBED_PRIOR_CYCLES = 500.0, 64.0
 _OVERFLOW = ""  # stands for every domain beyond the limit: names come from clients
@@ -49,7 +48,8 @@ class GateSettings:
             one that suits the drafter badly says little about the next.
         window_cycles: cycles of one request that count as evidence, the newest.
         probe_cycles: length of a probe.
-        probe_share: part of all device seconds that probes may lose against plain decoding.
+        probe_share: part of the device seconds that off domains are served in, which probes may lose against plain
+            decoding.
         prior_speed: speed over plain decoding assumed without evidence.
         prior_cycles: how many cycles of plain decoding that assumption is worth.
         max_domains: domains told apart.
@@ -86,10 +86,10 @@ class GateSettings:
 class _DomainState:
     evidence: SpeedEvidence
     assumed: float  # speed, as far as there is no evidence
+    budget: ProbeBudget
     on: bool = True
     engine_cycles: int = 0  # with drafts, since the last change
     last_probe: int = -1
-    probe_loses_s: float = 0.0  # while off, when last asked
     last_cycle: int = 0
 
 
@@ -105,8 +105,8 @@ class SpeculationGate:
 
     def __init__(self, settings: GateSettings | None = None) -> None:
         self.settings = settings or GateSettings()
-        self.budget = ProbeBudget(self.settings.probe_share)
         self.probes = 0
+        self._total_s = self._probe_s = self._lost_s = 0.0
         self._cycles = 0
         self._domains: dict[str, _DomainState] = {}
         self._probe: _Probe | None = None
@@ -131,6 +131,21 @@ class SpeculationGate:
         probed = None if chosen is None else off[chosen]
         return tuple(yes or index == probed for index, yes in enumerate(on))
 
+    @property
+    def probing(self) -> bool:
+        """Whether a probe is under way, alone or beside requests that draft anyway."""
+        return self._probe is not None
+
+    @property
+    def probe_share(self) -> float:
+        """Seconds spent probing over all device seconds so far."""
+        return self._probe_s / self._total_s if self._total_s else 0.0
+
+    @property
+    def lost_share(self) -> float:
+        """Seconds that probes lost over all device seconds so far; below 0 if they won more."""
+        return self._lost_s / self._total_s if self._total_s else 0.0
+
     def is_probe(self, participants: Sequence[Participant], speculate: Sequence[bool]) -> bool:
         """Whether the one request that speculates does so as a probe; one that joins others is not meant."""
         if self._probe is None:
@@ -154,12 +169,11 @@ class SpeculationGate:
             speculate: which of them speculated.
             committed: tokens each kept.
             seconds: the cycle's device seconds.
-            usual_s: seconds that speculation is judged by: the same, without what is paid only once; for a probe those
-                of a cycle in which all requests speculate.
+            usual_s: seconds that speculation is judged by: what such cycles usually take, without what is paid only
+                once; for a probe those of a cycle in which all requests speculate.
             plain_s: predicted seconds of a plain cycle of the same requests.
         """
-        self._cycles += 1
-        self.budget.spend(seconds)
+        self.spent(participants, seconds)
         num_drafted, batch = sum(speculate), len(participants)
         if not num_drafted:
             return
@@ -173,7 +187,9 @@ class SpeculationGate:
             if yes and (solo or not (state.on or self._probe is None)):
                 took_s = min(seconds, _MOST_STALL * plain_s)  # one stall must not end probes for long
                 lost_s = (took_s - plain_s) / num_drafted - (tokens - 1) * plain_s / batch
-                self.budget.probed(seconds / num_drafted, lost_s)
+                self._probe_s += seconds / num_drafted
+                self._lost_s += lost_s
+                state.budget.lose(lost_s)
                 self._record_probe(tokens, plain_cycles)
             elif yes:
                 state.evidence.add(participant.request_id, tokens, plain_cycles)
@@ -182,6 +198,14 @@ class SpeculationGate:
         for domain in judged:
             self._state(domain).engine_cycles += 1
             self._maybe_off(self._state(domain))
+
+    def spent(self, participants: Sequence[Participant], seconds: float) -> None:
+        """Counts a cycle's device seconds, which pay for probes of the domains in it that are off."""
+        self._cycles += 1
+        self._total_s += seconds
+        off = {id(state): state for state in (self._state(p.domain) for p in participants) if not state.on}
+        for state in off.values():
+            state.budget.earn(seconds / len(off))
 
     def absorbed(self, domain: str, plain_cycles: float) -> None:
         """Charges a domain with what its drafter took outside of cycles, such as absorbing a prompt.
@@ -199,8 +223,9 @@ class SpeculationGate:
             state.evidence = self._unknown() if state.on else self._of_probes()
             state.assumed = self.settings.prior_speed
             state.last_probe, state.engine_cycles = -1, 0
+            if not state.on:
+                state.budget.grant()
         self._probe = None
-        self.budget.grant(sum(not state.on for state in self._domains.values()))
 
     def is_on(self, domain: str) -> bool:
         """Whether a domain speculates; one never seen does."""
@@ -232,7 +257,8 @@ class SpeculationGate:
             else:
                 domain = _OVERFLOW
         if domain not in self._domains:
-            self._domains[domain] = _DomainState(self._unknown(), self.settings.prior_speed)
+            budget = ProbeBudget(self.settings.probe_share)
+            self._domains[domain] = _DomainState(self._unknown(), self.settings.prior_speed, budget)
         state = self._domains[domain]
         state.last_cycle = self._cycles
         return state
@@ -270,19 +296,17 @@ class SpeculationGate:
             self._end_probe()
         if not participants:
             return None
-        index = min(range(len(participants)), key=lambda i: self._state(participants[i].domain).last_probe)
-        state = self._state(participants[index].domain)
-        if not self.budget.covers(0.5 * state.probe_loses_s):  # as last worked out
+        states = [self._state(p.domain) for p in participants]
+        near = [i for i, state in enumerate(states) if state.budget.is_near()]
+        if not near:
             return None
+        index = min(near, key=lambda i: states[i].last_probe)
+        state = states[index]
         cycle_s, plain_s = probing_s()
         # The others wait for the whole cycle and win nothing by it.
         speed = state.evidence.decoding(*self._prior(state))
         loses_s = cycle_s * (1 - speed / batch) - plain_s * (batch - 1) / batch
-        state.probe_loses_s = self.settings.probe_cycles * max(loses_s, _LEAST_LOSS * cycle_s)
-        # What a domain that loses more has saved for, one that loses little must not spend again and again.
-        seen = [s for s in self._domains.values() if not s.on and self._cycles - s.last_cycle < _WAITS_CYCLES]
-        kept_s = max((s.probe_loses_s for s in seen if s.last_probe < state.last_probe), default=0.0)
-        if not self.budget.take(state.probe_loses_s, kept_s):
+        if not state.budget.take(self.settings.probe_cycles * max(loses_s, _LEAST_LOSS * cycle_s)):
             return None
         state.last_probe = self.probes
         self._probe = _Probe(participants[index].request_id, participants[index].domain)
@@ -295,7 +319,7 @@ class SpeculationGate:
         state = self._state(probe.domain)
         absorbing = self._absorbed.value(0.0, _ABSORBED_PRIOR_CYCLES)
         state.evidence.add(probe.request_id, tokens, plain_cycles, absorbing)
-        self._absorbed.add(0.0)
+        self._absorbed.fade(0.5 ** (1 / _ABSORBED_HALF_LIFE_CYCLES))  # or one dear prompt would be charged for ever
         probe.cycles += 1
         if probe.cycles >= self.settings.probe_cycles:
             self._end_probe()

@@ -102,7 +102,7 @@ class TreePlanner:
         if look is not None:
             speculate = (False,) * batch
         due = any(speculate) and self._pace.due((batch, sum(speculate)))
-        explores = due and not probing and self._settings.blocks > 1 and explore < self._explore_share
+        explores = due and not self.gate.probing and self._settings.blocks > 1 and explore < self._explore_share
         behind = [count for count, yes in zip(new_positions, speculate, strict=False) if yes]
         self._cycle = Cycle(
             tuple(participants),
@@ -214,7 +214,7 @@ class TreePlanner:
             usual_s = self._price.usual_s
         self._plain.add(result.tree is None)
         if cycle.explored:  # chosen to be worse: it says what it cost, not what drafting is worth
-            self.gate.budget.spend(seconds)
+            self.gate.spent(cycle.participants, seconds)
             return
         self.gate.record(cycle.participants, cycle.speculate, result.committed_tokens, seconds, usual_s, cycle.plain_s)
 
@@ -229,10 +229,11 @@ class TreePlanner:
             self.survival.observe(result.tree, result.accepted_rows, result.num_accepted)
             self.gain.observe(extra, cycle.drafting, growth.leaf_caps, growth.leaf_mass)
             self.outlook.accepted(growth, sum(result.num_accepted), extra)
-        self._typical = cycle.plan
-        self._nodes.add(cycle.nodes)
-        self._leaves.add(sum(growth.leaf_caps))
-        self._blocks.add(self._typical.blocks)
+        if not cycle.explored:
+            self._typical = cycle.plan
+            self._nodes.add(cycle.nodes)
+            self._leaves.add(sum(growth.leaf_caps))
+            self._blocks.add(self._typical.blocks)
 
     def absorbed(self, domain: str, seconds: float, batch: int) -> None:
         """Charges a kind of text for a prompt that was absorbed while so many requests waited, its own included."""
@@ -266,8 +267,8 @@ class TreePlanner:
             mean_leaves=self._leaves.value(),
             mean_blocks=self._blocks.value(),
             plain_share=self._plain.value(),
-            probe_share=self.gate.budget.probe_share,
-            probe_lost_share=self.gate.budget.lost_share,
+            probe_share=self.gate.probe_share,
+            probe_lost_share=self.gate.lost_share,
             explored_cycles=self._explored,
             speed_by_domain=self.gate.speeds(),
         )

@@ -14,14 +14,15 @@ from hypothesis import strategies as st
 from specblock.cuda_ext.tree import DraftTree, Offers, place_rows
 from specblock.daemon.cost_curve import CostCurve, Phase
 from specblock.daemon.cycle_cost import CycleCost
+from specblock.daemon.cycle_price import CyclePrice
 from specblock.daemon.extensions import compare
-from specblock.daemon.planner_types import CycleResult, Extension, PlannerSettings
+from specblock.daemon.planner_types import Cycle, CycleResult, Extension, PlannerSettings
 from specblock.daemon.probe_budget import ProbeBudget
 from specblock.daemon.speculation import GateSettings, Participant, SpeculationGate
 from specblock.daemon.standing_choice import StandingChoice
 from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook
 from specblock.daemon.tree_planner import TreePlanner
-from specblock.drafter.plan import NO_SPECULATION
+from specblock.drafter.plan import NO_SPECULATION, DraftPlan
 from specblock.drafter.survival import Floats, LeafGain
 from tests.daemon.drafting_world import BUDGET, LEAF_CAP, SETTINGS, Clock, World, curve, run
 
@@ -138,7 +139,7 @@ def test_a_useless_drafter_costs_next_to_nothing(batch: int) -> None:
     plain = batch / costs.plain_s(batch)
     assert sum(x.tokens for x in ledgers) / sum(x.seconds for x in ledgers) > 0.97 * plain
     status = planner.status()
-    assert 0 < status.probe_share < 0.1 and 0 < planner.gate.budget.lost_share <= 1.05 * GateSettings().probe_share
+    assert 0 < status.probe_share < 0.1 and 0 < planner.gate.lost_share <= 1.05 * GateSettings().probe_share
     assert status.plain_share > 0.95
     assert planner.gate.probes > 0
 
@@ -255,7 +256,7 @@ def test_it_notices_a_better_drafter_without_being_told() -> None:
     good = World(cycles=2500)
     run(planner, clock, good, costs)
     assert planner.speculates("any")
-    assert planner.gate.budget.lost_share <= 1.05 * GateSettings().probe_share
+    assert planner.gate.lost_share <= 1.05 * GateSettings().probe_share
 
 
 def test_domains_are_judged_apart() -> None:
@@ -286,40 +287,40 @@ def test_a_cycle_without_speculation_has_that_plan() -> None:
 @given(st.floats(0.002, 0.1), st.lists(st.floats(0.001, 0.1), min_size=50, max_size=400), st.integers(1, 10))
 def test_probes_never_lose_more_than_their_share(share: float, cycle_s: list[float], length: int) -> None:
     budget = ProbeBudget(share)
-    left = 0
+    left, total_s, lost_s = 0, 0.0, 0.0
     for seconds in cycle_s:
         if not left and budget.take(length * 0.05):
             left = length
-        budget.spend(seconds)
+        budget.earn(seconds)
+        total_s += seconds
         if left:
-            budget.probed(seconds, 0.5 * seconds)
+            budget.lose(0.5 * seconds)
+            lost_s += 0.5 * seconds
         left = max(0, left - 1)
-        assert budget.lost_s <= share * budget.total_s + 1e-9
+        assert lost_s <= share * total_s + 1e-9
 
 
 def test_a_grant_is_paid_back() -> None:
     budget = ProbeBudget(0.01)
     assert not budget.take(1.0)
-    budget.grant(1)
-    assert budget.take(1.0)
-    budget.spend(1.0)
-    budget.probed(1.0, 1.0)
+    budget.grant()
+    assert budget.is_near() and budget.take(1.0)
+    budget.lose(1.0)
     assert not budget.take(1.0)
-    budget.spend(150.0)  # 1.5 s earned: the grant is paid, the next probe is not
-    assert not budget.take(1.0)
-    budget.spend(60.0)
+    budget.earn(150.0)  # 1.5 s earned: the grant is paid, the next probe is not
+    assert budget.is_near() and not budget.take(1.0)
+    budget.earn(60.0)
     assert budget.take(1.0)
 
 
 def test_quiet_time_does_not_pile_up_probes() -> None:
-    budget = ProbeBudget(0.01)
-    budget.spend(1e6)
-    probes = 0
+    budget, probes = ProbeBudget(0.01), 0
+    budget.take(1.0)
+    budget.earn(1e6)
     while budget.take(1.0):
-        budget.spend(1.0)
-        budget.probed(1.0, 1.0)
+        budget.lose(1.0)
         probes += 1
-    assert probes <= 3
+    assert probes == 2
 
 
 def feed(gate: SpeculationGate, domain: str, tokens: float, cycles: int, seconds: float = 0.01) -> None:
@@ -387,7 +388,7 @@ def test_a_domain_that_is_off_is_probed_beside_one_that_is_on(tokens: int, comes
         if gate.is_on("off"):
             break
     assert gate.is_on("off") == comes_back and gate.is_on("on")
-    assert gate.probes > 0 and gate.budget.lost_share <= 1.05 * GateSettings().probe_share
+    assert gate.probes > 0 and gate.lost_share <= 1.05 * GateSettings().probe_share
 
 
 def test_after_a_swap_an_off_domain_is_probed_at_once_beside_others() -> None:
@@ -440,7 +441,7 @@ def test_a_domain_pays_for_the_prompts_its_drafter_absorbs() -> None:
             gate.record(request, [gate.is_on("x")], [2 if gate.is_on("x") else 1], 2 / 1.03, 2 / 1.03, 1.0)
         assert gate.is_on("x") == stays_on
         if not stays_on:  # and a probe, which absorbs nothing by itself, does not forget it
-            gate.budget.grant(1)
+            gate._state("x").budget.grant()
             for _ in range(gate.settings.probe_cycles):
                 assert gate.decide(request, lambda: (0.01, 0.01)) == (True,)
                 gate.record(request, [True], [2], 2 / 1.06, 2 / 1.06, 1.0)
@@ -452,7 +453,7 @@ def test_a_batch_of_which_some_draft_learns_what_later_blocks_brought() -> None:
     world, clock = World(60, seed=3), Clock()
     planner = planner_of(curve(block_s=1e-4), clock, explore_share=0.0, plain_share=0.0)
     planner.gate._state("off").on = False
-    planner.gate.budget.take(1e9)
+    planner.gate._state("off").budget.take(1e9)
     everyone = [Participant("a", "on"), Participant("z", "off"), Participant("b", "on")]
     blocks = []
     for start in range(0, 60, 2):
@@ -655,6 +656,35 @@ def test_probes_that_lose_little_do_not_spend_what_others_save_for(length: int) 
         _serve(gate, f"c{number}", "near", length, 1.9, 2.0)
         _serve(gate, f"d{number}", "far", length, 3.2, 2.0)
     assert gate.is_on("far") and gate.probes > 4
+
+
+def test_where_drafts_nearly_pay_there_are_many_probes_whatever_others_lose() -> None:
+    gate, probes = SpeculationGate(), {"near": 0, "far": 0}
+    for number in range(6):
+        _serve(gate, f"a{number}", "near", 80, 1.8, 2.0)
+        _serve(gate, f"b{number}", "far", 80, 1.0, 2.0)
+    for number in range(200):
+        for domain, tokens in (("near", 1.9), ("far", 1.0)):
+            before = gate.probes
+            _serve(gate, f"{domain}{number}", domain, 200, tokens, 2.0)
+            probes[domain] += gate.probes - before
+    assert probes["near"] > 3 * probes["far"] > 0
+    assert not gate.is_on("near") and not gate.is_on("far")
+
+
+def test_what_a_probe_takes_is_no_price_of_other_cycles() -> None:
+    """A probe of one among four is priced as if all four drafted; a cycle in which one of four drafts is not."""
+    costs, four = curve(), [Participant(f"r{b}", "x" if b else "y") for b in range(4)]
+    price, cost, plan = CyclePrice(), CycleCost(costs), DraftPlan((), 5)
+    for probing in (True, False):
+        cycle = Cycle(tuple(four), (True, False, False, False), costs.plain_s(4), probing=probing)
+        cycle.nodes, cycle.block_s, cycle.spent_s = 5, [2e-3], 2e-3
+        assert price.is_due(cycle), "another kind of cycle"
+        price.drafted(
+            cycle, CycleResult(2e-3, costs.verify_s(6, 4), 5e-4, [2, 1, 1, 1], *_accepting_one(5)), 0.02, cost
+        )
+        assert price.usual_s == pytest.approx(cost.cycle_s(plan, 4 if probing else 1, 4), rel=0.05)
+        assert not price.is_due(cycle)
 
 
 def test_probes_of_short_requests_add_up() -> None:
