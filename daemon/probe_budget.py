@@ -7,8 +7,8 @@ class ProbeBudget:
     """Lets probes of one domain lose at most a share of the device seconds that it is served in.
 
     Credit grows while the domain is off and is capped at what two probes lose, so that a long quiet time does not end
-    in many of them; a probe starts only when its expected loss is covered. A grant lets one start at once, on credit that
-    later work pays back. What one domain has saved, others cannot spend.
+    in many of them; a probe starts only when its expected loss is covered. A grant lets one start at once, on credit
+    that later work pays back. What one domain has saved, others cannot spend.
     """
 
     def __init__(self, share: float) -> None:
