@@ -60,7 +60,7 @@ class DrafterConfig(Section):
     tree: Literal["cost_chosen", "fixed"] = "cost_chosen"
     """cost_chosen: sizes per cycle from measured cost, up to those below, or none at all; fixed: always those below."""
     compat: Literal["corrected", "published"] = "corrected"
-    """published: refresh the drafter as the published code does, for checkpoints tuned with it."""
+    """published: refresh and use the rank head as the published code does, for checkpoints tuned with it."""
     blocks: int = Field(default=2, ge=1, le=8)
     """Drafter forwards per cycle; each proposes one block of tokens."""
     leaf_cap: int = Field(default=8, ge=1, le=64)
@@ -68,7 +68,9 @@ class DrafterConfig(Section):
     node_budget: int = Field(default=31, ge=1, le=255)
     """Most draft nodes the target verifies in one cycle, root not counted."""
     beam: int = Field(default=10, ge=6, le=64)
-    """Ceiling of the fan-out at a block's first slot; the fan-out per rank class goes up to 6."""
+    """Alternatives at a slot at most; with the rank head at the first slot, and by rank class up to 6 at others."""
+    rank_head: bool = False
+    """Let specblock's rank head say how many alternatives a slot gets; off: beam everywhere, and scores decide."""
     shared_noise: bool = True
     """At temperature > 0, rank proposals with the noise the target will choose by. Lossless either way."""
     noise_scale: float = Field(default=1.0, gt=0, le=4)

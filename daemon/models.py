@@ -59,6 +59,7 @@ def draft_settings(config: DaemonConfig) -> DraftSettings:
         leaf_cap=d.leaf_cap,
         node_budget=d.node_budget,
         beam=d.beam,
+        rank_head=d.rank_head or d.compat == "published",
         shared_noise=d.shared_noise,
         noise_scale=d.noise_scale,
         published_refresh=d.compat == "published",
