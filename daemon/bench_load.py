@@ -169,9 +169,9 @@ def measure(
     learning = -(-settings.learning_prompts // count)
     for number in range(learning + settings.rounds):
         asked, counts = list(islice(supply, count)), number >= learning
-        for name in list(ways)[:: 1 if number % 2 else -1]:
-            if not counts and name == PLAIN and number:
-                continue
+        # Plain decoding has nothing to learn; its first round warms it up.
+        turns = list(ways)[:: 1 if number % 2 else -1] if counts or number == 0 else [CHOSEN]
+        for name in turns:
             answered = serve(target, *ways[name], asked, concurrency, SEED + number * count, settings, clock)
             if counts:
                 found[name].append(answered)
@@ -207,7 +207,7 @@ def serve(
         sent_s[number] = clock()
         engine.submit(
             GenerationRequest(
-                request_id=f"{seed + number}",
+                request_id=str(seed + number),
                 prompt_tokens=encoded[number],
                 sampling=sampling,
                 max_tokens=settings.new_tokens,

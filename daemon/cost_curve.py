@@ -185,11 +185,10 @@ class OnlineCorrection:
             raise ValueError("online correction: rate must be in (0, 1] and limit above 1")
         self._rate, self._log_limit = rate, math.log(limit)
         self._log = dict.fromkeys(Phase, 0.0)
-        self._factor = dict.fromkeys(Phase, 1.0)
 
     def factor(self, phase: Phase) -> float:
         """What to multiply the curve's seconds with."""
-        return self._factor[phase]
+        return math.exp(self._log[phase])
 
     def observe(self, phase: Phase, measured_s: float, predicted_s: float) -> None:
         """Takes one measurement; ``predicted_s`` is the curve's own answer, not yet corrected."""
@@ -198,7 +197,6 @@ class OnlineCorrection:
         error = math.log(measured_s / predicted_s)
         error = min(max(error, -self._log_limit), self._log_limit)
         self._log[phase] += self._rate * (error - self._log[phase])
-        self._factor[phase] = math.exp(self._log[phase])
 
 
 def _monotone(points: dict[int, float]) -> RowCurve:

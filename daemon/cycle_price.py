@@ -9,9 +9,10 @@ from __future__ import annotations
 from specblock.daemon.cycle_cost import USUAL_POSITIONS, CycleCost
 from specblock.daemon.planner_types import Cycle, CycleResult
 from specblock.drafter.forgetting import ForgettingRatio
-from specblock.drafter.plan import NO_SPECULATION, DraftPlan
+from specblock.drafter.plan import DraftPlan
 
 _EVERY = 4  # of the cycles that are much alike one is looked at: that takes what drafts win
+_Kind = tuple[int, int, DraftPlan, bool]
 _HALF_LIFE, _PRIOR_CYCLES, _MOST = 200.0, 30.0, 8.0
 
 
@@ -22,14 +23,13 @@ class CyclePrice:
         # Real over modelled seconds, of cycles with drafts and of plain ones; without what is done to learn.
         self._drafted, self._plain = ForgettingRatio(_HALF_LIFE), ForgettingRatio(_HALF_LIFE)
         self._unseen = 0  # cycles since one was looked at
-        # Requests, those that draft, sizes, and whether it is a probe: that is priced as if all requests drafted.
-        self._kind: tuple[int, int, DraftPlan, bool] = (0, 0, NO_SPECULATION, False)
+        self._kind: _Kind | None = None  # of the cycle looked at last
         self._usual_s = 0.0  # of this kind
 
     def drafter_changed(self) -> None:
         """A new drafter serves: what drafting takes beyond the curves is unknown again."""
         self._drafted = ForgettingRatio(_HALF_LIFE)
-        self._kind = (0, 0, NO_SPECULATION, False)
+        self._kind = None
 
     def plain(self, cycle: Cycle, result: CycleResult, seconds: float, cost: CycleCost) -> None:
         """Learns from a cycle without drafts: of looks those that count, while nobody drafts one in four."""
@@ -44,8 +44,7 @@ class CyclePrice:
     def is_due(self, cycle: Cycle) -> bool:
         """Whether a cycle with drafts is to be looked at: one that thought, is new in kind, or one in four."""
         self._unseen += 1
-        known = self._kind == (cycle.batch, cycle.drafting, cycle.plan, cycle.probing)
-        return not known or cycle.thoughts > 0 or self._unseen >= _EVERY
+        return self._kind != _kind(cycle) or cycle.thought or self._unseen >= _EVERY
 
     def drafted(self, cycle: Cycle, result: CycleResult, seconds: float, cost: CycleCost) -> None:
         """Learns from a cycle with drafts."""
@@ -64,10 +63,14 @@ class CyclePrice:
             own_s = seconds - (cycle.thought_s if cycle.learns else 0.0)
             self._drafted.add(min(own_s / modelled_s, _MOST))
         beyond = self._drafted.value(1.0, _PRIOR_CYCLES) / self._plain.value(1.0, _PRIOR_CYCLES)
-        self._kind = (batch, cycle.drafting, plan, cycle.probing)
-        self._usual_s, self._unseen = modelled_s * beyond, 0
+        self._kind, self._usual_s, self._unseen = _kind(cycle), modelled_s * beyond, 0
 
     @property
     def usual_s(self) -> float:
         """Seconds that cycles of the kind looked at last usually take."""
         return self._usual_s
+
+
+def _kind(cycle: Cycle) -> _Kind:
+    """Requests, those that draft, sizes, and whether it is a probe: that is priced as if all requests drafted."""
+    return cycle.batch, cycle.drafting, cycle.plan, cycle.probing

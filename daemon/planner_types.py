@@ -137,7 +137,7 @@ class Cycle:
     block_s: list[float] = field(default_factory=list)
     extensions: list[Extension] = field(default_factory=list)
     last_s: float = 0.0
-    thoughts: int = 0  # questions worked out in this cycle, and the seconds that took
+    thought: bool = False  # whether anything was worked out, and the seconds that took
     thought_s: float = 0.0
     spent_s: float | None = None  # from the beginning to the final sizes; None where that is not known
     nodes: int = 0

@@ -13,6 +13,8 @@ import math
 from collections import deque
 from dataclasses import dataclass
 
+from specblock.drafter.forgetting import ratio
+
 STRETCH_CYCLES = 48
 
 
@@ -81,11 +83,11 @@ class SpeedEvidence:
 
     def speed(self, prior: float = 0.0, prior_cycles: float = 0.0) -> float:
         """Tokens per cycle of plain decoding, absorbing included; the prior counts like so many of these cycles."""
-        return _ratio(self._tokens, self._plain_cycles + self._absorbing, prior, prior_cycles)
+        return ratio(self._tokens, self._plain_cycles + self._absorbing, prior, prior_cycles)
 
     def decoding(self, prior: float = 0.0, prior_cycles: float = 0.0) -> float:
         """The same without what was absorbed."""
-        return _ratio(self._tokens, self._plain_cycles, prior, prior_cycles)
+        return ratio(self._tokens, self._plain_cycles, prior, prior_cycles)
 
     def doubt(self) -> float:
         """Standard deviation of the speed: what stretches differ by, at least that of a Poisson count of tokens."""
@@ -103,7 +105,7 @@ class SpeedEvidence:
     def lucky(self, deviations: float, prior: float, prior_cycles: float) -> float:
         """The speed had a Poisson count of tokens been smaller by chance, so many standard deviations."""
         tokens = self._tokens + deviations * math.sqrt(self._tokens)
-        return _ratio(tokens, self._plain_cycles + self._absorbing, prior, prior_cycles)
+        return ratio(tokens, self._plain_cycles + self._absorbing, prior, prior_cycles)
 
     def _forget(self, stretch: _Stretch) -> None:
         if self._open.get(stretch.request_id) is stretch:
@@ -112,8 +114,3 @@ class SpeedEvidence:
         self._plain_cycles -= stretch.plain_cycles
         self._absorbing -= stretch.absorbing
         self.count -= stretch.count
-
-
-def _ratio(tokens: float, cycles: float, prior: float, prior_cycles: float) -> float:
-    total = cycles + prior_cycles
-    return (tokens + prior * prior_cycles) / total if total > 0 else prior

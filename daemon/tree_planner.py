@@ -158,9 +158,7 @@ class TreePlanner:
             self._explored += 1
         choice = min(self._leaf_choices[index], available)
         cycle.growth.predicted_tokens = predicted[index]
-        now_s = self.clock()
-        cycle.thoughts += 1
-        cycle.thought_s += now_s - cycle.last_s
+        now_s = self._think(cycle)
         if available and not cycle.probing:  # a probe's values are those of another batch
             question.answered(saved_s, now_s - cycle.last_s)
         if choice:
@@ -195,10 +193,7 @@ class TreePlanner:
             question.answered(saved_s_N, self.clock() - cycle.last_s)
         if cycle.learns:
             self.outlook.chosen(cycle.growth, scores, cycle.nodes)
-        now_s = self.clock()
-        cycle.thoughts += 1
-        cycle.thought_s += now_s - cycle.last_s
-        cycle.spent_s = now_s - cycle.begin_s
+        cycle.spent_s = self._think(cycle) - cycle.begin_s
         return cycle.nodes
 
     def record(self, result: CycleResult) -> None:
@@ -338,6 +333,13 @@ class TreePlanner:
         if cycle.timed:
             cycle.block_s.append(now_s - cycle.last_s)
         cycle.last_s = now_s
+
+    def _think(self, cycle: Cycle) -> float:
+        """Notes the seconds of thinking since the last tick; the time now."""
+        now_s = self.clock()
+        cycle.thought = True
+        cycle.thought_s += now_s - cycle.last_s
+        return now_s
 
     def _tick_unread(self, cycle: Cycle, scores: Tensor) -> None:
         """The same where nobody reads the scores: on an accelerator the block may still run, and is not timed."""

@@ -31,13 +31,18 @@ class ForgettingRatio:
 
     def value(self, prior: float = 0.0, weight: float = 0.0) -> float:
         """The ratio, with a prior that counts like ``weight`` of the denominator; the prior alone without evidence."""
-        total = self.denominator + weight
-        return (self.numerator + prior * weight) / total if total > 0 else prior
+        return ratio(self.numerator, self.denominator, prior, weight)
 
     def fade(self, keep: float) -> None:
         """Keeps only this share of the evidence, at the same ratio."""
         self.numerator *= keep
         self.denominator *= keep
+
+
+def ratio(numerator: float, denominator: float, prior: float, weight: float) -> float:
+    """A ratio of sums with a prior that counts like ``weight`` of the denominator; the prior alone without evidence."""
+    total = denominator + weight
+    return (numerator + prior * weight) / total if total > 0 else prior
 
 
 def non_decreasing(values: Sequence[float], weights: Sequence[float]) -> list[float]:
