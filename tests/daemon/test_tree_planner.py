@@ -17,8 +17,7 @@ from specblock.daemon.cycle_cost import CycleCost
 from specblock.daemon.cycle_price import CyclePrice
 from specblock.daemon.extensions import compare
 from specblock.daemon.planner_types import Cycle, CycleResult, Extension, PlannerSettings
-from specblock.daemon.probe_budget import ProbeBudget
-from specblock.daemon.speculation import GateSettings, Participant, SpeculationGate
+from specblock.daemon.speculation import GateSettings, Participant
 from specblock.daemon.standing_choice import StandingChoice
 from specblock.daemon.tree_outlook import Growth, Stop, TreeOutlook
 from specblock.daemon.tree_planner import TreePlanner
@@ -144,16 +143,6 @@ def test_a_useless_drafter_costs_next_to_nothing(batch: int) -> None:
     assert planner.gate.probes > 0
 
 
-@pytest.mark.parametrize("batch", [1, 4])
-def test_a_hopeless_drafter_goes_off_early(batch: int) -> None:
-    gate = SpeculationGate(GateSettings(min_cycles=24))
-    cycles = 0
-    while gate.is_on("x"):
-        gate.record([Participant(f"r{b}", "x") for b in range(batch)], [True] * batch, [1] * batch, 0.02, 0.02, 0.01)
-        cycles += 1
-    assert cycles == {1: 33, 4: 4}[batch], "one request alone may just suit the drafter badly"
-
-
 @pytest.mark.parametrize(("every", "stall_s", "goes_off"), [(5, 0.1, True), (100, 0.1, False)])
 def test_cycles_that_the_curves_do_not_explain_are_charged_all_the_same(
     every: int, stall_s: float, goes_off: bool
@@ -188,51 +177,6 @@ def _accepting_one(nodes: int) -> tuple[DraftTree, torch.Tensor, list[int]]:
         torch.tensor([nodes + 1]),
     )
     return tree, torch.tensor([[0, 1]]), [1]
-
-
-def test_one_stall_does_not_end_speculation_of_a_batch() -> None:
-    gate, eight = SpeculationGate(), [Participant(f"r{b}", "x") for b in range(8)]
-    for number in range(6):  # pays 1.3 times, but the first cycle takes twice as long, the most that is counted
-        seconds = 0.0154 * (2 if number == 0 else 1)
-        gate.record(eight, [True] * 8, [2] * 8, seconds, seconds, 0.01)
-        assert gate.is_on("x")
-
-
-@pytest.mark.parametrize(("acceptance", "speed"), [(1.6, 1.2), (2.2, 1.2), (3.0, 1.2), (3.0, 1.3)])
-def test_what_pays_is_hardly_ever_taken_for_hopeless(acceptance: float, speed: float) -> None:
-    wrong = 0
-    for seed in range(200):
-        draws, gate = np.random.default_rng(seed), SpeculationGate()
-        for tokens in draws.geometric(1 / acceptance, size=23).tolist():
-            gate.record([Participant("r", "x")], [True], [tokens], acceptance / speed, acceptance / speed, 1.0)
-        wrong += not gate.is_on("x")
-    assert wrong <= 8
-
-
-def test_bad_luck_alone_does_not_end_speculation_early() -> None:
-    gate = SpeculationGate(GateSettings(min_cycles=24))
-    gate.record([Participant("r0", "x")], [True], [4], 0.02, 0.02, 0.01)
-    for number in range(11):  # 2.0 tokens a cycle pay here; a dozen of cycles at 1.6 may be chance
-        gate.record([Participant(f"r{number % 3}", "x")], [True], [2], 0.02, 0.02, 0.01)
-        gate.record([Participant("r1", "x")], [True], [1], 0.02, 0.02, 0.01)
-        assert gate.is_on("x")
-    gate.record([Participant("r1", "x")], [True], [1], 0.02, 0.02, 0.01)
-    gate.record([Participant("r1", "x")], [True], [1], 0.02, 0.02, 0.01)
-    assert not gate.is_on("x")  # by now the estimate itself counts
-
-
-def test_one_request_that_suits_the_drafter_badly_does_not_end_speculation() -> None:
-    """It would have to win 1.9 tokens a cycle and wins 1.35; the others win 3."""
-    gate, owed = SpeculationGate(), 0.0
-    for name, tokens in (("first", 1.35), ("good", 3.0), ("bad", 1.35), ("good again", 3.0)):
-        for _ in range(45):
-            owed += tokens
-            gate.record([Participant(name, "x")], [True], [int(owed)], 0.019, 0.019, 0.01)
-            owed -= int(owed)
-            assert gate.is_on("x"), name
-    for number in range(200):
-        gate.record([Participant(f"bad {number // 45}", "x")], [True], [1], 0.019, 0.019, 0.01)
-    assert not gate.is_on("x"), "several of them do"
 
 
 def test_it_comes_back_when_a_new_version_is_good() -> None:
@@ -279,173 +223,6 @@ def test_a_cycle_without_speculation_has_that_plan() -> None:
     assert planner.plan == NO_SPECULATION
     planner.record(CycleResult(0.0, 0.01, 0.0005, [1]))
     assert planner.status().plain_share == 1.0
-
-
-# The gate by itself
-
-
-@given(st.floats(0.002, 0.1), st.lists(st.floats(0.001, 0.1), min_size=50, max_size=400), st.integers(1, 10))
-def test_probes_never_lose_more_than_their_share(share: float, cycle_s: list[float], length: int) -> None:
-    budget = ProbeBudget(share)
-    left, total_s, lost_s = 0, 0.0, 0.0
-    for seconds in cycle_s:
-        if not left and budget.take(length * 0.05):
-            left = length
-        budget.earn(seconds)
-        total_s += seconds
-        if left:
-            budget.lose(0.5 * seconds)
-            lost_s += 0.5 * seconds
-        left = max(0, left - 1)
-        assert lost_s <= share * total_s + 1e-9
-
-
-def test_a_grant_is_paid_back() -> None:
-    budget = ProbeBudget(0.01)
-    assert not budget.take(1.0)
-    budget.grant()
-    assert budget.is_near() and budget.take(1.0)
-    budget.lose(1.0)
-    assert not budget.take(1.0)
-    budget.earn(150.0)  # 1.5 s earned: the grant is paid, the next probe is not
-    assert budget.is_near() and not budget.take(1.0)
-    budget.earn(60.0)
-    assert budget.take(1.0)
-
-
-def test_quiet_time_does_not_pile_up_probes() -> None:
-    budget, probes = ProbeBudget(0.01), 0
-    budget.take(1.0)
-    budget.earn(1e6)
-    while budget.take(1.0):
-        budget.lose(1.0)
-        probes += 1
-    assert probes == 2
-
-
-def feed(gate: SpeculationGate, domain: str, tokens: float, cycles: int, seconds: float = 0.01) -> None:
-    """Cycles of one request that commit ``tokens`` on average; a plain cycle takes 10 ms, a drafted one 20 ms."""
-    owed = 0.0
-    for _ in range(cycles):
-        requests = [Participant("r", domain)]
-        speculate = gate.decide(requests, lambda: (0.02, 0.01))
-        owed += tokens if speculate[0] else 1.0
-        cycle_s = 0.02 if speculate[0] else 0.01
-        gate.record(requests, speculate, [int(owed)], cycle_s, cycle_s, 0.01)
-        owed -= int(owed)
-
-
-def test_hysteresis_needs_a_clear_gain_to_come_back() -> None:
-    gate = SpeculationGate(GateSettings(on_above=1.2))
-    feed(gate, "d", 1.5, 200)
-    assert not gate.is_on("d")
-    feed(gate, "d", 2.2, 8000)  # 1.1 times plain: enough to stay on, too little to come back
-    assert not gate.is_on("d") and gate.probes > 0
-    feed(gate, "d", 3.0, 8000)
-    assert gate.is_on("d")
-    feed(gate, "d", 2.2, 1000)
-    assert gate.is_on("d")
-
-
-def test_a_probe_is_one_request_in_consecutive_cycles() -> None:
-    gate = SpeculationGate(GateSettings(probe_cycles=5))
-    feed(gate, "d", 0.0, 100)
-    gate.drafter_changed()
-    requests = [Participant(name, "d") for name in "abc"]
-    chosen = []
-    for _ in range(5):
-        speculate = gate.decide(requests, lambda: (0.02, 0.01))
-        assert sum(speculate) == 1 and gate.is_probe(requests, speculate)
-        chosen.append(speculate.index(True))
-        gate.record(requests, speculate, [1, 1, 1], 0.02, 0.02, 0.01)
-    assert len(set(chosen)) == 1
-    assert gate.decide(requests, lambda: (0.02, 0.01)) == (False, False, False)
-
-
-def test_an_ended_request_hands_its_probe_on() -> None:
-    gate = SpeculationGate(GateSettings(probe_cycles=4))
-    feed(gate, "d", 0.0, 100)
-    gate.drafter_changed()
-    for name in "aabb":
-        requests = [Participant(name, "d")]
-        speculate = gate.decide(requests, lambda: (0.02, 0.01))
-        assert speculate == (True,)
-        gate.record(requests, speculate, [4], 0.02, 0.02, 0.01)
-    assert gate.is_on("d")
-
-
-@pytest.mark.parametrize(("tokens", "comes_back"), [(1, False), (3, True)])
-def test_a_domain_that_is_off_is_probed_beside_one_that_is_on(tokens: int, comes_back: bool) -> None:
-    """Busy servers always decode something that speculates: an off domain must not have to wait for a quiet moment."""
-    gate = SpeculationGate()
-    feed(gate, "off", 0.0, 100)
-    assert not gate.is_on("off")
-    for cycle in range(8000):
-        crowd = [Participant("a", "on"), Participant(f"b{cycle // 7}", "off")]
-        speculate = gate.decide(crowd, lambda: (0.02, 0.01))
-        assert speculate[0] and not (speculate[1] and gate.is_probe(crowd, speculate)), "the others are not probed"
-        gate.record(crowd, speculate, [3, tokens if speculate[1] else 1], 0.02, 0.02, 0.0125)
-        if gate.is_on("off"):
-            break
-    assert gate.is_on("off") == comes_back and gate.is_on("on")
-    assert gate.probes > 0 and gate.lost_share <= 1.05 * GateSettings().probe_share
-
-
-def test_after_a_swap_an_off_domain_is_probed_at_once_beside_others() -> None:
-    gate = SpeculationGate(GateSettings(probe_cycles=4))
-    feed(gate, "off", 0.0, 100)
-    gate.drafter_changed()
-    crowd = [Participant("a", "on"), Participant("b", "off")]
-    for _ in range(4):
-        assert gate.decide(crowd, lambda: (0.02, 0.01)) == (True, True)
-        gate.record(crowd, (True, True), [3, 3], 0.02, 0.02, 0.0125)
-    assert gate.is_on("off")
-
-
-def test_speculating_requests_are_charged_for_holding_up_the_others() -> None:
-    """Two tokens a cycle of 15 ms instead of 10 ms: worth it alone, not with three who wait."""
-    gate = SpeculationGate()
-    alone, crowd = [Participant("a", "alone")], [Participant("a", "crowd"), *[Participant(n, "other") for n in "xyz"]]
-    for _ in range(100):
-        gate.record(alone, (True,), [2], 0.015, 0.015, 0.01)
-        gate.record(crowd, (True, False, False, False), [2, 1, 1, 1], 0.015, 0.015, 0.01)
-    assert gate.is_on("alone") and not gate.is_on("crowd")
-
-
-def test_the_number_of_domains_is_bounded() -> None:
-    gate = SpeculationGate(GateSettings(max_domains=3))
-    for index in range(50):
-        gate.record([Participant("r", f"d{index}")], (True,), [1], 0.02, 0.02, 0.01)
-    assert len(gate.speeds()) <= 4
-
-
-def test_a_domain_not_seen_for_long_gives_its_place_to_a_new_one() -> None:
-    gate = SpeculationGate(GateSettings(max_domains=3, forget_cycles=10))
-    for name in ("a", "b", "c", "d"):
-        gate.is_on(name)
-    assert set(gate.speeds()) == {"a", "b", "c", ""}
-    for _ in range(12):
-        gate.record([Participant("r", "b")], [True], [2], 1.0, 1.0, 1.0)
-    gate.is_on("d")
-    assert {"b", "d"} <= set(gate.speeds()) and len(gate.speeds()) == 4
-
-
-def test_a_domain_pays_for_the_prompts_its_drafter_absorbs() -> None:
-    """3 % faster cycles, but ten plain cycles of absorbing for every 60 that are made."""
-    request = [Participant("r", "x")]
-    for prompt_cycles, stays_on in ((0.0, True), (10.0, False)):
-        gate = SpeculationGate(GateSettings(min_cycles=24))
-        for cycle in range(600):
-            if cycle % 60 == 0:
-                gate.absorbed("x", prompt_cycles)
-            gate.record(request, [gate.is_on("x")], [2 if gate.is_on("x") else 1], 2 / 1.03, 2 / 1.03, 1.0)
-        assert gate.is_on("x") == stays_on
-        if not stays_on:  # and a probe, which absorbs nothing by itself, does not forget it
-            gate._state("x").budget.grant()
-            for _ in range(gate.settings.probe_cycles):
-                assert gate.decide(request, lambda: (0.01, 0.01)) == (True,)
-                gate.record(request, [True], [2], 2 / 1.06, 2 / 1.06, 1.0)
-            assert not gate.is_on("x")
 
 
 def test_a_batch_of_which_some_draft_learns_what_later_blocks_brought() -> None:
@@ -633,45 +410,6 @@ def test_one_stall_does_not_end_extensions() -> None:
     assert question.corrected(np.array([0.0, 0.0]))[1] > before - 1e-3, "as if it had taken a tenth of that"
 
 
-def _serve(gate: SpeculationGate, name: str, domain: str, cycles: int, tokens: float, drafted_s: float) -> None:
-    """One request alone; a plain cycle takes a second."""
-    owed = 0.0
-    for _ in range(cycles):
-        requests = [Participant(name, domain)]
-        speculate = gate.decide(requests, lambda: (drafted_s, 1.0))
-        owed += tokens if speculate[0] else 1.0
-        seconds = drafted_s if speculate[0] else 1.0
-        gate.record(requests, speculate, [int(owed)], seconds, seconds, 1.0)
-        owed -= int(owed)
-
-
-@pytest.mark.parametrize("length", [50, 200])
-def test_probes_that_lose_little_do_not_spend_what_others_save_for(length: int) -> None:
-    gate = SpeculationGate()
-    for number in range(6):
-        _serve(gate, f"a{number}", "near", 80, 1.8, 2.0)
-        _serve(gate, f"b{number}", "far", 80, 1.0, 2.0)
-    assert not gate.is_on("near") and not gate.is_on("far")
-    for number in range(40_000 // length):
-        _serve(gate, f"c{number}", "near", length, 1.9, 2.0)
-        _serve(gate, f"d{number}", "far", length, 3.2, 2.0)
-    assert gate.is_on("far") and gate.probes > 4
-
-
-def test_where_drafts_nearly_pay_there_are_many_probes_whatever_others_lose() -> None:
-    gate, probes = SpeculationGate(), {"near": 0, "far": 0}
-    for number in range(6):
-        _serve(gate, f"a{number}", "near", 80, 1.8, 2.0)
-        _serve(gate, f"b{number}", "far", 80, 1.0, 2.0)
-    for number in range(200):
-        for domain, tokens in (("near", 1.9), ("far", 1.0)):
-            before = gate.probes
-            _serve(gate, f"{domain}{number}", domain, 200, tokens, 2.0)
-            probes[domain] += gate.probes - before
-    assert probes["near"] > 3 * probes["far"] > 0
-    assert not gate.is_on("near") and not gate.is_on("far")
-
-
 def test_what_a_probe_takes_is_no_price_of_other_cycles() -> None:
     """A probe of one among four is priced as if all four drafted; a cycle in which one of four drafts is not."""
     costs, four = curve(), [Participant(f"r{b}", "x" if b else "y") for b in range(4)]
@@ -685,26 +423,3 @@ def test_what_a_probe_takes_is_no_price_of_other_cycles() -> None:
         )
         assert price.usual_s == pytest.approx(cost.cycle_s(plan, 4 if probing else 1, 4), rel=0.05)
         assert not price.is_due(cycle)
-
-
-def test_probes_of_short_requests_add_up() -> None:
-    gate = SpeculationGate()
-    for number in range(6):
-        _serve(gate, f"a{number}", "short", 80, 1.0, 2.0)
-    assert not gate.is_on("short")
-    gate.is_on("other")
-    for number in range(3000):
-        _serve(gate, f"b{number}", "short", 9, 3.0, 2.0)
-        _serve(gate, f"c{number}", "other", 5, 4.0, 2.0)
-    assert gate.is_on("short")
-
-
-def test_one_dear_prompt_is_not_charged_to_probes_for_ever() -> None:
-    gate = SpeculationGate()
-    gate.absorbed("x", 100.0)
-    _serve(gate, "first", "x", 60, 1.0, 2.0)
-    assert not gate.is_on("x")
-    gate.drafter_changed()
-    for number in range(400):
-        _serve(gate, f"r{number}", "x", 50, 4.0, 2.0)
-    assert gate.is_on("x")
