@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from specblock.bandit.forecast import complete_value, domain_gain
 from specblock.bandit.learning import learn_gain
 from specblock.bandit.ledger import LedgerRecord
 from specblock.bandit.memory_stream import MemoryLog, MemoryStream
+from specblock.bandit.past import past_gain
 from specblock.bandit.policy import decide
 from specblock.bandit.reach import targets
 from specblock.bandit.service import BanditService
@@ -44,11 +46,30 @@ def test_the_version_that_was_best_here_is_tried_and_costs_no_training() -> None
     assert "restore of v3" in decision.reason
 
 
-def test_what_is_not_told_from_noise_is_no_gain_and_a_loss_is_a_loss() -> None:
-    context = replace(at(past=(past("v0", 0.08, 0.05), past("v2", -0.02, 0.05))), stored=("v0", "v2"))
+def test_what_is_not_told_from_noise_is_hardly_a_gain_and_a_loss_is_a_loss() -> None:
+    levels = (past("v0", 0.08, 0.05), past("v2", -0.02, 0.05), past("v4", 0.01, 0.001))
+    context = replace(at(past=levels), stored=("v0", "v2", "v4"))
     (target,) = targets(context, CONFIG)
-    assert domain_gain(RESTORE, target, checked(), CONFIG, "v0").mean == 0.0
+    assert 0.0 < domain_gain(RESTORE, target, checked(), CONFIG, "v0").mean < 0.005
     assert domain_gain(RESTORE, target, checked(), CONFIG, "v2").mean == -0.02
+    assert domain_gain(RESTORE, target, checked(), CONFIG, "v4").mean == 0.0  # below min_drop, however sure
+
+
+@pytest.mark.parametrize(("z", "share", "wide"), [(2.0, 0.076, 1.2), (3.0, 0.5, 1.6), (4.0, 0.97, 1.4)])
+def test_a_difference_is_weighed_against_being_the_largest_of_many(z: float, share: float, wide: float) -> None:
+    level = past("v0", z * 0.02, 0.02)
+    (target,) = targets(replace(at(past=(level,)), stored=("v0",)), CONFIG)
+    gain = past_gain(level, target, CONFIG)
+    assert gain.mean == pytest.approx(share * level.drop, rel=0.01)
+    # Where either may be true, the interval reaches from one to the other.
+    assert gain.sd > wide * level.drop_se
+
+
+def test_what_is_expected_of_an_earlier_version_grows_with_what_it_had_without_a_step() -> None:
+    (target,) = targets(at(), CONFIG)
+    means = [past_gain(past("v0", 0.031 + 0.001 * n, 0.02), target, CONFIG).mean for n in range(80)]
+    steps = [b - a for a, b in itertools.pairwise(means)]
+    assert all(0 < step < 0.003 for step in steps)
 
 
 def test_of_a_version_that_never_served_here_what_the_drop_promises_is_expected() -> None:
