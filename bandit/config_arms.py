@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from specblock.bandit.config_checks import at_least, not_negative, positive, require
 
-COUNTED = ("token_bias.*",)
-"""Patterns of an arm that counts tokens instead of training."""
+COUNTED, COUNTED_PAIRS = ("token_bias.*",), ("token_pairs.*",)
+"""Patterns of arms that count, tokens or pairs of them, instead of training."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +21,8 @@ class Arm:
 
     name: str
     patterns: tuple[str, ...] = ()
-    """Parameter names to train, shell-style wildcards; ``token_bias.*``, alone, is counted instead."""
+    """Parameter names to train, shell-style wildcards; ``token_bias.*``, alone, is counted instead, and so is
+    ``token_pairs.*``, alone or beside what is trained."""
     steps: int = 0
     restores: bool = False
     """Nothing is trained: an earlier version serves again. Its trial shows all it gains, and its cost is comparing."""
@@ -78,8 +79,8 @@ class Arm:
 
     @property
     def counts(self) -> bool:
-        """Whether it counts tokens instead of training."""
-        return self.patterns == COUNTED
+        """Whether it counts instead of training."""
+        return self.patterns in (COUNTED, COUNTED_PAIRS)
 
     @property
     def acts(self) -> bool:
@@ -103,7 +104,7 @@ def default_arms() -> tuple[Arm, ...]:
             probe_gain_share=0.5,
             probe_gain_share_sd=0.2,
         ),
-        Arm(name="head", patterns=("*head*", "norm.*"), steps=20, learning_rate=2e-3),
+        Arm(name="head", patterns=("*head*", "norm.*", *COUNTED_PAIRS), steps=20, learning_rate=2e-3),
         Arm(
             name="full",
             patterns=("*",),

@@ -38,6 +38,7 @@ def native_available(library: Path = Path(__file__).with_name(_LIBRARY)) -> bool
         ("draft_top", _draft_top_shape),
         ("choose", _choose_shape),
         ("expand_chain", _expand_chain_shape),
+        ("follow_chain", _follow_chain_shape),
         ("grow_tree", _grow_tree_shape),
         ("ancestor_mask", _ancestor_mask_shape),
         ("rank_of_choice", _rank_of_choice_shape),
@@ -166,6 +167,10 @@ def _expand_chain_shape(token: Tensor, *others: object) -> tuple[Tensor, ...]:
     flat = token.flatten(1)
     integers = tuple(torch.empty_like(flat) for _ in range(5))
     return *integers, flat.new_empty(flat.shape, dtype=torch.float32), flat.new_empty(flat.shape, dtype=torch.bool)
+
+
+def _follow_chain_shape(token: Tensor, log_prob: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(token), torch.empty_like(log_prob)
 
 
 def _grow_tree_shape(root_token: Tensor, token: Tensor, *others: Any) -> tuple[Tensor, ...]:

@@ -75,6 +75,8 @@ class DrafterConfig(Section):
     """At temperature > 0, rank proposals with the noise the target will choose by. Lossless either way."""
     noise_scale: float = Field(default=1.0, gt=0, le=4)
     """Spread of the target's choice around the perturbed draft score, in nats; smaller trusts the drafter more."""
+    pair_weight: float = Field(default=0.5, ge=0, le=1)
+    """How much it counts which token follows which within a block of specblock; 0: not at all. Lossless either way."""
 
     @field_validator("path")
     @classmethod

@@ -19,7 +19,7 @@ from specblock.bandit.config import (
     PolicyConfig,
     default_arms,
 )
-from specblock.bandit.config_arms import COUNTED
+from specblock.bandit.config_arms import COUNTED, COUNTED_PAIRS
 from specblock.daemon.config_types import Count, Fraction, Seconds, Section, Strings
 
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
@@ -38,7 +38,8 @@ class ArmConfig(Section):
     restores: bool = False
     """true: an earlier version serves again; patterns, steps and learning_rate are left out."""
     patterns: Strings = ()
-    """Shell-style patterns of the drafter's parameter names; the rest stays frozen. token_bias.*, alone, is counted."""
+    """Shell-style patterns of the drafter's parameter names; the rest stays frozen. token_bias.*, alone, is counted,
+    and so is token_pairs.*, alone or beside what is trained."""
     steps: int = Field(default=0, ge=0)
     """Optimiser steps of one update; for token_bias batches that are counted."""
     learning_rate: float = Field(default=0.0, ge=0, le=1)
@@ -74,7 +75,7 @@ class ArmConfig(Section):
         given = [name for name in ("patterns", "steps", "learning_rate") if getattr(self, name)]
         if self.restores and given:
             raise ValueError(f"restores an earlier version and trains nothing: leave out {', '.join(given)}")
-        if self.blend < 1 and (self.restores or self.patterns == COUNTED):
+        if self.blend < 1 and (self.restores or self.patterns in (COUNTED, COUNTED_PAIRS)):
             raise ValueError("trains no weights, so there is nothing to blend: leave out blend")
         missing = [name for name in ("patterns", "steps", "learning_rate") if name not in given]
         if not self.restores and missing:

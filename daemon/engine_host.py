@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 _MOST_FAILURES = 3
 """Failed cycles in a row after which the engine counts as broken; one alone may be the fault of one request."""
-_ABOVE_BACKBONE = ("lm_head.", "token_bias.", "norm.", "rank_head.", "t2d", "d2t")
+_ABOVE_BACKBONE = ("lm_head.", "token_bias.", "token_pairs.", "norm.", "rank_head.", "t2d", "d2t")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -62,6 +62,7 @@ def draft_settings(config: DaemonConfig) -> DraftSettings:
         rank_head=d.rank_head or d.compat == "published",
         shared_noise=d.shared_noise,
         noise_scale=d.noise_scale,
+        pair_weight=0.0 if d.compat == "published" else d.pair_weight,
         published_refresh=d.compat == "published",
     )
 

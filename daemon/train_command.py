@@ -6,6 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from specblock.drafter.dataset import load_windows
 from specblock.drafter.initialise import config_for_target, frequent_tokens, initialise_from_target
 from specblock.drafter.kinds import loss_settings, new_network, training_blocks
 from specblock.drafter.network import DraftNetwork
-from specblock.drafter.precision import number_format
+from specblock.drafter.precision import NumberFormat, number_format
 from specblock.drafter.train import TrainRun, TrainSettings, heldout_acceptance, train_to_deadline
 from specblock.drafter.window import Window
 from specblock.verifier.model import TargetModel
@@ -39,6 +40,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--data", type=Path, help="directory of the conversations, to share them (default: WORK)")
     made.add_argument("--kind", choices=list(KINDS), default="specblock", help="drafter family")
     made.add_argument("--start", type=Path, help="directory of a drafter to go on from (default: new weights)")
+    made.add_argument(
+        "--pairs-only",
+        action="store_true",
+        help="count token pairs for the drafter of --start and train nothing; weights are stored as bfloat16",
+    )
     made.add_argument("--minutes", type=float, default=60.0, help="time limit of the training loop")
     made.add_argument("--steps", type=int, default=2000, help="optimiser steps over which the rate decays")
     made.add_argument("--learning-rate", type=float, default=8e-4)
@@ -73,6 +79,8 @@ def main(argv: Sequence[str]) -> int:
     options = parser().parse_args(list(argv))
     if options.start and options.draft_vocab:
         raise SystemExit("--start: the drafter there has its vocabulary already; leave --draft-vocab out")
+    if options.pairs_only and not options.start:
+        raise SystemExit("--pairs-only: name a drafter with --start, whose pairs are to be counted")
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     name = serving_dtype(options.dtype, options.device)
@@ -82,6 +90,8 @@ def main(argv: Sequence[str]) -> int:
     train, heldout = _conversations(target, options)
     train = _near(train, options.device)
     model = _started(options.start, target, options.kind) if options.start else _new(target, train, options)
+    if options.pairs_only:
+        return _count_pairs(model, train, heldout, options, numbers)
     settings = TrainSettings(
         steps=options.steps,
         learning_rate=options.learning_rate,
@@ -104,6 +114,8 @@ def main(argv: Sequence[str]) -> int:
 
     deadline = begin + 60 * options.minutes
     train_to_deadline(run, train, options.work / "run", deadline, _say, evaluate=evaluate)
+    if model.has_chains:
+        model.token_pairs.count(train)
     save_drafter(model, options.out)
     facts = {
         "steps": run.done,
@@ -115,6 +127,23 @@ def main(argv: Sequence[str]) -> int:
         plot_curve(read_points(curve), options.out / "training.svg", f"{options.kind}, {run.done} steps")
     (options.out / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
     _say(json.dumps(facts))
+    return 0
+
+
+def _count_pairs(
+    model: DraftNetwork, train: list[Window], heldout: list[Window], options: argparse.Namespace, numbers: NumberFormat
+) -> int:
+    """Counts token pairs of the conversations for a drafter, and says what it accepts before and after."""
+    if not model.has_chains:
+        raise SystemExit(f"--pairs-only: a drafter of kind {model.config.kind} predicts no slot behind another")
+    settings = DraftSettings()
+    before = heldout_acceptance(model, heldout, replace(settings, pair_weight=0.0), numbers) if heldout else {}
+    model.token_pairs.count(train)
+    save_drafter(model, options.out)
+    after = heldout_acceptance(model, heldout, settings, numbers) if heldout else {}
+    for domain, accepted in after.items():
+        _say(f"{domain}: acceptance length {before[domain]:.3f} without pairs, {accepted:.3f} with them")
+    _say(f"{len(train)} conversations counted, {int(model.token_pairs.starts[-1])} pairs kept")
     return 0
 
 

@@ -26,7 +26,7 @@ from specblock.drafter.plan import DraftPlan, Limits, PlannedLimits
 from specblock.drafter.precision import NumberFormat
 from specblock.drafter.replay import Replay, replay
 from specblock.drafter.train import TrainSettings
-from specblock.drafter.update import UpdateRun, update_run
+from specblock.drafter.update import UpdateRun, counts_beside, update_run
 from specblock.drafter.window import Window
 
 log = logging.getLogger(__name__)
@@ -229,6 +229,8 @@ class Trainer:
             blocks=training_blocks(model.config.kind, self._settings.blocks),
             loss=loss_settings(model.config.kind, "acceptance", 1.0),
         )
+        if counts_beside(arm.patterns) and model.has_chains:
+            model.token_pairs.count(windows)
         run = update_run(model.train(), settings)
         moving = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         start = moving if arm.blend < 1 else {}

@@ -15,9 +15,11 @@ from specblock.drafter.config import DrafterConfig
 from specblock.drafter.kinds import new_network
 from specblock.drafter.network import DraftNetwork
 
-_BUFFERS = ("t2d", "d2t", "token_bias.domains", "token_bias.stamps")
-_OURS = ("token_bias.table", "token_bias.domains", "token_bias.stamps")
+_BIAS = ("token_bias.table", "token_bias.domains", "token_bias.stamps")
+_PAIRS = tuple(f"token_pairs.{name}" for name in ("starts", "tokens", "counts", "totals", "unigram"))
+_OURS = (*_BIAS, *_PAIRS)
 """Not part of the published format: written only where something was counted, zero where they are missing."""
+_BUFFERS = ("t2d", "d2t", "token_bias.domains", "token_bias.stamps", *_PAIRS)
 
 
 def stored(state: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
@@ -29,10 +31,12 @@ def save_drafter(model: DraftNetwork, directory: Path, dtype: torch.dtype = torc
     """Writes a drafter; see ``stored``."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(model.config.to_json(), indent=2) + "\n")
+    counted = {_BIAS: bool(model.token_bias.domains.any()), _PAIRS: model.token_pairs.used}
+    unused = {name for names, used in counted.items() if not used for name in names}
     tensors = {
         name: tensor.cpu().contiguous()
         for name, tensor in stored(model.state_dict(), dtype).items()
-        if name not in _OURS or bool(model.token_bias.domains.any())
+        if name not in unused
     }
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 

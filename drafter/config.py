@@ -120,6 +120,7 @@ class DraftSettings:
         shared_noise: rank proposals of sampled requests by ``log q + Gumbel`` with the target's own noise.
         noise_scale: spread of the target's choice around the perturbed draft score, in nats; smaller trusts the
             drafter more.
+        pair_weight: how much it counts which token follows which within a block, in parts of what was counted; 0: not.
         published_refresh: pair features and tokens as the published code does (method reference 9.1-9.3), for
             comparisons and for checkpoints that were tuned with it.
     """
@@ -135,6 +136,7 @@ class DraftSettings:
     merge: bool = True
     shared_noise: bool = True
     noise_scale: float = 1.0
+    pair_weight: float = 0.5
     published_refresh: bool = False
 
     def __post_init__(self) -> None:
@@ -143,6 +145,8 @@ class DraftSettings:
                 raise ValueError(f"drafter.{name}: must be at least 1")
         if self.noise_scale <= 0:
             raise ValueError("drafter.noise_scale: must be above 0")
+        if not 0 <= self.pair_weight <= 1:
+            raise ValueError("drafter.pair_weight: must be between 0 and 1")
         if not self.fan_out or min(self.fan_out) < 0 or max(self.fan_out) > self.beam:
             raise ValueError("drafter.fan_out: entries must be between 0 and drafter.beam")
         for name in ("first_caps", "other_caps"):
@@ -156,8 +160,10 @@ def published_settings(kind: str) -> DraftSettings:
     EAGLE-3's depth 7 is one forward over the new positions and seven more: eight blocks here.
     """
     if kind == "eagle3":
-        return DraftSettings(blocks=8, leaf_cap=10, node_budget=60, beam=10, shared_noise=False)
+        return DraftSettings(blocks=8, leaf_cap=10, node_budget=60, beam=10, shared_noise=False, pair_weight=0.0)
     if kind == "parallel":
-        return DraftSettings(blocks=1, leaf_cap=10, node_budget=60, beam=10, shared_noise=False)
+        return DraftSettings(blocks=1, leaf_cap=10, node_budget=60, beam=10, shared_noise=False, pair_weight=0.0)
     # Every node of block 1 is a leaf: at most 10 + 3 * 6.
-    return DraftSettings(blocks=2, leaf_cap=28, node_budget=90, beam=10, shared_noise=False, published_refresh=True)
+    return DraftSettings(
+        blocks=2, leaf_cap=28, node_budget=90, beam=10, shared_noise=False, pair_weight=0.0, published_refresh=True
+    )

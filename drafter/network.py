@@ -22,6 +22,7 @@ from specblock.drafter.config import DrafterConfig
 from specblock.drafter.layers import Attend, Linear, RMSNorm
 from specblock.drafter.precision import NumberFormat
 from specblock.drafter.token_bias import TokenBias
+from specblock.drafter.token_pairs import TOKEN_PAIRS, TokenPairs, room_for
 
 
 class DraftNetwork(nn.Module, ABC):
@@ -32,6 +33,7 @@ class DraftNetwork(nn.Module, ABC):
         norm: final norm.
         lm_head: draft head [Vd, H].
         token_bias: what is added to its logits for a kind of text.
+        token_pairs: which token follows which; ranks what follows within a block.
     """
 
     t2d: Tensor
@@ -66,6 +68,7 @@ class DraftNetwork(nn.Module, ABC):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.draft_vocab_size)
         self.token_bias = TokenBias(config.draft_vocab_size)
+        self.token_pairs = TokenPairs(config.vocab_size, room_for(config.vocab_size) if self.has_chains else 0)
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
         self.register_buffer("embedding", embedding.detach(), persistent=False)
@@ -99,6 +102,8 @@ class DraftNetwork(nn.Module, ABC):
     def parameter_groups(self) -> dict[str, tuple[str, ...]]:
         """What an update may move, cheapest first: name -> shell patterns over parameter names."""
         groups: dict[str, tuple[str, ...]] = {"statistics": ("token_bias.*",)}
+        if self.has_chains:
+            groups["pairs"] = (TOKEN_PAIRS,)
         if self.has_rank_head:
             groups["rank_head"] = ("rank_head.*",)
         last = self.last_layer
@@ -165,6 +170,11 @@ class DraftNetwork(nn.Module, ABC):
                 linear.coarse = before
 
     @property
+    def has_chains(self) -> bool:
+        """Whether a slot may stand behind another of its block, whose token it was not told."""
+        return self.config.num_slots > 1 and not self.independent_slots
+
+    @property
     def packs(self) -> bool:
         """Whether ``pack`` prepares every linear map and heads fit: outside of training, a layer is one native call."""
         return self.config.head_dim % 16 == 0 and all(can_pack(linear.weight) for linear in self._linears())
@@ -189,6 +199,7 @@ class DraftNetwork(nn.Module, ABC):
         self.draft_ids = _kept_in_place(self.draft_ids, ids)  # [Vd] target id of each draft id
         self.to_draft = _kept_in_place(self.to_draft, to_draft)  # [V] draft id of each target id, -1 outside
         self.token_bias.refresh()
+        self.token_pairs.refresh()
 
     @property
     def full_vocabulary(self) -> bool:

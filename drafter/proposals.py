@@ -13,6 +13,7 @@ from torch import Tensor
 
 from specblock.cuda_ext.draft_rows import HeadWeights, draft_head, draft_head_reference
 from specblock.cuda_ext.noise import NoiseRows
+from specblock.cuda_ext.pair_gains import PairStrength, follow_chain
 from specblock.cuda_ext.ranking import BestTokens
 from specblock.cuda_ext.sampling import SamplingBatch
 from specblock.drafter.config import DraftSettings
@@ -77,7 +78,13 @@ def propose(
         fan_out = rule.fan_out(rank, log_prob[..., 0].exp(), first)
     else:
         fan_out = torch.full(log_prob.shape[:-1], width, device=log_prob.device)
-    return Proposals(token.view_as(log_prob), log_prob, fan_out)
+    token = token.view_as(log_prob)
+    pairs = network.token_pairs
+    # On a GPU a recorded graph must hold it: it does not see that pairs were counted since.
+    if settings.pair_weight > 0 and network.has_chains and (pairs.used or token.is_cuda):
+        strength = PairStrength(settings.pair_weight, ranking.noise is not None, settings.noise_scale)
+        token, log_prob = follow_chain(token, log_prob, ranking.sampling.temperature, pairs.known, strength)
+    return Proposals(token, log_prob, fan_out)
 
 
 def _of_head(

@@ -1,12 +1,14 @@
-"""What an online update does to a drafter: gradients for most arms, counting for the one that moves the token bias."""
+"""What an online update does to a drafter: gradients for most arms, counting for token bias and token pairs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from fnmatch import fnmatch
 from typing import Protocol
 
 from specblock.drafter.counting import TOKEN_BIAS, TokenBiasRun
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.token_pairs import TOKEN_PAIRS, TokenPairsRun
 from specblock.drafter.train import TrainRun, TrainSettings
 from specblock.drafter.window import Window
 
@@ -35,8 +37,15 @@ def update_run(model: DraftNetwork, settings: TrainSettings) -> UpdateRun:
     Raises:
         ValueError: no parameter matches, or ``token_bias.*`` together with others.
     """
+    if settings.patterns == (TOKEN_PAIRS,):
+        return TokenPairsRun(model, settings.batch_windows, settings.seed)
     if TOKEN_BIAS not in settings.patterns:
         return TrainRun(model, settings)
     if settings.patterns != (TOKEN_BIAS,):
         raise ValueError(f"{TOKEN_BIAS} is counted, not trained: give it an arm of its own")
     return TokenBiasRun(model, settings.batch_windows, settings.learning_rate, settings.seed)
+
+
+def counts_beside(patterns: Sequence[str]) -> bool:
+    """Whether an update that trains by gradient counts token pairs as well: it costs next to nothing."""
+    return tuple(patterns) != (TOKEN_PAIRS,) and any(fnmatch("token_pairs.counts", pattern) for pattern in patterns)

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "cuda_cycle.h"
+#include "pair_gains.h"
 
 namespace {
 
@@ -115,12 +116,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> grow_
   return {tokens, to_parent, to_depth, to_block, to_slot, to_score, size, parent_row};
 }
 
+std::tuple<Tensor, Tensor> follow_chain(const Tensor& token, const Tensor& log_prob, const Tensor& temperature,
+                                        const Tensor& starts, const Tensor& tokens, const Tensor& gains, const Tensor& rest,
+                                        bool noisy, double weight, double scale) {
+  check_cuda_contiguous(token, token, ScalarType::Long, 4, "token");
+  check_cuda_contiguous(log_prob, token, ScalarType::Float, 4, "log_prob");
+  check_cuda_contiguous(temperature, token, ScalarType::Double, 1, "temperature");
+  check_cuda_contiguous(starts, token, ScalarType::Int, 1, "starts");
+  check_cuda_contiguous(tokens, token, ScalarType::Int, 1, "tokens");
+  check_cuda_contiguous(gains, token, ScalarType::Float, 1, "gains");
+  check_cuda_contiguous(rest, token, ScalarType::Float, 1, "rest");
+  const int64_t B = token.size(0), n = token.size(1), K = token.size(2), W = token.size(3), V = rest.size(0);
+  STD_TORCH_CHECK(log_prob.numel() == token.numel() && temperature.size(0) == B, "follow_chain: proposals do not fit");
+  STD_TORCH_CHECK(starts.size(0) == V + 1 && gains.size(0) == tokens.size(0), "follow_chain: pairs do not fit");
+  STD_TORCH_CHECK(W <= kMostFollowers, "follow_chain: too many candidates");
+  const CudaScope scope(token);
+  Tensor to_token = torch::stable::new_empty(token, {B, n, K, W}, ScalarType::Long);
+  Tensor to_log_prob = torch::stable::new_empty(token, {B, n, K, W}, ScalarType::Float);
+  const PairGains known{read<int32_t>(starts), read<int32_t>(tokens), read<float>(gains), read<float>(rest), V};
+  const FollowInputs inputs{.token = read<int64_t>(token), .log_prob = read<float>(log_prob),
+                            .temperature = read<double>(temperature), .requests = B, .leaves = n, .slots = K, .width = W,
+                            .noisy = noisy, .weight = weight, .scale = scale, .to_token = write<int64_t>(to_token),
+                            .to_log_prob = write<float>(to_log_prob)};
+  check_launch(specblock_cuda_follow_chain(&inputs, &known, scope.stream()), "follow_chain");
+  return {to_token, to_log_prob};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(specblock, CUDA, m) {
   m.impl("draft_top", TORCH_BOX(&draft_top));
   m.impl("expand_chain", TORCH_BOX(&expand_chain));
   m.impl("grow_tree", TORCH_BOX(&grow_tree));
+  m.impl("follow_chain", TORCH_BOX(&follow_chain));
 }
 
 #endif  // SPECBLOCK_CUDA

@@ -14,16 +14,27 @@ from specblock.cuda_ext.choice import choose, choose_reference
 from specblock.cuda_ext.native import cuda_native_available, has_kernel, native_available
 from specblock.cuda_ext.noise import NoiseRows, gumbel, philox_uniform
 from specblock.cuda_ext.ops import commit_rows, commit_rows_vectorised, find_child, grow_tree, grow_tree_vectorised
+from specblock.cuda_ext.pair_gains import PairGains, PairStrength, follow_chain, follow_chain_reference
 from specblock.cuda_ext.ranking import best_tokens, ranked_reference
 from specblock.cuda_ext.sampling import SamplingBatch, SamplingParams
 from specblock.cuda_ext.tree import Candidates, DraftTree
 from specblock.drafter.expand import Leaves, expand_chain, expand_vectorised
 from specblock.drafter.proposals import Proposals
+from tests.random_pairs import random_pairs, random_proposals
 from tests.random_trees import random_candidates
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-KERNELS = ("philox_uniform", "choose", "accept_walk", "commit_rows", "draft_top", "expand_chain", "grow_tree")
+KERNELS = (
+    "philox_uniform",
+    "choose",
+    "accept_walk",
+    "commit_rows",
+    "draft_top",
+    "expand_chain",
+    "follow_chain",
+    "grow_tree",
+)
 # Shares of equal tokens do not sum to any of these, so the order of a sum cannot move an edge.
 NUCLEI = (1.0, 1.0, 0.1237, 0.4991, 0.7773, 0.9619)
 POISON = -77
@@ -242,6 +253,21 @@ def test_chains_are_those_of_the_reference(device: str) -> None:
                 assert torch.allclose(found.score.cpu(), expected.score, atol=1e-5, equal_nan=True)
             else:
                 assert torch.equal(getattr(found, field.name).cpu(), getattr(expected, field.name)), field.name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_chains_are_followed_as_by_the_reference(device: str) -> None:
+    for seed in rounds(device, 100):
+        generator = torch.Generator().manual_seed(seed)
+        shape = tuple(random.randint(1, most) for most in (16, 8, 8, 64))
+        known, how = random_pairs(80, 900, generator), PairStrength(0.5, random.random() < 0.5, 2.0)
+        given = random_proposals(*shape, 80, generator)
+        there = PairGains(*on(device, *(getattr(known, field.name) for field in fields(known))))
+        with torch.no_grad():
+            found = follow_chain(*on(device, *given), there, how)
+            expected = follow_chain_reference(*given, known, how)
+        assert torch.equal(found[0].cpu(), expected[0])
+        assert torch.allclose(found[1].cpu(), expected[1], atol=1e-5, equal_nan=True)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -45,6 +45,22 @@ struct ExpandInputs {
   bool* valid;
 };
 
+constexpr int64_t kMostFollowers = 64;
+
+// Proposals of n leaves of K slots and W (at most kMostFollowers) ranks for each request; see ../pair_gains.h.
+struct FollowInputs {
+  const int64_t* token;
+  const float* log_prob;
+  const double* temperature;  // [requests]
+  int64_t requests, leaves, slots, width;
+  bool noisy;
+  double weight, scale;
+  int64_t* to_token;
+  float* to_log_prob;
+};
+
+struct PairGains;
+
 constexpr int64_t kMostCandidates = 2048;
 
 // Candidates [requests][size] into trees of keep + 1 rows. A parent that does not precede its child counts as the root.
@@ -85,6 +101,7 @@ const char* specblock_cuda_commit_rows(const CommitInputs* inputs, void* stream)
 const char* specblock_cuda_draft_top(const TopInputs* inputs, void* stream);
 const char* specblock_cuda_expand_chain(const ExpandInputs* inputs, void* stream);
 const char* specblock_cuda_grow_tree(const GrowInputs* inputs, void* stream);
+const char* specblock_cuda_follow_chain(const FollowInputs* inputs, const PairGains* known, void* stream);
 }
 
 }  // namespace specblock
