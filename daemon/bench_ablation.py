@@ -73,6 +73,7 @@ def variants(base: DraftSettings) -> dict[str, DraftSettings]:
         "16 leaves": replace(base, leaf_cap=16),
         "all leaves": replace(base, leaf_cap=_EVERY_LEAF),
         "no shared noise": replace(base, shared_noise=False),
+        "no token pairs": replace(base, pair_weight=0.0),
     }
 
 

@@ -39,7 +39,7 @@ _BY_SCORE = (_RULE, ("rank head", 3, 4, 6, 10))
 _GRID: dict[str, list[tuple[str, tuple[Any, ...]]]] = {
     "specblock": [
         ("blocks", (1, 2)), _BY_SCORE, ("node_budget", (4, 5, 7, 9, 12, 20)), ("leaf_cap", (2, 4, 8)),
-        ("noise_scale", (0.7, 1.0, 1.4)),
+        ("noise_scale", (0.7, 1.0, 1.4)), ("pair_weight", (0.3, 0.5, 0.7)),
     ],
     "eagle3": [
         ("blocks", (1, 2, 3, 4, 6)), ("leaf_cap", (1, 2, 4, 10)), ("beam", (2, 4, 10)),

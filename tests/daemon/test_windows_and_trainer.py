@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -192,6 +193,22 @@ def test_an_arm_without_gradients_is_counted_stored_and_compared(trainer: Traine
     assert moved == {"token_bias.table", "token_bias.domains", "token_bias.stamps"}
 
 
+def test_pairs_are_counted_alone_or_beside_what_is_trained(trainer: Trainer) -> None:
+    windows, base = [random_window(2 * i) for i in range(8)], trainer.registry.serving()
+    assert base is not None
+    before, tables = trainer.weights(base), []
+    for number, patterns in enumerate((("token_pairs.*",), ("lm_head.*", "token_pairs.*"), ("lm_head.*",))):
+        arm = Arm(name="some", patterns=patterns, steps=4, learning_rate=1e-3)
+        trainer.train(f"d{number}", arm, base, 0.5, False, windows, {})
+        name = trainer.train(f"d{number}", arm, base, 1.0, True, windows, {}).candidate_version
+        assert len(trainer.compare(base, name, windows, 0.01).rows) == 8
+        after = trainer.weights(trainer.store(name, f"d{number}"))
+        moved = {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+        assert moved == {pattern.split(".")[0] for pattern in patterns}
+        tables.append(after["token_pairs.counts"])
+    assert torch.equal(tables[0], tables[1]), "each conversation once, whatever part of the steps the trial took"
+
+
 def test_counting_leaves_kinds_of_text_alone_that_it_is_not_meant_for(trainer: Trainer) -> None:
     counted = Arm(name="statistics", patterns=("token_bias.*",), steps=2, learning_rate=1.0)
     windows, base = [random_window(i) for i in range(18)], trainer.registry.serving()
@@ -304,7 +321,10 @@ def test_host_swaps_while_decoding_and_the_text_stays_the_same() -> None:
             weights = {k: v.clone() for k, v in drafter.model.state_dict().items()}
             weights["lm_head.weight"] = torch.randn_like(weights["lm_head.weight"])
             weights["token_bias.table"] = torch.randn_like(weights["token_bias.table"])
-            assert host.swap("b", weights).rows_stay_valid
+            counted = deepcopy(drafter.model.token_pairs)
+            counted.count([random_window(1)])
+            weights |= {f"token_pairs.{name}": value for name, value in counted.state_dict().items()}
+            assert host.swap("b", weights).rows_stay_valid and drafter.model.token_pairs.used
             weights["layers.0.mlp.up_proj.weight"] = weights["layers.0.mlp.up_proj.weight"] * 1.5
             assert not host.swap("c", weights).rows_stay_valid
             with pytest.raises(ValueError, match="missing tensors"):
