@@ -63,9 +63,10 @@ class Arm:
             require(not self.patterns, f"{path}.patterns", "empty, as nothing is trained", self.patterns)
         else:
             require(bool(self.patterns), f"{path}.patterns", "a list of at least one parameter pattern", self.patterns)
+            if self.patterns != COUNTED_PAIRS:
+                positive(path, learning_rate=self.learning_rate)
             positive(
                 path,
-                learning_rate=self.learning_rate,
                 positions_per_step=self.positions_per_step,
                 prior_s_per_position=self.prior_s_per_position,
             )

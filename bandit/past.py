@@ -30,8 +30,8 @@ def past_gain(level: PastLevel, target: Target, config: PolicyConfig) -> DomainG
 def real_share(z: float) -> float:
     """Probability that a difference of ``z`` standard errors is one at all, and not the largest of many noisy ones.
 
-    The likelihood ratio of a difference of that size to none is ``exp(z^2 / 2)``; the odds beforehand are such that
-    ``PAST_Z`` makes them even.
+    What was seen is at most ``exp(z^2 / 2)`` times as likely if the difference is one as if it is none; the odds
+    beforehand are such that ``PAST_Z`` makes them even.
     """
     return 1 / (1 + math.exp(min((PAST_Z**2 - z**2) / 2, 50.0)))
 

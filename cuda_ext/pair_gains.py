@@ -99,10 +99,11 @@ def follow_chain_reference(
     for slot in range(1, token.shape[2]):
         before, own, old = tokens[-1][..., :1], token[:, :, slot], log_prob[:, :, slot]
         new = old + counts * known.of(before.expand_as(own), own)
-        outside = (1 - old.exp().sum(dim=-1, keepdim=True)).clamp(min=_LEAST)
-        new = new - torch.log(new.exp().sum(dim=-1, keepdim=True) + outside)
-        new, order = torch.sort(new, dim=-1, descending=True, stable=True)
-        alive = torch.isfinite(scores[-1][..., :1])
+        outside = (1 - old.exp().sum(dim=-1, keepdim=True)).clamp(min=_LEAST).log()
+        # At low temperatures scores are far from 0 on either side.
+        normaliser = torch.logsumexp(torch.cat([new, outside], dim=-1), dim=-1, keepdim=True)
+        new, order = torch.sort(new - normaliser, dim=-1, descending=True, stable=True)
+        alive = torch.isfinite(scores[-1][..., :1]) & torch.isfinite(normaliser)
         tokens.append(torch.where(alive, own.gather(-1, order), own))
         scores.append(torch.where(alive, new, old))
     return torch.stack(tokens, dim=2), torch.stack(scores, dim=2)

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, mo
 from pydantic_core import PydanticKnownError
 
 from specblock.bandit.config import PolicyConfig, ServiceConfig, StreamConfig
+from specblock.bandit.config_arms import COUNTED_PAIRS
 from specblock.daemon.config_adaptation import AdaptationConfig
 from specblock.daemon.config_types import ByteSize, ConfigPath, Count, Fraction, Port, Seconds, Section, redact_url
 
@@ -290,6 +291,19 @@ class DaemonConfig(Section):
         if "enabled" in adaptation.model_fields_set:
             raise ValueError(f"adaptation.enabled: must be false with drafter.kind {drafter.kind}: {NOTHING_TO_ADAPT}")
         return adaptation.model_copy(update={"enabled": False})
+
+    @field_validator("adaptation")
+    @classmethod
+    def _pairs_where_slots_follow_each_other(
+        cls, adaptation: AdaptationConfig, info: ValidationInfo
+    ) -> AdaptationConfig:
+        drafter = info.data.get("drafter")
+        alone = [arm.name for arm in adaptation.arms if arm.patterns == COUNTED_PAIRS]
+        if drafter is not None and drafter.kind != "specblock" and alone:
+            raise ValueError(
+                f"adaptation.arms: {alone[0]} counts token pairs, which drafter.kind {drafter.kind} has no use for"
+            )
+        return adaptation
 
     @property
     def adaptation_off(self) -> str:

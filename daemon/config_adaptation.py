@@ -41,9 +41,10 @@ class ArmConfig(Section):
     """Shell-style patterns of the drafter's parameter names; the rest stays frozen. token_bias.*, alone, is counted,
     and so is token_pairs.*, alone or beside what is trained."""
     steps: int = Field(default=0, ge=0)
-    """Optimiser steps of one update; for token_bias batches that are counted."""
+    """Optimiser steps of one update; for token_bias and token_pairs alone batches that are counted."""
     learning_rate: float = Field(default=0.0, ge=0, le=1)
-    """Step size of the optimiser at its peak; for token_bias the share of the counted difference that is taken over."""
+    """Step size of the optimiser at its peak; for token_bias the share of the counted difference that is taken over;
+    left out for token_pairs alone."""
     matrix_rate: float = Field(default=0.0, ge=0, le=1)
     """Peak step size of Muon, which then moves the hidden matrices; 0: AdamW moves them too."""
     blend: float = Field(default=_PRIOR["blend"], gt=0, le=1)
@@ -68,6 +69,8 @@ class ArmConfig(Section):
     def _counted_alone(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
         if any(pattern.startswith("token_bias") for pattern in patterns) and patterns != COUNTED:
             raise ValueError("token_bias.* is counted, not trained, and whole: give it an arm of its own")
+        if any(pattern.startswith("token_") and (pattern,) not in (COUNTED, COUNTED_PAIRS) for pattern in patterns):
+            raise ValueError("token_pairs.* is counted, not trained, and whole: write it so")
         return patterns
 
     @model_validator(mode="after")
@@ -77,7 +80,8 @@ class ArmConfig(Section):
             raise ValueError(f"restores an earlier version and trains nothing: leave out {', '.join(given)}")
         if self.blend < 1 and (self.restores or self.patterns in (COUNTED, COUNTED_PAIRS)):
             raise ValueError("trains no weights, so there is nothing to blend: leave out blend")
-        missing = [name for name in ("patterns", "steps", "learning_rate") if name not in given]
+        needed = ["patterns", "steps"] + (["learning_rate"] if self.patterns != COUNTED_PAIRS else [])
+        missing = [name for name in needed if name not in given]
         if not self.restores and missing:
             raise ValueError(f"trains, so it needs {', '.join(missing)} (or restores: true)")
         return self

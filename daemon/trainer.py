@@ -99,7 +99,7 @@ class Trainer:
         name = f"candidate-{decision_id}"
         if not resume:
             self._candidates.clear()  # one update at a time: what is left belongs to one that was forgotten in a crash
-            self._candidates[name] = self._start(arm, base_version, windows)
+            self._candidates[name] = self._start(arm, base_version, windows, focus)
         elif name not in self._candidates:
             raise ValueError(f"{name} is not in memory (the trainer was restarted): the update is abandoned")
         candidate = self._candidates[name]
@@ -212,7 +212,7 @@ class Trainer:
         """Forgets a candidate; unknown names are fine."""
         self._candidates.pop(name, None)
 
-    def _start(self, arm: Arm, base_version: str, windows: Sequence[Window]) -> _Candidate:
+    def _start(self, arm: Arm, base_version: str, windows: Sequence[Window], focus: Mapping[str, Focus]) -> _Candidate:
         model = load_drafter(
             self.registry.path(base_version),
             self._embedding.float(),
@@ -230,7 +230,7 @@ class Trainer:
             loss=loss_settings(model.config.kind, "acceptance", 1.0),
         )
         if counts_beside(arm.patterns) and model.has_chains:
-            model.token_pairs.count(windows)
+            model.token_pairs.count({w.conversation_id: w for w in mixed(windows, focus)}.values())
         run = update_run(model.train(), settings)
         moving = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
         start = moving if arm.blend < 1 else {}

@@ -1,4 +1,4 @@
-"""Drafter directories: ``config.json``, ``model.safetensors`` with the published tensor names and ours for a bias."""
+"""Drafter directories: ``config.json``, ``model.safetensors`` with the published tensor names and some of ours."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from specblock.drafter.config import DrafterConfig
 from specblock.drafter.kinds import new_network
 from specblock.drafter.network import DraftNetwork
+from specblock.drafter.token_pairs import check_pairs
 
 _BIAS = ("token_bias.table", "token_bias.domains", "token_bias.stamps")
 _PAIRS = tuple(f"token_pairs.{name}" for name in ("starts", "tokens", "counts", "totals", "unigram"))
@@ -103,7 +104,7 @@ def load_weights(model: DraftNetwork, tensors: dict[str, Tensor], source: str) -
     """Copies ``tensors`` into the model, names and shapes checked first so that nothing is half-loaded.
 
     Raises:
-        ValueError: a tensor is missing, unknown or of the wrong shape.
+        ValueError: a tensor is missing, unknown, of the wrong shape or damaged.
     """
     own = model.state_dict()
     tensors = {name: torch.zeros_like(own[name]) for name in _OURS} | tensors
@@ -113,6 +114,7 @@ def load_weights(model: DraftNetwork, tensors: dict[str, Tensor], source: str) -
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape:
             raise ValueError(f"drafter {source}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
+    check_pairs({name.removeprefix("token_pairs."): tensors[name] for name in _PAIRS})
     with torch.no_grad():
         for name, tensor in tensors.items():
             own[name].copy_(tensor)

@@ -1,15 +1,15 @@
 """Which token follows which, counted on what the target said: a table of pairs that travels with the drafter's weights.
 
 See ``cuda_ext/pair_gains.py`` for what drafting makes of it. Counts are soft: a choice counts for every token by the
-probability that the target gave it, so that a conversation says more than its tokens do. Older counts weigh less from
-one counting to the next, so that the table follows the traffic.
+probability that the target gave it, so that a conversation says more than its tokens do. What users wrote is not
+counted. Older counts make room for as many new ones, so that the table follows the traffic.
 
 Legend: V vocabulary, N room for pairs, G choices, k probabilities stored for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,8 +27,9 @@ _UNIT = 1024
 """Counts are stored as whole numbers of this part of an occurrence, which no cast of the network rounds."""
 _PRIOR = 5.0
 """Occurrences of a token that its followers' law is worth before anything was counted: that of tokens in general."""
-_KEPT = 0.5
-"""What is left of older counts after a counting."""
+_LEAST_KEPT = 0.5
+"""Of older counts so much is left after a counting, however much there is to count."""
+_NAMES = ("starts", "tokens", "counts", "totals", "unigram")
 _ROOM_PER_TOKEN, _MOST_ROOM = 64, 1 << 20
 _MOST_COUNTED = torch.iinfo(torch.int32).max
 
@@ -61,6 +62,7 @@ class TokenPairs(nn.Module):
         for name, size in sizes.items():
             self.register_buffer(name, torch.zeros(size, dtype=torch.int32))
         self._known: PairGains | None = None
+        self._known_of: tuple[Tensor, ...] = ()
         self.used = False
 
     @property
@@ -68,61 +70,65 @@ class TokenPairs(nn.Module):
         """Gains of the pairs, on the device of the counts."""
         if self._known is None:
             self.refresh()
-            assert self._known is not None
+        assert self._known is not None
         return self._known
 
-    def refresh(self) -> None:
-        """Computes the gains anew after counts were loaded, in the same memory where it fits: graphs read from there.
+    @property
+    def occurrences(self) -> float:
+        """Tokens that were counted before another, as far as they still count."""
+        return float(self.totals.double().sum()) / _UNIT
 
-        Raises:
-            ValueError: the table is damaged.
-        """
+    def refresh(self) -> None:
+        """Takes in counts that were loaded. Gains stay in the same memory where they fit: graphs read from there."""
         if self.starts.is_meta:  # a shape alone knows nothing
             return
+        state = tuple(getattr(self, name) for name in _NAMES)
+        same = bool(self._known_of) and self._known_of[0].device == state[0].device
+        if same and all(torch.equal(old, new) for old, new in zip(self._known_of, state, strict=True)):
+            return
         with torch.inference_mode(False), torch.no_grad():
-            new = self._gains()
-            old = self._known
-            if old is not None and old.gains.device == new.gains.device and not old.gains.is_inference():
+            new, old = self._gains(), self._known
+            if old is not None and old.gains.device == new.gains.device:
                 for name in ("gains", "rest", "keys"):
                     getattr(old, name).copy_(getattr(new, name))
                 new = PairGains(self.starts, self.tokens, old.gains, old.rest, old.keys)
-            self._known = new
+            self._known, self._known_of = new, tuple(one.clone() for one in state)
             self.used = bool(self.starts[-1] > 0)
 
-    def count(self, windows: Iterable[Window]) -> None:
-        """Counts conversations; what was counted before weighs half as much from now on.
+    def count(self, windows: Iterable[Window], kept: float | None = None) -> None:
+        """Counts what the target chose in conversations.
 
-        Every pair of a prompt counts once, every choice of the target by its probabilities.
+        Args:
+            windows: each counts as often as it comes.
+            kept: share of the older counts that stays; None: as much as the new ones leave room for, half at least.
         """
-        size = self.totals.shape[0]
-        known, counted = self._keys()
-        keys, weights = [known], [_KEPT * counted]
-        totals, unigram = _KEPT * self.totals.double(), _KEPT * self.unigram.double()
-        for window in windows:
-            before, after, weight = (part.to(self.totals.device) for part in _pairs(window))
-            keys.append(before * size + after)
-            weights.append(_UNIT * weight)
-            totals.index_add_(0, before, _UNIT * weight)
-            unigram.index_add_(0, after, _UNIT * weight)
-        found, place = torch.unique(torch.cat(keys), return_inverse=True)
-        summed = torch.zeros(found.shape[0], dtype=torch.float64, device=found.device)
-        summed = summed.index_add_(0, place, torch.cat(weights)).round()
-        kept = (summed > 0).nonzero()[:, 0]
-        if kept.shape[0] > self.tokens.shape[0]:
-            kept = kept[torch.topk(summed[kept], self.tokens.shape[0]).indices].sort().values
-        found, summed = found[kept], summed[kept]
-        number = torch.bincount(torch.div(found, size, rounding_mode="floor"), minlength=size)
+        size, device = self.totals.shape[0], self.totals.device
+        parts = [tuple(part.to(device) for part in _pairs(window)) for window in windows]
+        if not parts:
+            return
+        before, after, weight = (torch.cat(own) for own in zip(*parts, strict=True))
+        keys, counted = self._keys()
+        if kept is None:
+            kept = kept_share(self.occurrences, float(weight.sum()))
+        found, place = torch.unique(torch.cat([keys, before * size + after]), return_inverse=True)
+        summed = torch.zeros(found.shape[0], dtype=torch.float64, device=device)
+        summed = summed.index_add_(0, place, torch.cat([kept * counted, _UNIT * weight])).round()
+        kept_pairs = (summed > 0).nonzero()[:, 0]
+        if kept_pairs.shape[0] > self.tokens.shape[0]:
+            kept_pairs = kept_pairs[torch.topk(summed[kept_pairs], self.tokens.shape[0]).indices].sort().values
+        found, summed = found[kept_pairs], summed[kept_pairs]
+        each = torch.bincount(torch.div(found, size, rounding_mode="floor"), minlength=size)
         with torch.no_grad():
-            self.starts.zero_()[1:] = torch.cumsum(number, dim=0)
+            self.starts.zero_()[1:] = torch.cumsum(each, dim=0)
             self.tokens.zero_()[: len(found)] = (found % size).to(torch.int32)
             self.counts.zero_()[: len(found)] = summed.clamp(max=_MOST_COUNTED).to(torch.int32)
-            self.totals.copy_(totals.round().clamp(max=_MOST_COUNTED))
-            self.unigram.copy_(unigram.round().clamp(max=_MOST_COUNTED))
+            for mine, where in ((self.totals, before), (self.unigram, after)):
+                sums = (kept * mine.double()).index_add_(0, where, _UNIT * weight)
+                mine.copy_(sums.round().clamp(max=_MOST_COUNTED))
         self.refresh()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TokenPairs:
         made: TokenPairs = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._known = None
         self.refresh()
         return made
 
@@ -135,12 +141,7 @@ class TokenPairs(nn.Module):
 
     def _gains(self) -> PairGains:
         size, room = self.totals.shape[0], self.tokens.shape[0]
-        each = self.starts.long().diff()
-        if int(self.starts[0]) != 0 or int(each.min()) < 0 or int(self.starts[-1]) > room:
-            raise ValueError("token_pairs: the table is damaged (its rows do not fit)")
         keys, counts = self._keys()
-        if bool((keys.diff() <= 0).any()) or bool((keys % size != self.tokens[: len(keys)].long()).any()):
-            raise ValueError("token_pairs: the table is damaged (followers are not in order)")
         before, after = torch.div(keys, size, rounding_mode="floor"), keys % size
         law = self.unigram.double() / _UNIT + 0.5
         law = law / law.sum()
@@ -161,10 +162,36 @@ class TokenPairs(nn.Module):
         )
 
 
+def kept_share(older: float, newer: float) -> float:
+    """Share of so many older occurrences that stays where so many newer ones are counted."""
+    return max(_LEAST_KEPT, 1 - newer / older) if older > 0 else 1.0
+
+
+def check_pairs(tensors: Mapping[str, Tensor]) -> None:
+    """Makes sure that a table can be read.
+
+    Args:
+        tensors: a state dict with the buffers of ``TokenPairs``, of the right shapes.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    starts, tokens, *others = (tensors[name] for name in _NAMES)
+    each = starts.long().diff()
+    if int(starts[0]) != 0 or int(each.min()) < 0 or int(starts[-1]) > tokens.shape[0]:
+        raise ValueError("token_pairs: the table is damaged (its rows do not fit)")
+    own = tokens[: int(starts[-1])].long()
+    keys = torch.repeat_interleave(torch.arange(each.shape[0], device=each.device), each) * each.shape[0] + own
+    if bool(((own < 0) | (own >= each.shape[0])).any()) or bool((keys.diff() <= 0).any()):
+        raise ValueError("token_pairs: the table is damaged (followers are not in order)")
+    if any(bool((one < 0).any()) for one in others):
+        raise ValueError("token_pairs: the table is damaged (negative counts)")
+
+
 class TokenPairsRun:
     """An update that counts pairs and moves nothing else. Has the face of ``TrainRun`` that an update needs.
 
-    All that was seen so far is counted as one, on what the table held at first: after every step the model carries it.
+    Every conversation counts once, however often it comes; after every step the model carries what was counted so far.
 
     Args:
         model: its ``token_pairs`` moves.
@@ -172,7 +199,7 @@ class TokenPairsRun:
         seed: order of the windows.
     """
 
-    rehearses = True
+    rehearses = False
 
     def __init__(self, model: DraftNetwork, batch_windows: int, seed: int = 0) -> None:
         """Raises:
@@ -184,32 +211,28 @@ class TokenPairsRun:
         self.done = 0
         self.positions = 0
         self._batch_windows, self._seed = batch_windows, seed
-        self._start = {name: value.clone() for name, value in model.token_pairs.state_dict().items()}
-        self._seen: dict[str, Window] = {}
+        self._older, self._newer = model.token_pairs.occurrences, 0.0
+        self._seen: set[str] = set()
 
     def batches(self, windows: Sequence[Window]) -> Iterator[list[Window]]:
         """Endless batches from step ``done`` on."""
         return batches(windows, self._batch_windows, self._seed, self.done)
 
     def step(self, windows: Sequence[Window]) -> None:
-        """Counts one batch of windows; every conversation counts once, however often it comes."""
+        """Counts one batch of windows."""
         self.done += 1
         fresh = {w.conversation_id: w for w in windows if w.conversation_id not in self._seen}
-        self._seen |= fresh
-        self.positions += sum(window.num_generated for window in fresh.values())
-        if fresh:
-            self.model.token_pairs.load_state_dict(self._start)
-            self.model.token_pairs.count(self._seen.values())
+        self._seen |= fresh.keys()
+        tokens = sum(window.num_generated for window in fresh.values())
+        self.positions += tokens
+        kept = kept_share(self._older, self._newer)
+        self._newer += tokens
+        self.model.token_pairs.count(fresh.values(), kept_share(self._older, self._newer) / kept)
 
 
 def _pairs(window: Window) -> tuple[Tensor, Tensor, Tensor]:
-    """int64 before and after, float64 weight of every pair of a conversation."""
-    tokens, prompt = window.tokens.long(), window.prompt_tokens
+    """int64 before and after, float64 weight: every token that the target may have chosen behind another."""
     chosen, probs = window.top_ids.long(), window.top_log_probs.double().exp()  # [G, k]
-    before = tokens[prompt - 1 : prompt - 1 + chosen.shape[0], None].expand_as(chosen)
-    said = tokens[: prompt - 1], tokens[1:prompt]
-    return (
-        torch.cat([said[0], before.flatten()]),
-        torch.cat([said[1], chosen.flatten()]),
-        torch.cat([torch.ones(prompt - 1, dtype=torch.float64, device=tokens.device), probs.flatten()]),
-    )
+    first = window.prompt_tokens - 1
+    before = window.tokens[first : first + chosen.shape[0], None].long().expand_as(chosen)
+    return before.flatten(), chosen.flatten(), probs.flatten()

@@ -31,5 +31,5 @@ def random_proposals(
     token = torch.rand(*shape, vocab_size, generator=generator).argsort(dim=-1)[..., :width].contiguous()
     log_prob = -torch.randint(8, 64, (*shape, width), generator=generator) / 8
     log_prob = log_prob.masked_fill(torch.rand(log_prob.shape, generator=generator) < 0.1, -torch.inf)
-    temperature = torch.tensor([0.0, 0.5, 1.0, 2.0])[torch.randint(0, 4, (batch,), generator=generator)]
+    temperature = torch.tensor([0.0, 0.0078125, 0.5, 1.0, 2.0])[torch.randint(0, 5, (batch,), generator=generator)]
     return token, log_prob.sort(dim=-1, descending=True).values, temperature.double()

@@ -154,7 +154,8 @@ def demo_curves() -> Curves:
             ),
             "steps_scale": (
                 "docs/results/breakeven.json: a fifth of the steps of `full` showed 0.54 to 0.58 of what all saved on "
-                "the three new kinds of text, three quarters of which were of that kind (`head`: 0.35 to 0.58)"
+                "the three new kinds of text, three quarters of which were of that kind (`head`: 0.35 to 0.58). "
+                "That it holds for `statistics` is assumed"
             ),
             "paired_sd": (
                 "docs/results/breakeven.json: intervals of 40 pairs are as wide as scatters of 0.05 to 0.19 (full; "

@@ -16,19 +16,25 @@ namespace {
 
 using namespace specblock;
 
-constexpr float kLeast = 1e-6f;  // of a slot's law outside of its candidates
-
 // One slot's candidates, W of each, ranked behind `before`; `order` is room for W.
 void rank_slot(const PairGains& known, int64_t before, float strength, int64_t width, const int64_t* token,
                const float* log_prob, int64_t* to_token, float* to_log_prob, std::vector<std::pair<float, int64_t>>& order) {
   float inside = 0, total = 0;
   for (int64_t w = 0; w < width; w++) {
-    const float score = log_prob[w] + strength * pair_gain(known, before, token[w]);
     inside += std::exp(log_prob[w]);
-    total += std::exp(score);
-    order[w] = {score, w};
+    order[w] = {log_prob[w] + strength * pair_gain(known, before, token[w]), w};
   }
-  const float normaliser = std::log(total + std::max(1.0f - inside, kLeast));
+  // At low temperatures scores are far from 0 on either side.
+  const float outside = log_outside(inside);
+  float most = outside;
+  for (int64_t w = 0; w < width; w++) most = std::max(most, order[w].first);
+  for (int64_t w = 0; w < width; w++) total += std::exp(order[w].first - most);
+  const float normaliser = most + std::log(total + std::exp(outside - most));
+  if (!std::isfinite(normaliser)) {  // a score is no number: left as it is
+    std::copy_n(token, width, to_token);
+    std::copy_n(log_prob, width, to_log_prob);
+    return;
+  }
   std::stable_sort(order.begin(), order.begin() + width, [](const auto& a, const auto& b) { return a.first > b.first; });
   for (int64_t w = 0; w < width; w++) {
     to_token[w] = token[order[w].second];

@@ -1,6 +1,7 @@
 // What a token says about the one behind it, and a slot's candidates ranked by it; see cuda_ext/pair_gains.py.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "portable.h"
@@ -30,6 +31,14 @@ SB_BOTH inline float pair_gain(const PairGains& known, int64_t before, int64_t t
 // How much a gain counts: as much as a logit where the target's noise ranks the proposals of a request.
 SB_BOTH inline float pair_strength(double temperature, bool noisy, double weight, double scale) {
   return static_cast<float>(noisy && temperature > 0 ? weight / (scale * temperature) : weight);
+}
+
+constexpr float kLeastOutside = 1e-6f;  // of a slot's law outside of its candidates
+
+// Logarithm of what is outside of the candidates that have `inside` of a slot's law.
+SB_BOTH inline float log_outside(float inside) {
+  const float outside = 1.0f - inside;
+  return logf(outside > kLeastOutside ? outside : kLeastOutside);
 }
 
 }  // namespace specblock

@@ -65,6 +65,28 @@ def test_behind_a_filtered_token_nothing_is_ranked() -> None:
         assert torch.equal(tokens, token) and torch.equal(scores, log_prob)
 
 
+@pytest.mark.parametrize("call", [follow_chain, follow_chain_reference])
+def test_at_the_lowest_temperatures_the_best_still_stands(call) -> None:
+    known = pairs_of({(5, 1): 3.0, (1, 0): -3.0, (1, 2): -3.0}, [0.0] * 8)
+    token = torch.tensor([[[[5, 6], [7, 1], [2, 0]]]])
+    log_prob = torch.tensor([[[[-0.1, -3.0], [-0.1, -9.0], [-0.1, -2.5]]]])
+    how = PairStrength(weight=0.5, noisy=True, scale=1.0)
+    tokens, scores = call(token, log_prob, torch.full((1,), 1e-5, dtype=torch.float64), known, how)
+    assert tokens[0, 0, :, 0].tolist() == [5, 1, 2]
+    assert scores[0, 0, 1, 0] == pytest.approx(0.0, abs=1e-3) and torch.isfinite(scores[0, 0, 1]).all()
+    assert scores[0, 0, 2, 0] < -1e4, "both are far less likely than whatever else there is"
+
+
+@pytest.mark.parametrize("call", [follow_chain, follow_chain_reference])
+def test_what_is_no_number_is_left_as_it_is(call) -> None:
+    known = pairs_of({(5, 1): 4.0}, [0.0] * 8)
+    token = torch.tensor([[[[5, 6], [7, 1], [2, 3]]]])
+    log_prob = torch.tensor([[[[-0.5, -1.0], [-1.0, torch.nan], [-1.0, -2.0]]]])
+    tokens, scores = call(token, log_prob, torch.ones(1, dtype=torch.float64), known, NONE)
+    assert torch.equal(tokens[:, :, :2], token[:, :, :2])
+    assert torch.allclose(scores[:, :, :2], log_prob[:, :, :2], equal_nan=True)
+
+
 @given(
     batch=st.integers(1, 4), leaves=st.integers(1, 5), slots=st.integers(1, 5), width=st.integers(1, 10),
     noisy=st.booleans(), seed=st.integers(0, 100_000),

@@ -116,6 +116,10 @@ def test_every_field_is_described() -> None:
             "f.yaml:5:27: adaptation.arms.0.patterns: token_bias.* is counted, not trained, and whole: give it",
         ),
         (
+            "adaptation:\n  arms:\n    - {name: a, patterns: ['token_pairs.counts'], steps: 1}",
+            "f.yaml:5:27: adaptation.arms.0.patterns: token_pairs.* is counted, not trained, and whole: write it so",
+        ),
+        (
             "adaptation: {policy: {gate: {settle_requests: 0}}}",
             "f.yaml:3:47: adaptation.policy.gate.settle_requests: must be at least",
         ),
@@ -155,6 +159,13 @@ def test_prompt_lookup_needs_no_path_and_adapts_nothing() -> None:
     assert with_weights.adaptation.enabled and with_weights.adaptation_off == ""
     off = parse_config(BASE + "adaptation: {enabled: false}", "f")
     assert off.adaptation_off == "adaptation.enabled is false"
+
+
+def test_pairs_are_counted_only_where_a_slot_stands_behind_another() -> None:
+    arms = "adaptation: {arms: [{name: a, patterns: ['token_pairs.*'], steps: 1}]}"
+    assert parse_config(BASE + arms, "f").adaptation.arms[0].arm(1.0, 1).counts
+    with pytest.raises(ConfigError, match=r"a counts token pairs, which drafter\.kind eagle3 has no use for"):
+        parse_config(f"target: {{model: m}}\ndrafter: {{kind: eagle3, path: p}}\n{arms}", "f")
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,14 @@ namespace specblock {
 namespace {
 
 constexpr int kWarps = 4, kLanes = 32;
-constexpr float kLeast = 1e-6f;  // of a slot's law outside of its candidates
 
 __device__ float warp_sum(float value) {
   for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(~0u, value, step);
+  return value;
+}
+
+__device__ float warp_max(float value) {
+  for (int step = kLanes / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(~0u, value, step));
   return value;
 }
 
@@ -26,17 +30,26 @@ __global__ void __launch_bounds__(kWarps* kLanes) follow_kernel(const FollowInpu
   for (int64_t slot = 0; slot < in.slots; slot++) {
     const int64_t first = (leaf * in.slots + slot) * in.width;
     // A filtered token is no parent: nothing stands behind it, whatever its rank.
-    const bool ranked = slot > 0 && isfinite(best_score[warp]);
+    bool ranked = slot > 0 && isfinite(best_score[warp]);
     const int64_t before = ranked ? best_token[warp] : -1;
     __syncwarp();
-    float inside = 0, total = 0;
+    float inside = 0, most = -INFINITY, total = 0;
     for (int64_t w = lane; w < in.width; w += kLanes) {
       const float own = in.log_prob[first + w];
       score[w] = ranked ? own + strength * pair_gain(known, before, in.token[first + w]) : own;
       inside += expf(own);
-      total += expf(score[w]);
+      most = fmaxf(most, score[w]);
     }
-    const float normaliser = ranked ? logf(warp_sum(total) + fmaxf(1.0f - warp_sum(inside), kLeast)) : 0.0f;
+    // At low temperatures scores are far from 0 on either side.
+    const float outside = log_outside(warp_sum(inside));
+    most = fmaxf(warp_max(most), outside);
+    for (int64_t w = lane; w < in.width; w += kLanes) total += expf(score[w] - most);
+    float normaliser = most + logf(warp_sum(total) + expf(outside - most));
+    if (!ranked || !isfinite(normaliser)) {  // a score is no number: left as it is
+      for (int64_t w = lane; w < in.width; w += kLanes) score[w] = in.log_prob[first + w];
+      ranked = false;
+      normaliser = 0.0f;
+    }
     __syncwarp();
     for (int64_t w = lane; w < in.width; w += kLanes) {
       int64_t place = ranked ? 0 : w;
