@@ -37,6 +37,7 @@ def write_shift_report(path: Path, result: dict[str, Any]) -> Path:
         "curve measured. Intervals are 95 %, over recorded conversations. Triangles: a version goes live.</p>",
         _plot(result),
         _table(result["rows"]),
+        *_live(result.get("live", [])),
         f"<h2>Measured with</h2><p><code>{html.escape(json.dumps(result['facts']))}</code></p></html>",
     ]
     path.write_text("\n".join(parts), encoding="utf-8")
@@ -63,6 +64,24 @@ def _plot(result: dict[str, Any]) -> str:
     below.axhline(0.0, color="#1c2330", linewidth=0.8)
     below.set_xlabel("simulated hours")
     return inline_svg(figure)
+
+
+def _live(rows: list[dict[str, Any]]) -> list[str]:
+    """What a real engine made of the end of every phase, beside the replay; nothing where it was not asked."""
+    if not rows:
+        return []
+    lines = [
+        "<h2>Served again by a real engine</h2><p>Some conversations of every phase, by the version that served at its "
+        "end; net tokens per device-second over those of doing nothing, every cost charged.</p>",
+        "<table><tr><th>policy<th>seed<th>live<th>by replay<th>apart<th>conversations<th>accepted other drafts</tr>",
+    ]
+    for row in rows:
+        apart = row["ratio"] / row["replayed_ratio"] - 1
+        lines.append(
+            f"<tr><td>{html.escape(row['policy'])}<td>{row['seed']}<td>{row['ratio']:.3f}<td>{row['replayed_ratio']:.3f}"
+            f"<td>{apart:+.1%}<td>{row['conversations']}<td>{row['differ']}</tr>"
+        )
+    return [*lines, "</table>"]
 
 
 def _table(rows: list[dict[str, Any]]) -> str:

@@ -79,6 +79,12 @@ def expand_vectorised(proposals: Proposals, leaves: Leaves, offset: int, block: 
     slot_K = torch.arange(width_k, device=device)
     chain = torch.cumsum(proposals.log_prob[..., 0], dim=-1) - proposals.log_prob[..., 0]
     score = leaves.score[:, :, None, None] + chain[..., None] + proposals.log_prob
+    # Never above its parent, however the sum is rounded, or a tree could keep it alone.
+    above = [leaves.score]
+    for greedy in score[..., 0].unbind(-1)[:-1]:
+        above.append(torch.where(greedy > above[-1], above[-1], greedy))
+    parent_score = torch.stack(above, dim=-1)[..., None]
+    score = torch.where(score > parent_score, parent_score, score)
     own = offset + (torch.arange(num_leaves, device=device)[:, None] * width_k + slot_K - 1) * width_w
     parent = torch.where(slot_K == 0, leaves.node[:, :, None], own)[..., None]
     depth = (leaves.depth[:, :, None] + slot_K + 1)[..., None]

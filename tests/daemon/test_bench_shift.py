@@ -280,6 +280,7 @@ def test_the_command_writes_figures_and_page(prompts: Path, tmp_path: Path) -> N
     assert [row["policy"] for row in result["live"]] == ["static"] and result["live"][0]["differ"] == 0
     page = (tmp_path / "shift.html").read_text()
     assert "<svg" in page and "dual_ema" in page and "http" not in page.split("<svg")[0]
+    assert "Served again by a real engine" in page and "+0.0%" in page
 
 
 def test_missing_prompts_and_unknown_policies_are_named(prompts: Path, tmp_path: Path) -> None:

@@ -49,3 +49,22 @@ def test_native_and_vectorised_candidates_are_equal(batch, leaves, slots, width,
             if own.is_floating_point()
             else torch.equal(own, other)
         ), field.name
+
+
+@given(seed=st.integers(0, 100_000), near=st.sampled_from([1e-5, 1e-7, 1e-9]))
+@settings(max_examples=200, deadline=None)
+def test_no_node_scores_above_its_parent_however_sure_it_is(seed, near):
+    """Trees keep the best nodes: one that a rounded sum lifts above its parent would be kept without it."""
+    generator = torch.Generator().manual_seed(seed)
+    log_prob = -torch.rand(2, 3, 6, 2, generator=generator)
+    sure = torch.rand(2, 3, 6, generator=generator) < 0.6
+    log_prob[..., 0] = torch.where(sure, near * log_prob[..., 0], log_prob[..., 0])
+    log_prob[..., 1] -= 1
+    proposals = Proposals(torch.zeros(2, 3, 6, 2, dtype=torch.int64), log_prob, torch.full((2, 3, 6), 2))
+    score = -10 * torch.rand(2, 3, generator=generator)
+    node = torch.full((2, 3), -1)
+    ends = Leaves(node, node + 1, node + 1, score, node < 0, torch.zeros(2, 3, 2), torch.zeros(2, 3, 3).bool())
+    for found in (expand_chain(proposals, ends, 0, 0), expand_vectorised(proposals, ends, 0, 0)):
+        behind = found.parent >= 0
+        above = found.score.gather(1, found.parent.clamp(min=0))
+        assert (found.score <= torch.where(behind, above, torch.inf)).all()
