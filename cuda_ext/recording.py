@@ -132,3 +132,10 @@ def root_cause(error: BaseException) -> str:
     while error.__context__ is not None:
         error = error.__context__
     return (str(error).strip() or repr(error)).splitlines()[0]
+
+
+def kept_in_place(old: Tensor, new: Tensor) -> Tensor:
+    """``new``, in the memory of ``old`` where it fits: recorded graphs read from there."""
+    if old.shape != new.shape or old.device != new.device or old.is_inference():
+        return new
+    return old.copy_(new)

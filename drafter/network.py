@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from specblock.cuda_ext.linear import can_pack, round_weights
+from specblock.cuda_ext.recording import kept_in_place
 from specblock.drafter.config import DrafterConfig
 from specblock.drafter.layers import Attend, Linear, RMSNorm
 from specblock.drafter.precision import NumberFormat
@@ -196,8 +197,8 @@ class DraftNetwork(nn.Module, ABC):
         order = torch.arange(self.d2t.shape[0], device=self.d2t.device)
         ids = order + self.d2t
         to_draft = torch.full((self.t2d.shape[0],), -1, dtype=torch.int64, device=ids.device).index_copy_(0, ids, order)
-        self.draft_ids = _kept_in_place(self.draft_ids, ids)  # [Vd] target id of each draft id
-        self.to_draft = _kept_in_place(self.to_draft, to_draft)  # [V] draft id of each target id, -1 outside
+        self.draft_ids = kept_in_place(self.draft_ids, ids)  # [Vd] target id of each draft id
+        self.to_draft = kept_in_place(self.to_draft, to_draft)  # [V] draft id of each target id, -1 outside
         self.token_bias.refresh()
         self.token_pairs.refresh()
 
@@ -205,10 +206,3 @@ class DraftNetwork(nn.Module, ABC):
     def full_vocabulary(self) -> bool:
         """True when draft ids and target ids are the same."""
         return self.config.draft_vocab_size == self.config.vocab_size
-
-
-def _kept_in_place(old: Tensor, new: Tensor) -> Tensor:
-    """``new``, in the memory of ``old`` where it fits: recorded graphs read from there."""
-    if old.shape != new.shape or old.device != new.device or old.is_inference():
-        return new
-    return old.copy_(new)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from specblock.cuda_ext.pair_gains import PairGains
+from specblock.cuda_ext.recording import kept_in_place
 from specblock.drafter.batches import batches
 from specblock.drafter.window import Window
 
@@ -87,12 +88,11 @@ class TokenPairs(nn.Module):
         if same and all(torch.equal(old, new) for old, new in zip(self._known_of, state, strict=True)):
             return
         with torch.inference_mode(False), torch.no_grad():
-            new, old = self._gains(), self._known
-            if old is not None and old.gains.device == new.gains.device:
-                for name in ("gains", "rest", "keys"):
-                    getattr(old, name).copy_(getattr(new, name))
-                new = PairGains(self.starts, self.tokens, old.gains, old.rest, old.keys)
-            self._known, self._known_of = new, tuple(one.clone() for one in state)
+            new = self._gains()
+            old = self._known or new
+            derived = (kept_in_place(getattr(old, name), getattr(new, name)) for name in ("gains", "rest", "keys"))
+            self._known = PairGains(self.starts, self.tokens, *derived)
+            self._known_of = tuple(one.clone() for one in state)
             self.used = bool(self.starts[-1] > 0)
 
     def count(self, windows: Iterable[Window], kept: float | None = None) -> None:
@@ -107,10 +107,12 @@ class TokenPairs(nn.Module):
         if not parts:
             return
         before, after, weight = (torch.cat(own) for own in zip(*parts, strict=True))
-        keys, counted = self._keys()
+        old_before, old_after = _filled(self.starts, self.tokens)
+        counted = self.counts[: old_before.shape[0]].double()
         if kept is None:
             kept = kept_share(self.occurrences, float(weight.sum()))
-        found, place = torch.unique(torch.cat([keys, before * size + after]), return_inverse=True)
+        keys = torch.cat([old_before * size + old_after, before * size + after])
+        found, place = torch.unique(keys, return_inverse=True)
         summed = torch.zeros(found.shape[0], dtype=torch.float64, device=device)
         summed = summed.index_add_(0, place, torch.cat([kept * counted, _UNIT * weight])).round()
         kept_pairs = (summed > 0).nonzero()[:, 0]
@@ -132,34 +134,33 @@ class TokenPairs(nn.Module):
         self.refresh()
         return made
 
-    def _keys(self) -> tuple[Tensor, Tensor]:
-        """int64 keys and float64 counts of the pairs there are."""
-        each = self.starts.long().diff()
-        before = torch.repeat_interleave(torch.arange(each.shape[0], device=each.device), each)
-        filled = before.shape[0]
-        return before * each.shape[0] + self.tokens[:filled].long(), self.counts[:filled].double()
-
     def _gains(self) -> PairGains:
         size, room = self.totals.shape[0], self.tokens.shape[0]
-        keys, counts = self._keys()
-        before, after = torch.div(keys, size, rounding_mode="floor"), keys % size
+        before, after = _filled(self.starts, self.tokens)
         law = self.unigram.double() / _UNIT + 0.5
         law = law / law.sum()
         prior, total = _PRIOR, self.totals.double() / _UNIT
-        counts = counts / _UNIT
+        counts = self.counts[: before.shape[0]].double() / _UNIT
         gains = torch.log((counts + prior * law[after]) / ((total[before] + prior) * law[after]))
         kept = torch.zeros_like(law).index_add_(0, before, counts)
         others = 1 - torch.zeros_like(law).index_add_(0, before, law[after])
         others = others.clamp(min=1e-9)
         rest = torch.log(((total - kept).clamp(min=0) + prior * others) / ((total + prior) * others))
-        padding = room - keys.shape[0]
+        padding = room - before.shape[0]
         return PairGains(
             starts=self.starts,
             tokens=self.tokens,
             gains=torch.nn.functional.pad(gains.float(), (0, padding)),
             rest=rest.float(),
-            keys=torch.nn.functional.pad(keys, (0, padding), value=size * size),
+            keys=torch.nn.functional.pad(before * size + after, (0, padding), value=size * size),
         )
+
+
+def _filled(starts: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 before and after of the pairs there are."""
+    each = starts.long().diff()
+    before = torch.repeat_interleave(torch.arange(each.shape[0], device=each.device), each)
+    return before, tokens[: before.shape[0]].long()
 
 
 def kept_share(older: float, newer: float) -> float:
@@ -180,9 +181,9 @@ def check_pairs(tensors: Mapping[str, Tensor]) -> None:
     each = starts.long().diff()
     if int(starts[0]) != 0 or int(each.min()) < 0 or int(starts[-1]) > tokens.shape[0]:
         raise ValueError("token_pairs: the table is damaged (its rows do not fit)")
-    own = tokens[: int(starts[-1])].long()
-    keys = torch.repeat_interleave(torch.arange(each.shape[0], device=each.device), each) * each.shape[0] + own
-    if bool(((own < 0) | (own >= each.shape[0])).any()) or bool((keys.diff() <= 0).any()):
+    before, after = _filled(starts, tokens)
+    keys = before * each.shape[0] + after
+    if bool(((after < 0) | (after >= each.shape[0])).any()) or bool((keys.diff() <= 0).any()):
         raise ValueError("token_pairs: the table is damaged (followers are not in order)")
     if any(bool((one < 0).any()) for one in others):
         raise ValueError("token_pairs: the table is damaged (negative counts)")
